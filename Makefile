@@ -1,0 +1,67 @@
+# Every target sets up what it needs: a clone, a Python >= 3.11 and a C compiler are enough.
+#
+#   make test                       the suite, in .venv
+#   make test PYTHON=python3.13     the same on another interpreter, in .venv-3.13 beside it
+#   make test ARGS="-k pool -x"     ARGS goes to what the target runs
+
+PYTHON ?= python3
+ARGS   ?=
+MARK   ?= not promise
+DIST   ?= dist
+
+ifndef VENV
+ifeq ($(PYTHON),python3)
+VENV := .venv
+else
+VENV := .venv-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+endif
+endif
+
+RUN       := $(VENV)/bin/python
+BOOTSTRAP  = $(PYTHON) tools/bootstrap.py --venv $(VENV)
+SOURCES    = runtime tools tests setup.py $(wildcard bench examples)
+TYPED      = runtime tools setup.py $(wildcard tests/typing)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup build run test lint format types wheel clean distclean
+
+help: ## show this text
+	@echo "usage: make TARGET [PYTHON=python3.13] [ARGS=\"...\"]"
+	@sed -n 's/^\([a-z]*\):.*## /  \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
+
+setup: ## make the environment with all tools, and build in place
+	@$(BOOTSTRAP) --extras cli,test
+
+build: ## build runtime/*.pyx in place: only what changed, in seconds
+	@$(BOOTSTRAP)
+
+run: ## the main job on real input: a census of the standard library, checked against one process
+	@$(BOOTSTRAP) --extras cli
+	$(RUN) examples/census.py $(ARGS)
+
+test: setup ## the test suite without what measures or takes long (MARK="..." chooses otherwise)
+	$(RUN) -m pytest -m "$(MARK)" $(ARGS)
+
+lint: setup ## ruff and cython-lint
+	$(RUN) -m ruff check $(SOURCES)
+	$(RUN) -m ruff format --check $(SOURCES)
+	PATH="$(abspath $(VENV))/bin:$$PATH" cython-lint runtime
+
+format: setup ## let ruff rewrite the Python files as `make lint` wants them
+	$(RUN) -m ruff check --fix $(SOURCES)
+	$(RUN) -m ruff format $(SOURCES)
+
+types: setup ## mypy, strict
+	$(RUN) -m mypy $(TYPED)
+
+wheel: setup ## in dist/: the sdist, and the wheel built from that sdist
+	rm -rf $(DIST)
+	$(RUN) -m build --outdir $(DIST) $(ARGS)
+
+clean: ## remove what was built
+	rm -rf build dist *.egg-info
+	find runtime -name '*.so' -delete
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
+
+distclean: clean ## ... and the environments
+	rm -rf .venv .venv-* .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,61 @@
+# cython: language_level=3
+"""Blocks: runs of extents in the region, each with exactly one owner. The words are in _layout.pxd.
+
+Every function here may be killed at any instruction and leaves no extent that is neither free nor owned.
+"""
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+
+from runtime._atomics cimport *
+from runtime._layout cimport *
+from runtime._region cimport SharedRegion
+
+
+ctypedef struct heap_t:
+    a64_t *words            # the extent words, in the region
+    char *extents           # extent 0, in the region
+    uint64_t count          # how many extents
+    a64_t *frees            # arena_t.frees, in the region
+    uint64_t hint           # process-private: where a run was freed last, to reuse warm pages
+
+
+cdef class Arena:
+    """The layout of one runtime's region: what is where, as this process maps it."""
+    cdef readonly SharedRegion region
+    cdef char *base         # the region's data
+    cdef arena_t *head      # == base
+    cdef heap_t heap
+    cdef readonly uint32_t slots, leases, outbox
+    cdef readonly uint64_t bounce_bytes
+    cdef uint64_t slots_at, slot_stride, extents_at
+    cdef readonly uint64_t held  # bytes of blocks that the host owns; host-private, under the GIL
+    cdef readonly int pid   # the process this mapping serves; in a user's fork it is inert
+
+    cdef attach(self, SharedRegion region)
+    cdef read_geometry(self)
+    cdef slot_t *slot(self, uint32_t index) noexcept nogil
+    cdef a32_t *ring(self, uint32_t index) noexcept nogil
+    cdef record_t *records(self, uint32_t index) noexcept nogil
+    cdef lease_t *lease(self, uint32_t index, uint32_t entry) noexcept nogil
+    cdef char *bounce(self, uint32_t index) noexcept nogil
+
+
+cdef class HostBlock:
+    """A block of the host: freed when the last reference, or the last view of it, is gone."""
+    cdef Arena arena
+    cdef uint64_t at        # index of the head
+    cdef readonly uint64_t tag
+    cdef readonly uint64_t nbytes
+    cdef char *data
+
+    @staticmethod
+    cdef HostBlock wrap(Arena arena, uint64_t at, uint64_t tag, uint64_t nbytes)
+
+
+# Algorithms. A "ref" is {index of the head, tag}. `owner` is a slot, or NO_SLOT for the host.
+cdef int64_t heap_take(heap_t *heap, uint64_t nbytes, uint64_t owner, uint64_t *tag) noexcept nogil
+cdef bint heap_free(heap_t *heap, uint64_t at, uint64_t tag, uint64_t state, uint64_t owner) noexcept nogil
+cdef bint heap_publish(heap_t *heap, uint64_t at, uint64_t tag, uint64_t slot) noexcept nogil
+cdef bint heap_adopt(heap_t *heap, uint64_t at, uint64_t tag, uint64_t slot) noexcept nogil
+cdef uint64_t heap_sweep(heap_t *heap, uint64_t slot) noexcept nogil
+cdef uint64_t heap_run(heap_t *heap, uint64_t at) noexcept nogil
+cdef uint64_t heap_used(heap_t *heap) noexcept nogil

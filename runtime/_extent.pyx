@@ -1,0 +1,351 @@
+# cython: language_level=3
+"""Blocks: runs of extents in the region. The protocol of the words stands in _layout.pxd.
+
+Why a kill leaves nothing behind: a taker marks the head CLAIM(slot) first and then its tails in
+ascending order; a releaser marks the head FREEING(slot) first, frees the tails in descending order and
+the head last. So at every instruction the tails of a head are the X_TAIL words right behind it that name
+it, a prefix of the run, and the head names the process to ask. The sweep of a dead slot walks the words
+and frees each run whose head names that slot; it may be killed and begun again.
+
+Tails carry no owner: only who holds the head in CLAIM or FREEING touches them, so plain stores do there.
+"""
+cimport cython
+from cpython.buffer cimport PyBuffer_FillInfo
+from posix.unistd cimport getpid
+
+
+cdef uint64_t MAGIC = 0x52544D4152454E41ULL     # "RTMARENA"
+
+
+# ---- taking ------------------------------------------------------------------------------------------
+
+cdef void drop_tails(heap_t *heap, uint64_t at, uint64_t run) noexcept nogil:
+    """Free the tails of a run whose head we hold, last one first."""
+    cdef uint64_t i = at + run - 1
+    while i > at:
+        # X1 pairs with X2 in try_run: who takes this extent sees all that its owner did to it before.
+        a64_store_release(&heap.words[i], word_of(X_FREE, 0, a64_load_relaxed(&heap.words[i]) >> 31))
+        i -= 1
+
+
+cdef int64_t try_run(heap_t *heap, uint64_t at, uint64_t run, uint64_t owner, uint64_t *tag) noexcept nogil:
+    """Take extents at .. at+run-1. -1: taken; else the index of the extent that was not free."""
+    cdef uint64_t w = a64_load_relaxed(&heap.words[at])
+    cdef uint64_t i, t, final_state
+    if x_state(w) != X_FREE:
+        return <int64_t>at
+    t = x_tag(w) + 1
+    if not a64_cas_acq_rel(&heap.words[at], w, word_of(X_CLAIM, owner, t)):     # X2
+        return <int64_t>at
+    i = at + 1
+    while i < at + run:
+        w = a64_load_relaxed(&heap.words[i])
+        if x_state(w) != X_FREE or not a64_cas_acq_rel(&heap.words[i], w, word_of(X_TAIL, at, x_tag(w) + 1)):
+            drop_tails(heap, at, i - at)
+            a64_store_release(&heap.words[at], word_of(X_FREE, 0, t))
+            return <int64_t>i
+        i += 1
+    final_state = X_HOST if owner == NO_SLOT else X_PRIVATE
+    a64_store_release(&heap.words[at], word_of(final_state, owner, t))
+    tag[0] = t & 0x1FFFFFFFFULL
+    return -1
+
+
+cdef int64_t heap_take(heap_t *heap, uint64_t nbytes, uint64_t owner, uint64_t *tag) noexcept nogil:
+    """First fit from the hint, then from the start. The head's index, or -1: no room now."""
+    cdef uint64_t run = (nbytes + EXTENT - 1) // EXTENT
+    cdef uint64_t at, i, free, lap
+    cdef int64_t clash
+    if run == 0:
+        run = 1
+    if run > heap.count:
+        return -1
+    for lap in range(2):
+        at = heap.hint if lap == 0 else 0
+        while at + run <= heap.count:
+            # Look before taking: a CAS on an extent of somebody else's cache line is not free.
+            free = 0
+            while free < run and x_state(a64_load_relaxed(&heap.words[at + free])) == X_FREE:
+                free += 1
+            if free < run:
+                at += free + 1
+                continue
+            clash = try_run(heap, at, run, owner, tag)
+            if clash < 0:
+                heap.hint = at + run if at + run < heap.count else 0
+                return <int64_t>at
+            at = <uint64_t>clash + 1
+        if heap.hint == 0:
+            break
+    return -1
+
+
+# ---- freeing and handing over ------------------------------------------------------------------------
+
+cdef uint64_t heap_run(heap_t *heap, uint64_t at) noexcept nogil:
+    """How many extents belong to the head at `at`: itself and the tails behind it that name it."""
+    cdef uint64_t i = at + 1
+    cdef uint64_t w
+    while i < heap.count:
+        w = a64_load_relaxed(&heap.words[i])
+        if x_state(w) != X_TAIL or x_field(w) != at:
+            break
+        i += 1
+    return i - at
+
+
+cdef void finish_free(heap_t *heap, uint64_t at) noexcept nogil:
+    """The head is ours, in FREEING or CLAIM: free its tails, then the head."""
+    cdef uint64_t tag = x_tag(a64_load_relaxed(&heap.words[at]))
+    drop_tails(heap, at, heap_run(heap, at))
+    a64_store_release(&heap.words[at], word_of(X_FREE, 0, tag))
+    a64_fetch_add_relaxed(heap.frees, 1)        # a hint that something was freed; orders nothing
+    heap.hint = at                              # last in, first out: these pages are mapped and warm
+
+
+cdef bint heap_free(heap_t *heap, uint64_t at, uint64_t tag, uint64_t state, uint64_t owner) noexcept nogil:
+    """Free the block {at, tag} that is in `state` and owned by `owner`; False: it is not, nothing done."""
+    if at >= heap.count:
+        return False
+    if not a64_cas_acq_rel(&heap.words[at], word_of(state, owner, tag), word_of(X_FREEING, owner, tag)):
+        return False
+    finish_free(heap, at)
+    return True
+
+
+cdef bint heap_publish(heap_t *heap, uint64_t at, uint64_t tag, uint64_t slot) noexcept nogil:
+    """PRIVATE(slot) -> PUBLISHING(slot), before the record that names the block is written."""
+    return a64_cas_acq_rel(&heap.words[at], word_of(X_PRIVATE, slot, tag), word_of(X_PUBLISHING, slot, tag))
+
+
+cdef bint heap_adopt(heap_t *heap, uint64_t at, uint64_t tag, uint64_t slot) noexcept nogil:
+    """PUBLISHING(slot) -> HOST, by the host, with the tag that the record carries."""
+    if at >= heap.count:
+        return False
+    return a64_cas_acq_rel(&heap.words[at], word_of(X_PUBLISHING, slot, tag), word_of(X_HOST, NO_SLOT, tag))
+
+
+cdef uint64_t heap_sweep(heap_t *heap, uint64_t slot) noexcept nogil:
+    """Free all that a dead slot owned; the records that name blocks were processed before. How many.
+
+    Only the host calls it, after the death is confirmed, so nobody else moves a word that names the slot.
+    """
+    cdef uint64_t i = 0
+    cdef uint64_t n = 0
+    cdef uint64_t w
+    while i < heap.count:
+        w = a64_load_acquire(&heap.words[i])
+        if x_field(w) == slot and (x_state(w) == X_CLAIM or x_state(w) == X_PRIVATE
+                                   or x_state(w) == X_PUBLISHING or x_state(w) == X_FREEING):
+            finish_free(heap, i)
+            n += 1
+        i += 1
+    return n
+
+
+cdef uint64_t heap_used(heap_t *heap) noexcept nogil:
+    """Extents that are not free: a snapshot."""
+    cdef uint64_t i, n = 0
+    for i in range(heap.count):
+        n += x_state(a64_load_relaxed(&heap.words[i])) != X_FREE
+    return n
+
+
+cdef uint64_t largest_free(heap_t *heap) noexcept nogil:
+    cdef uint64_t i, run = 0, best = 0
+    for i in range(heap.count):
+        run = run + 1 if x_state(a64_load_relaxed(&heap.words[i])) == X_FREE else 0
+        if run > best:
+            best = run
+    return best
+
+
+# ---- the arena ---------------------------------------------------------------------------------------
+
+cdef uint64_t round_up(uint64_t n, uint64_t to) noexcept nogil:
+    return (n + to - 1) // to * to
+
+
+cdef class Arena:
+    """The layout of one runtime's region, formatted by the host, read by its workers.
+
+    Thread-safety: the geometry is constant; the words are moved by atomics.
+    Fork-safety: a worker is forked with the mapping and says so by `adopt_process()`; in any other fork
+    the mapping has become private and every object that hangs on it is inert.
+    Raises: RegionFull when the system has no memory for it.
+    """
+
+    def __cinit__(self):
+        assert sizeof(lease_t) == 512 and sizeof(slot_t) == 448 and sizeof(record_t) == 48
+        assert sizeof(arena_t) == PAGE + 64
+
+    @staticmethod
+    def footprint(uint32_t slots, uint32_t leases, uint32_t outbox, uint64_t bounce_bytes):
+        """Bytes of one slot."""
+        return round_up(sizeof(slot_t) + 4 * leases + sizeof(record_t) * outbox
+                        + sizeof(lease_t) * leases, PAGE) + round_up(bounce_bytes, PAGE)
+
+    @staticmethod
+    def create(uint64_t size, uint32_t slots, uint32_t leases, uint32_t outbox, uint64_t bounce_bytes):
+        """A fresh region with `size` bytes for blocks beside the tables."""
+        cdef Arena self = Arena.__new__(Arena)
+        cdef uint64_t stride = Arena.footprint(slots, leases, outbox, bounce_bytes)
+        cdef uint64_t slots_at = round_up(sizeof(arena_t), PAGE)
+        cdef uint64_t words_at = slots_at + stride * slots
+        cdef uint64_t extents = (size + EXTENT - 1) // EXTENT
+        cdef uint64_t extents_at = round_up(words_at + 8 * extents, PAGE)
+        assert leases <= MAX_LEASES and leases & (leases - 1) == 0 and outbox & (outbox - 1) == 0
+        if extents >= NO_SLOT:
+            raise ValueError(f"region_size of {size} bytes is over the limit of {<uint64_t>NO_SLOT * EXTENT} bytes")
+        region = SharedRegion.create(extents_at + extents * EXTENT)
+        self.attach(region)
+        self.head.version = LAYOUT_VERSION
+        self.head.slots = slots
+        self.head.leases = leases
+        self.head.outbox = outbox
+        self.head.bounce_bytes = round_up(bounce_bytes, PAGE)
+        self.head.slots_at = slots_at
+        self.head.slot_stride = stride
+        self.head.words_at = words_at
+        self.head.extents_at = extents_at
+        self.head.extents = extents
+        self.head.magic = MAGIC
+        self.read_geometry()
+        return self
+
+    @staticmethod
+    def attach_fd(int fd):
+        """The arena that another process of the family made. Raises: ValueError if there is none in it."""
+        cdef Arena self = Arena.__new__(Arena)
+        cdef arena_t *head
+        self.attach(SharedRegion.from_fd(fd))
+        head = self.head
+        if self.region.length < sizeof(arena_t) or head.magic != MAGIC or head.version != LAYOUT_VERSION:
+            raise ValueError("the region holds no arena of this version of the runtime")
+        if head.extents_at + head.extents * EXTENT > self.region.length:
+            raise ValueError("the arena's tables do not fit into the region")
+        self.read_geometry()
+        return self
+
+    cdef attach(self, SharedRegion region):
+        self.region = region
+        self.base = region.base
+        self.head = <arena_t *>region.base
+        self.pid = getpid()
+
+    cdef read_geometry(self):
+        """Copy the sizes out once; the copies are what is used from here on."""
+        self.slots = self.head.slots
+        self.leases = self.head.leases
+        self.outbox = self.head.outbox
+        self.bounce_bytes = self.head.bounce_bytes
+        self.slots_at = self.head.slots_at
+        self.slot_stride = self.head.slot_stride
+        self.extents_at = self.head.extents_at
+        self.heap.words = <a64_t *>(self.base + self.head.words_at)
+        self.heap.extents = self.base + self.extents_at
+        self.heap.count = self.head.extents
+        self.heap.frees = &self.head.frees
+        self.heap.hint = 0
+
+    def adopt_process(self):
+        """A worker calls this right after it was forked: the mapping serves this process from now on."""
+        self.pid = getpid()
+
+    def make_private(self):
+        """In a user's fork: the same memory, copy on write, so that nothing done here reaches the runtime."""
+        self.region.remap_private()
+
+    @property
+    def fd(self):
+        """Descriptor of the region."""
+        return self.region.fd
+
+    @property
+    def data_bytes(self):
+        """Bytes for blocks."""
+        return self.heap.count * EXTENT
+
+    @property
+    def reserved_bytes(self):
+        """Bytes of the whole region."""
+        return self.region.length
+
+    @property
+    def used_bytes(self):
+        """Bytes in blocks that are not free: a snapshot."""
+        return heap_used(&self.heap) * EXTENT
+
+    @property
+    def largest_free_bytes(self):
+        """Bytes of the largest free run: a snapshot."""
+        return largest_free(&self.heap) * EXTENT
+
+    def owners(self):
+        """For tests: {state name: heads} of all extents that are not free."""
+        cdef uint64_t i, w
+        names = ("free", "claim", "private", "publishing", "host", "freeing", "tail")
+        found = {}
+        for i in range(self.heap.count):
+            w = a64_load_acquire(&self.heap.words[i])
+            if x_state(w) not in (X_FREE, X_TAIL):
+                key = names[x_state(w)]
+                found[key] = found.get(key, 0) + 1
+        return found
+
+    cdef slot_t *slot(self, uint32_t index) noexcept nogil:
+        return <slot_t *>(self.base + self.slots_at + self.slot_stride * index)
+
+    cdef a32_t *ring(self, uint32_t index) noexcept nogil:
+        return <a32_t *>(<char *>self.slot(index) + sizeof(slot_t))
+
+    cdef record_t *records(self, uint32_t index) noexcept nogil:
+        return <record_t *>(<char *>self.ring(index) + 4 * self.leases)
+
+    cdef lease_t *lease(self, uint32_t index, uint32_t entry) noexcept nogil:
+        return <lease_t *>(<char *>self.records(index) + sizeof(record_t) * self.outbox) + entry
+
+    cdef char *bounce(self, uint32_t index) noexcept nogil:
+        return <char *>self.slot(index) + self.slot_stride - self.bounce_bytes
+
+
+@cython.no_gc
+cdef class HostBlock:
+    """A block that the host owns, and the exporter of every view of it in the host.
+
+    Its reference count is Python's own, so it is private to the host: no counter in shared memory.
+    Thread-safety: immutable. Fork-safety: a copy in another process frees nothing.
+    """
+
+    @staticmethod
+    cdef HostBlock wrap(Arena arena, uint64_t at, uint64_t tag, uint64_t nbytes):
+        cdef HostBlock self = HostBlock.__new__(HostBlock)
+        self.arena = arena
+        self.at = at
+        self.tag = tag
+        self.nbytes = nbytes
+        self.data = arena.heap.extents + at * EXTENT
+        arena.held += round_up(nbytes, EXTENT)
+        return self
+
+    @staticmethod
+    def take(Arena arena, uint64_t nbytes):
+        """A new block of the host, or None when there is no room now."""
+        cdef uint64_t tag = 0
+        cdef int64_t at = heap_take(&arena.heap, nbytes, NO_SLOT, &tag)
+        if at < 0:
+            return None
+        return HostBlock.wrap(arena, <uint64_t>at, tag, nbytes)
+
+    @property
+    def offset(self):
+        """Offset of the block in the region's data."""
+        return self.arena.extents_at + self.at * EXTENT
+
+    def __getbuffer__(self, Py_buffer *view, int flags):
+        PyBuffer_FillInfo(view, self, self.data, <Py_ssize_t>self.nbytes, 0, flags)
+
+    def __dealloc__(self):
+        if self.arena is not None and self.data != NULL and self.arena.pid == getpid():
+            self.arena.held -= round_up(self.nbytes, EXTENT)
+            heap_free(&self.arena.heap, self.at, self.tag, X_HOST, NO_SLOT)

@@ -1,0 +1,161 @@
+# cython: language_level=3
+"""Frames: how items lie in a block, inline, or in a stream of pieces. The format stands in _frame.pxd.
+
+An item is a tuple (status, data, buffers, readonly): a pickle and its out-of-band buffers.
+"""
+cimport cython
+from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from cpython.mem cimport PyMem_Calloc, PyMem_Free
+from libc.string cimport memcpy, memset
+
+
+cdef uint64_t aligned(uint64_t n) noexcept nogil:
+    return (n + FRAME_ALIGN - 1) // FRAME_ALIGN * FRAME_ALIGN
+
+
+@cython.no_gc
+cdef class Frame:
+    """Items laid out as one frame. It borrows their memory and holds it until it is dropped.
+
+    Thread-safety: immutable after construction. Raises: BufferError for a buffer that is not contiguous.
+    """
+
+    def __cinit__(self, list items):
+        cdef uint32_t n = <uint32_t>len(items)
+        cdef uint32_t total = 0
+        cdef uint32_t i, k, b = 0
+        cdef uint64_t at
+        cdef frame_head_t *head
+        cdef frame_item_t *item
+        cdef frame_buffer_t *buffer
+        cdef bytes data
+        cdef tuple buffers, readonly
+        for entry in items:
+            total += <uint32_t>len(<tuple>entry[2])
+        self.keep = items
+        self.segments = <segment_t *>PyMem_Calloc(1 + n + 2 * total, sizeof(segment_t))
+        self.buffers = <Py_buffer *>PyMem_Calloc(total + 1, sizeof(Py_buffer))
+        if self.segments == NULL or self.buffers == NULL:
+            raise MemoryError("no memory to lay out a frame")
+        at = sizeof(frame_head_t) + n * sizeof(frame_item_t) + total * sizeof(frame_buffer_t)
+        self.head = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>at)
+        head = <frame_head_t *>PyBytes_AS_STRING(self.head)
+        item = <frame_item_t *>(head + 1)
+        buffer = <frame_buffer_t *>(item + n)
+        head.items = n
+        head.buffers = total
+        self.add(<char *>head, at)
+        for i in range(n):
+            status, data, buffers, readonly = items[i]
+            item[i].data_bytes = <uint64_t>len(data)
+            item[i].buffers = <uint32_t>len(buffers)
+            item[i].status = status
+            self.add(PyBytes_AS_STRING(data), <uint64_t>len(data))
+        for i in range(n):
+            _, _, buffers, readonly = items[i]
+            for k in range(<uint32_t>len(buffers)):
+                PyObject_GetBuffer(buffers[k], &self.buffers[b], PyBUF_SIMPLE)
+                self.buffer_count = b + 1
+                buffer[b].nbytes = <uint64_t>self.buffers[b].len
+                buffer[b].readonly = 1 if readonly[k] else 0
+                self.add(NULL, aligned(self.nbytes) - self.nbytes)
+                self.add(<char *>self.buffers[b].buf, buffer[b].nbytes)
+                b += 1
+
+    cdef void add(self, const char *data, uint64_t nbytes) noexcept:
+        self.segments[self.count].data = data
+        self.segments[self.count].nbytes = nbytes
+        self.count += 1
+        self.nbytes += nbytes
+
+    cdef void copy(self, char *dest, uint64_t offset, uint64_t nbytes) noexcept nogil:
+        """Copy bytes offset .. offset+nbytes-1 of the frame to dest."""
+        cdef uint32_t i = 0
+        cdef uint64_t n
+        while nbytes and i < self.count:
+            if offset >= self.segments[i].nbytes:
+                offset -= self.segments[i].nbytes
+            else:
+                n = min(self.segments[i].nbytes - offset, nbytes)
+                if self.segments[i].data == NULL:
+                    memset(dest, 0, n)
+                else:
+                    memcpy(dest, self.segments[i].data + offset, n)
+                dest += n
+                nbytes -= n
+                offset = 0
+            i += 1
+
+    def tobytes(self):
+        """The whole frame as bytes."""
+        out = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>self.nbytes)
+        self.copy(PyBytes_AS_STRING(out), 0, self.nbytes)
+        return out
+
+    def __dealloc__(self):
+        cdef uint32_t i
+        if self.buffers != NULL:
+            for i in range(self.buffer_count):
+                PyBuffer_Release(&self.buffers[i])
+            PyMem_Free(self.buffers)
+        PyMem_Free(self.segments)
+
+
+cdef int frame_error(str what) except -1:
+    raise ValueError(f"malformed frame: {what}")
+
+
+def read_frame(exporter):
+    """The items of a frame in any buffer: a list of (status, data, views).
+
+    `data` and `views` are memoryviews that keep the exporter alive. Every length is copied out of the
+    buffer once and checked before it is used: another process may be writing there.
+    Raises: ValueError for a frame that does not fit its buffer.
+    """
+    cdef Py_buffer view
+    cdef frame_head_t head
+    cdef frame_item_t item
+    cdef frame_buffer_t buffer
+    cdef uint64_t at, data_at, buffer_at, total, fixed
+    cdef uint32_t i, k, used = 0
+    cdef list out = []
+    whole = memoryview(exporter).cast("B")
+    PyObject_GetBuffer(whole, &view, PyBUF_SIMPLE)
+    try:
+        total = <uint64_t>view.len
+        if total < sizeof(frame_head_t):
+            frame_error(f"{total} bytes are too few for its head")
+        memcpy(&head, view.buf, sizeof(frame_head_t))
+        fixed = (sizeof(frame_head_t) + <uint64_t>head.items * sizeof(frame_item_t)
+                 + <uint64_t>head.buffers * sizeof(frame_buffer_t))
+        if fixed > total:
+            frame_error(f"{head.items} items and {head.buffers} buffers do not fit into {total} bytes")
+        at = sizeof(frame_head_t)
+        data_at = fixed
+        buffer_at = fixed
+        for i in range(head.items):
+            memcpy(&item, <char *>view.buf + at + i * sizeof(frame_item_t), sizeof(frame_item_t))
+            if item.data_bytes > total - buffer_at:
+                frame_error(f"item {i} claims {item.data_bytes} bytes")
+            buffer_at += item.data_bytes
+        at += head.items * sizeof(frame_item_t)
+        for i in range(head.items):
+            memcpy(&item, <char *>view.buf + sizeof(frame_head_t) + i * sizeof(frame_item_t), sizeof(frame_item_t))
+            if item.data_bytes > total - data_at or item.buffers > head.buffers - used:
+                frame_error(f"item {i} claims {item.data_bytes} bytes and {item.buffers} buffers")
+            views = []
+            for k in range(item.buffers):
+                memcpy(&buffer, <char *>view.buf + at + used * sizeof(frame_buffer_t), sizeof(frame_buffer_t))
+                used += 1
+                buffer_at = aligned(buffer_at)
+                if buffer_at > total or buffer.nbytes > total - buffer_at:
+                    frame_error(f"a buffer of item {i} claims {buffer.nbytes} bytes")
+                part = whole[buffer_at:buffer_at + buffer.nbytes]
+                views.append(part.toreadonly() if buffer.readonly else part)
+                buffer_at += buffer.nbytes
+            out.append((item.status, whole[data_at:data_at + item.data_bytes], views))
+            data_at += item.data_bytes
+    finally:
+        PyBuffer_Release(&view)
+    return out

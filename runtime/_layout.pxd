@@ -1,0 +1,221 @@
+# cython: language_level=3
+"""The shared-memory format of a runtime's region: every word, who writes it, every value it may take.
+
+    offset 0   arena_t            sizes and offsets of what follows; written once, before anyone else looks
+    slots      slot_t + ring + outbox + leases + bounce, one stride per slot
+    words      one a64_t per extent: the only truth about who owns it
+    extents    EXTENT bytes each: where blocks live
+
+Offsets count from the start of the region's data. Nothing here is a pointer, so every process may map
+the region where it likes. A word that two processes write has its protocol written beside it.
+"""
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+
+from runtime._atomics cimport a32_t, a64_t
+
+
+cdef enum:
+    LAYOUT_VERSION = 1
+    PAGE = 4096
+    EXTENT = 4096           # bytes of one extent: a page, so that a block can be mapped by itself
+    INLINE_BYTES = 320      # bytes of payload that fit into the lease entry itself
+    MAX_LEASES = 256        # entries of a lease table, at most
+    NO_SLOT = 0xFFFFFFF     # in an extent word: owned by the host, no slot
+
+
+# ---- extent words: {state 3 | field 28 | tag 33} ---------------------------------------------------
+# field: the owner's slot, or for X_TAIL the index of the head. The tag is raised when an extent is
+# taken, so a stale reference {block, tag} fails. A block is a head and the X_TAIL words right behind it
+# that name that head: its length is read from the words, stored nowhere.
+#
+#   FREE    -> CLAIM(s)        taker, CAS on the head first, then on the tails in ascending order
+#   FREE    -> TAIL(h)         the taker that holds CLAIM on h
+#   CLAIM   -> PRIVATE(s)      that taker, when the run is whole (a host's block: -> HOST at once)
+#   PRIVATE -> PUBLISHING(s)   a worker, before it writes the record that names the block
+#   PUBLISHING(s) -> HOST      the host only, with the record's tag
+#   PRIVATE, HOST -> FREEING   the owner; then tails -> FREE in descending order, the head -> FREE last
+#   CLAIM(s), PRIVATE(s), PUBLISHING(s), FREEING(s) -> FREE   the host's sweep of a dead slot s
+#
+# Killed at any instruction, the head says whose run it is, and the tails are a prefix of the run.
+cdef enum:
+    X_FREE = 0
+    X_CLAIM = 1
+    X_PRIVATE = 2
+    X_PUBLISHING = 3
+    X_HOST = 4
+    X_FREEING = 5
+    X_TAIL = 6
+
+
+# ---- lease words: {state 3 | item 21 | tag 40} -------------------------------------------------------
+# item: the index of the item that runs, 0 for a single call. It is in the word so that a kill meant for
+# item i can never hit item i + 1: the worker moves on by CAS.
+#
+#   FREE -> LEASED             host: the entry is filled, the tag raised
+#   LEASED -> FREE             host: taken back or cancelled
+#   LEASED -> RUNNING(0)       worker: claimed, before it reads anything
+#   RUNNING(i) -> RUNNING(i+1) worker: item i is finished
+#   RUNNING(i) -> DONE(j)      worker: j items were run; the result words are filled
+#   RUNNING(i) -> KILLED(i)    host: deadline or cancel; it then kills the process
+#   DONE -> FREE               host: harvested
+#   KILLED, RUNNING -> FREE    host, in the sweep, once the process's death is confirmed
+cdef enum:
+    L_FREE = 0
+    L_LEASED = 1
+    L_RUNNING = 2
+    L_DONE = 3
+    L_KILLED = 4
+
+# lease_t.kind
+cdef enum:
+    KIND_CALL = 0           # one call: the frame holds one item
+    KIND_CHUNK = 1          # several items of a map: one function, an item each
+
+# where a payload is (lease_t.where, lease_t.out_where)
+cdef enum:
+    AT_NOWHERE = 0
+    AT_INLINE = 1           # in lease_t.inline_
+    AT_BLOCK = 2            # in the block that body/out_body names
+    AT_BOUNCE = 3           # travels by value, piece by piece, through the slot's bounce block
+
+# lease_t.flags, written by the host at the lease
+cdef enum:
+    F_PRIVATE_VIEW = 1      # another attempt may follow: the worker must not write into the original
+# lease_t.out_flags, written by the worker before DONE
+cdef enum:
+    F_KEPT = 1              # a view of the arguments' block outlives the call
+
+
+ctypedef struct lease_t:
+    a64_t word              # the lease word, above
+    a64_t started           # monotonic ns at which the user's code began; 0: the clock stands. Worker
+    int64_t timeout         # ns the item may run, 0: no limit. Host, before LEASED
+    uint64_t task           # the host's number of the task, for messages. Host
+    uint64_t fn             # the function's id, > 0. Host
+    uint64_t fn_body        # offset of the block that holds the function's pickle, 0: leads the frame. Host
+    uint64_t fn_bytes       # its length. Host
+    uint32_t kind           # KIND_*. Host
+    uint32_t attempt        # 1 for the first. Host
+    uint32_t flags          # F_PRIVATE_VIEW. Host
+    uint32_t where          # AT_* of the arguments' frame. Host
+    uint64_t body           # offset of the arguments' block. Host
+    uint64_t body_tag       # and its tag
+    uint64_t body_bytes     # bytes of the arguments' frame. Host
+    uint32_t out_where      # AT_* of the result's frame. Worker, before DONE
+    uint32_t out_flags      # F_KEPT. Worker, before DONE
+    uint64_t out_body       # offset of the result's block. Worker, before DONE
+    uint64_t out_tag        # and its tag
+    uint64_t out_bytes      # bytes of the result's frame
+    int64_t out_ns          # ns that the items of this lease ran, in all
+    uint64_t spare[7]
+    char inline_[INLINE_BYTES]  # the arguments' frame; after the claim the worker may put the result's here
+
+
+# ---- the outbox: records from worker to host ---------------------------------------------------------
+cdef enum:
+    R_DONE = 1              # entry: the lease is DONE
+    R_PARTIAL = 2           # entry: `count` items more are finished, their frame is in the block
+    R_UNKEEP = 3            # body, tag: the last view of that argument block is gone
+    R_ASK = 4               # entry: the worker waits for piece `count` of the arguments' frame
+    R_OFFER = 5             # entry: piece `count` of the result's frame, `bytes` long, is in the bounce block
+
+ctypedef struct record_t:
+    uint32_t kind           # R_*
+    uint32_t entry          # number of the lease entry
+    uint64_t word           # the lease word when the record was written: its tag says which lease
+    uint64_t body           # offset of a block
+    uint64_t tag            # and its tag
+    uint64_t bytes          # bytes of the frame in it, or of the piece; of the whole frame for R_OFFER 0
+    uint64_t count          # items, or the number of a piece
+
+
+# ---- slots -------------------------------------------------------------------------------------------
+# slot_t.state, written by the host alone: S_FREE -> S_LIVE -> S_DYING -> S_SWEPT -> S_FREE
+cdef enum:
+    S_FREE = 0
+    S_LIVE = 1
+    S_DYING = 2
+    S_SWEPT = 3
+
+# slot_t.phase, written by the worker alone
+cdef enum:
+    P_BOOT = 0              # forked, not ready yet
+    P_READY = 1             # takes leases
+    P_FAILED = 2            # the initializer or an import raised: the bounce block holds the pickle
+    P_LEAVING = 3           # claims nothing more and exits of its own will
+
+# bits of slot_t.control, written by the host alone
+cdef enum:
+    C_STOP = 1              # claim nothing more, finish the running item, exit
+
+ctypedef struct slot_t:
+    # line 0: the host's
+    a32_t state             # S_*
+    a32_t control           # C_* bits; PUB only says "look here"
+    uint64_t incarnation    # counts the processes that lived in this slot: a message of an earlier one fails
+    uint32_t number         # the worker's number, what users see
+    uint32_t generation
+    char pad0[40]
+    # line 1: the host's
+    a64_t ring_tail         # places written so far; the ring holds entry numbers
+    char pad1[56]
+    # line 2: the worker's
+    a64_t ring_head         # places read so far
+    char pad2[56]
+    # line 3: the worker's
+    a64_t outbox_tail       # records written so far
+    char pad3[56]
+    # line 4: the host's
+    a64_t outbox_head       # records read so far
+    char pad4[56]
+    # line 5: the worker's
+    a32_t phase             # P_*
+    a32_t running           # 1 + the entry that is claimed, 0: idle. A hint for deadlines and workers()
+    a64_t tasks_done        # items finished; never goes backwards
+    uint64_t failure_bytes  # length of the pickle in the bounce block at P_FAILED
+    char pad5[40]
+    # line 6: both, by turns: see the bounce protocol in _lease.pxd
+    a32_t turn              # futex: the number of pieces the host has served
+    char pad6[60]
+
+
+ctypedef struct arena_t:
+    uint64_t magic
+    uint32_t version
+    uint32_t slots          # slots in the table
+    uint32_t leases         # entries per lease table; a power of two
+    uint32_t outbox         # records per outbox; a power of two
+    uint64_t bounce_bytes   # bytes of a slot's bounce block
+    uint64_t slots_at       # offset of the first slot
+    uint64_t slot_stride    # bytes from one slot to the next
+    uint64_t words_at       # offset of the extent words
+    uint64_t extents_at     # offset of extent 0
+    uint64_t extents        # how many
+    char pad0[PAGE - 72]
+    a64_t frees             # blocks freed so far, by anyone: who found no room waits for it to move
+    char pad1[56]
+
+
+cdef inline uint64_t word_of(uint64_t state, uint64_t field, uint64_t tag) noexcept nogil:
+    return state | (field << 3) | (tag << 31)
+
+cdef inline uint64_t x_state(uint64_t w) noexcept nogil:
+    return w & 7
+
+cdef inline uint64_t x_field(uint64_t w) noexcept nogil:
+    return (w >> 3) & 0xFFFFFFFULL
+
+cdef inline uint64_t x_tag(uint64_t w) noexcept nogil:
+    return w >> 31
+
+cdef inline uint64_t lease_word(uint64_t state, uint64_t item, uint64_t tag) noexcept nogil:
+    return state | (item << 3) | (tag << 24)
+
+cdef inline uint64_t l_state(uint64_t w) noexcept nogil:
+    return w & 7
+
+cdef inline uint64_t l_item(uint64_t w) noexcept nogil:
+    return (w >> 3) & 0x1FFFFFULL
+
+cdef inline uint64_t l_tag(uint64_t w) noexcept nogil:
+    return w >> 24

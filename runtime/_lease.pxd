@@ -1,0 +1,99 @@
+# cython: language_level=3
+"""Rings, outboxes and the worker's moves on lease words. The protocols of the words are in _layout.pxd.
+
+The ring of a slot (host -> worker) and its outbox (worker -> host) have one producer and one consumer
+each, so a place is written first and its number published after. A producer that is killed between the
+two has published nothing; a consumer that is killed has taken a number and not acted on it, which the
+sweep sees from the lease word.
+"""
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+
+from runtime._atomics cimport *
+from runtime._extent cimport Arena, heap_publish, heap_take
+from runtime._frame cimport Frame
+from runtime._layout cimport *
+
+
+cdef inline bint ring_put(slot_t *slot, a32_t *ring, uint32_t mask, uint32_t entry) noexcept nogil:
+    """Host: publish an entry's number. False: no place is free."""
+    cdef uint64_t tail = a64_load_relaxed(&slot.ring_tail)      # ours alone
+    if tail - a64_load_acquire(&slot.ring_head) > mask:
+        return False
+    a32_store_relaxed(&ring[tail & mask], entry)
+    a64_store_release(&slot.ring_tail, tail + 1)                # G1 pairs with G2
+    return True
+
+
+cdef inline int64_t ring_take(slot_t *slot, a32_t *ring, uint32_t mask) noexcept nogil:
+    """Worker: the next number, or -1."""
+    cdef uint64_t head = a64_load_relaxed(&slot.ring_head)      # ours alone
+    cdef uint32_t entry
+    if a64_load_acquire(&slot.ring_tail) == head:               # G2
+        return -1
+    entry = a32_load_relaxed(&ring[head & mask])
+    a64_store_release(&slot.ring_head, head + 1)
+    return entry
+
+
+cdef inline uint32_t ring_room(slot_t *slot, uint32_t mask) noexcept nogil:
+    """Host: free places. Leases that were taken back leave their numbers behind, so this is the credit."""
+    return mask + 1 - <uint32_t>(a64_load_relaxed(&slot.ring_tail) - a64_load_acquire(&slot.ring_head))
+
+
+cdef inline bint outbox_put(slot_t *slot, record_t *records, uint32_t mask, record_t *record) noexcept nogil:
+    """Worker: publish a record. False: the outbox is full."""
+    cdef uint64_t tail = a64_load_relaxed(&slot.outbox_tail)    # ours alone
+    if tail - a64_load_acquire(&slot.outbox_head) > mask:
+        return False
+    records[tail & mask] = record[0]
+    a64_store_release(&slot.outbox_tail, tail + 1)              # O1 pairs with O2
+    return True
+
+
+cdef inline bint outbox_take(slot_t *slot, record_t *records, uint32_t mask, record_t *record) noexcept nogil:
+    """Host: copy the next record out. False: none."""
+    cdef uint64_t head = a64_load_relaxed(&slot.outbox_head)    # ours alone
+    if a64_load_acquire(&slot.outbox_tail) == head:             # O2
+        return False
+    record[0] = records[head & mask]
+    a64_store_release(&slot.outbox_head, head + 1)
+    return True
+
+
+cdef class WorkerPort:
+    """A worker's end of its slot: claims leases, reads arguments, delivers results."""
+    cdef readonly Arena arena
+    cdef readonly uint32_t index
+    cdef slot_t *slot
+    cdef a32_t *ring
+    cdef record_t *records
+    cdef uint32_t ring_mask, outbox_mask
+    cdef uint64_t full_at       # arena.frees when a search for room failed last: no use to search again
+    cdef bint was_full
+    cdef list unkept            # (head, tag) of released views whose record found the outbox full
+    cdef object notify          # called to tell the host to look at the outbox
+
+    cdef lease_t *lease(self, uint32_t entry) noexcept nogil
+    cdef receive(self, uint32_t entry)
+    cdef fill(self, Frame frame, uint64_t at)
+    cdef offer(self, uint32_t entry, Frame frame)
+    cdef uint64_t offset_of(self, uint64_t at) noexcept
+    cdef unkeep(self, uint64_t body, uint64_t tag)
+    cdef int put(self, record_t *record) except -1
+    cdef int take_room(self, uint64_t nbytes, bint patient, uint64_t *at, uint64_t *tag) noexcept nogil
+    cdef int wait_turn(self, uint32_t seen) except -1
+
+
+cdef class ArgumentView:
+    """The exporter of an argument block's memory in a worker; tells the host when the last view goes."""
+    cdef WorkerPort port
+    cdef char *data
+    cdef uint64_t nbytes
+    cdef uint64_t body, tag
+    cdef char *mapping          # start of the private mapping, NULL: the shared memory itself
+    cdef bytes copy             # instead of a mapping, where the page size forbids one
+    cdef bint kept              # a view outlived the call; the host was told
+    cdef uint32_t exports       # views that live
+
+    @staticmethod
+    cdef ArgumentView open(WorkerPort port, lease_t *lease)

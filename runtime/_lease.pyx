@@ -1,0 +1,364 @@
+# cython: language_level=3
+"""A worker's end of its slot: claims leases, reads arguments, delivers results.
+
+One lease, step by step (the words are in _layout.pxd; each step may be the last, see the sweep in _dispatch):
+
+    claim()    take a number from the ring; LEASED -> RUNNING(0) by CAS. Lost: taken back, skip it.
+    frame()    the arguments: inline, a view of their block, or piece by piece through the bounce block
+    begin()    the item's clock starts
+    advance()  RUNNING(i) -> RUNNING(i+1) by CAS. Lost: killed, exit.
+    commit()   results so far: block PRIVATE -> PUBLISHING, then the record that names it, then the next item
+    finish()   the last results: block or inline or bounce; RUNNING -> DONE by CAS; then the record.
+               Lost: killed, claim nothing more and exit.
+"""
+cimport cython
+from cpython.buffer cimport PyBuffer_FillInfo
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from cpython.bytearray cimport PyByteArray_AS_STRING
+from cpython.exc cimport PyErr_CheckSignals
+from libc.string cimport memcpy
+from posix.mman cimport MAP_FAILED, MAP_PRIVATE, PROT_READ, PROT_WRITE, mmap, munmap
+from posix.time cimport nanosleep, timespec
+from posix.unistd cimport getpid
+
+
+cdef int64_t ROOM_PATIENCE = 50_000_000     # ns to look for room before a payload travels by value
+cdef int64_t BACKSTOP = 50_000_000          # ns: futex waits are bounded, so a lost wake-up only costs time
+
+
+cdef void nap(int64_t ns) noexcept nogil:
+    cdef timespec t
+    t.tv_sec = 0
+    t.tv_nsec = ns
+    nanosleep(&t, NULL)
+
+
+cdef class WorkerPort:
+    """A worker's end of its slot.
+
+    Thread-safety: for the worker's main thread; the views it hands out may be dropped in any thread.
+    Fork-safety: for the process that made it; in a fork of it `owned` is False and nothing may be called.
+    Blocking: `finish` and `commit` wait while the outbox is full, or for the host to take a piece.
+    """
+
+    def __init__(self, Arena arena, uint32_t index, notify):
+        self.arena = arena
+        self.index = index
+        self.slot = arena.slot(index)
+        self.ring = arena.ring(index)
+        self.records = arena.records(index)
+        self.ring_mask = arena.leases - 1
+        self.outbox_mask = arena.outbox - 1
+        self.unkept = []
+        self.notify = notify
+
+    @property
+    def owned(self):
+        """Whether this process is the worker itself, not a fork of it."""
+        return self.arena.pid == getpid()
+
+    @property
+    def incarnation(self):
+        """The count of processes that lived in this slot, this one included."""
+        return self.slot.incarnation
+
+    @property
+    def stopping(self):
+        """Whether the host wants no further claim."""
+        return (a32_load_acquire(&self.slot.control) & C_STOP) != 0
+
+    cdef lease_t *lease(self, uint32_t entry) noexcept nogil:
+        return self.arena.lease(self.index, entry)
+
+    # ---- phases ----
+
+    def ready(self):
+        """From now on the host leases to this worker."""
+        a32_store_release(&self.slot.phase, P_READY)
+
+    def leave(self):
+        """This worker claims nothing more and exits of its own will."""
+        a32_store_release(&self.slot.phase, P_LEAVING)
+
+    def fail(self, bytes pickle):
+        """The worker cannot start: leave the pickled exception where the host finds it."""
+        cdef uint64_t n = <uint64_t>len(pickle)
+        if n > self.arena.bounce_bytes:
+            raise ValueError(f"the failure takes {n} bytes; there is room for {self.arena.bounce_bytes}")
+        memcpy(self.arena.bounce(self.index), <char *>pickle, n)
+        self.slot.failure_bytes = n
+        a32_store_release(&self.slot.phase, P_FAILED)
+
+    # ---- a lease ----
+
+    def claim(self):
+        """Claim the next lease: its entry, or -1 when the ring is empty."""
+        cdef int64_t entry
+        cdef lease_t *lease
+        cdef uint64_t word
+        while True:
+            entry = ring_take(self.slot, self.ring, self.ring_mask)
+            if entry < 0:
+                return -1
+            if entry > self.ring_mask:
+                continue
+            lease = self.lease(<uint32_t>entry)
+            word = a64_load_acquire(&lease.word)
+            if l_state(word) != L_LEASED:
+                continue                        # taken back: its number stayed behind
+            if a64_cas_acq_rel(&lease.word, word, lease_word(L_RUNNING, 0, l_tag(word))):
+                a32_store_release(&self.slot.running, <uint32_t>entry + 1)
+                return entry
+
+    def describe(self, uint32_t entry):
+        """(kind, task number, attempt, function id, whether the function leads the frame) of a claimed lease."""
+        cdef lease_t *lease = self.lease(entry)
+        return lease.kind, lease.task, lease.attempt, lease.fn, lease.fn_body == 0
+
+    def function(self, uint32_t entry):
+        """The function's pickle, from its block."""
+        cdef lease_t *lease = self.lease(entry)
+        return PyBytes_FromStringAndSize(self.arena.base + lease.fn_body, <Py_ssize_t>lease.fn_bytes)
+
+    def frame(self, uint32_t entry):
+        """The frame of the arguments, as something with a buffer."""
+        cdef lease_t *lease = self.lease(entry)
+        if lease.where == AT_INLINE:
+            return PyBytes_FromStringAndSize(lease.inline_, <Py_ssize_t>lease.body_bytes)
+        if lease.where == AT_BLOCK:
+            return ArgumentView.open(self, lease)
+        return self.receive(entry)
+
+    cdef receive(self, uint32_t entry):
+        """Fetch the arguments' frame through the bounce block, a piece for each turn of the host."""
+        cdef lease_t *lease = self.lease(entry)
+        cdef uint64_t total = lease.body_bytes
+        cdef uint64_t got = 0
+        cdef uint64_t n
+        cdef uint32_t turn
+        cdef record_t record
+        cdef char *dest
+        out = bytearray(total)
+        dest = PyByteArray_AS_STRING(out)
+        while got < total:
+            n = min(self.arena.bounce_bytes, total - got)
+            turn = a32_load_relaxed(&self.slot.turn)
+            record = record_t(R_ASK, entry, a64_load_relaxed(&lease.word), 0, 0, n, got)
+            self.put(&record)
+            self.wait_turn(turn)
+            with nogil:
+                memcpy(dest + got, self.arena.bounce(self.index), n)
+            got += n
+        return out
+
+    def begin(self, uint32_t entry):
+        """The item's clock starts: its timeout counts from here."""
+        a64_store_release(&self.lease(entry).started, <uint64_t>now_ns())
+
+    def end(self, uint32_t entry):
+        """The item's clock stops. Nanoseconds since `begin`."""
+        cdef lease_t *lease = self.lease(entry)
+        cdef int64_t ns = now_ns() - <int64_t>a64_load_relaxed(&lease.started)
+        a64_store_release(&lease.started, 0)
+        lease.out_ns += ns
+        a64_store_relaxed(&self.slot.tasks_done, a64_load_relaxed(&self.slot.tasks_done) + 1)
+        return ns
+
+    def advance(self, uint32_t entry):
+        """RUNNING(i) -> RUNNING(i+1). False: the host has killed this lease; exit."""
+        cdef lease_t *lease = self.lease(entry)
+        cdef uint64_t word = a64_load_relaxed(&lease.word)
+        return l_state(word) == L_RUNNING and a64_cas_acq_rel(
+            &lease.word, word, lease_word(L_RUNNING, l_item(word) + 1, l_tag(word)))
+
+    def commit(self, uint32_t entry, list items):
+        """Deliver finished items ahead of the rest. False: no room, keep them for `finish`."""
+        cdef Frame frame = Frame(items)
+        cdef uint64_t at = 0, tag = 0
+        cdef record_t record
+        if not self.take_room(frame.nbytes, False, &at, &tag):
+            return False
+        self.fill(frame, at)
+        record = record_t(R_PARTIAL, entry, a64_load_relaxed(&self.lease(entry).word), self.offset_of(at), tag,
+                          frame.nbytes, <uint64_t>len(items))
+        heap_publish(&self.arena.heap, at, tag, self.index)
+        self.put(&record)
+        return True
+
+    def finish(self, uint32_t entry, list items, uint64_t count, bint kept):
+        """Deliver the last items and end the lease. `count`: how many of its items were run in all.
+
+        False: the host has killed this lease; claim nothing more and exit.
+        """
+        cdef lease_t *lease = self.lease(entry)
+        cdef Frame frame = Frame(items)
+        cdef uint64_t at = 0, tag = 0
+        cdef uint64_t word
+        cdef record_t record
+        cdef bint room
+        lease.out_flags = F_KEPT if kept else 0
+        lease.out_bytes = frame.nbytes
+        if frame.nbytes <= INLINE_BYTES:
+            frame.copy(lease.inline_, 0, frame.nbytes)
+            lease.out_where = AT_INLINE
+        else:
+            with nogil:
+                room = self.take_room(frame.nbytes, True, &at, &tag)
+            if room:
+                self.fill(frame, at)
+                heap_publish(&self.arena.heap, at, tag, self.index)
+                lease.out_body = self.offset_of(at)
+                lease.out_tag = tag
+                lease.out_where = AT_BLOCK
+            else:
+                self.offer(entry, frame)
+                lease.out_where = AT_BOUNCE
+        word = a64_load_relaxed(&lease.word)
+        # D1 pairs with the acquire in the host's harvest: who sees DONE sees the words above.
+        if l_state(word) != L_RUNNING or not a64_cas_acq_rel(
+                &lease.word, word, lease_word(L_DONE, count, l_tag(word))):
+            return False
+        a32_store_release(&self.slot.running, 0)
+        record = record_t(R_DONE, entry, lease_word(L_DONE, count, l_tag(word)), 0, 0, 0, count)
+        self.put(&record)
+        return True
+
+    cdef uint64_t offset_of(self, uint64_t at) noexcept:
+        return self.arena.extents_at + at * EXTENT
+
+    cdef fill(self, Frame frame, uint64_t at):
+        cdef char *dest = self.arena.heap.extents + at * EXTENT
+        if frame.nbytes < 65536:
+            frame.copy(dest, 0, frame.nbytes)
+        else:
+            with nogil:
+                frame.copy(dest, 0, frame.nbytes)
+
+    cdef offer(self, uint32_t entry, Frame frame):
+        """Send a result's frame through the bounce block; the host takes a piece and gives the turn back."""
+        cdef lease_t *lease = self.lease(entry)
+        cdef uint64_t sent = 0
+        cdef uint64_t n
+        cdef uint32_t turn
+        cdef record_t record
+        while sent < frame.nbytes:
+            n = min(self.arena.bounce_bytes, frame.nbytes - sent)
+            with nogil:
+                frame.copy(self.arena.bounce(self.index), sent, n)
+            turn = a32_load_relaxed(&self.slot.turn)
+            record = record_t(R_OFFER, entry, a64_load_relaxed(&lease.word), 0, 0, n, sent)
+            self.put(&record)
+            self.wait_turn(turn)
+            sent += n
+
+    cdef int wait_turn(self, uint32_t seen) except -1:
+        """Until the host has served the piece that was asked for or offered."""
+        while a32_load_acquire(&self.slot.turn) == seen:
+            with nogil:
+                futex_wait(&self.slot.turn, seen, BACKSTOP)
+            PyErr_CheckSignals()
+        return 0
+
+    cdef int take_room(self, uint64_t nbytes, bint patient, uint64_t *at, uint64_t *tag) noexcept nogil:
+        """A private block of this slot. False: no room, for up to 50 ms if patient."""
+        cdef int64_t found, until
+        cdef uint64_t frees
+        if nbytes > self.arena.heap.count * EXTENT:
+            return False
+        frees = a64_load_relaxed(self.arena.heap.frees)
+        if self.was_full and frees == self.full_at:
+            return False                        # searched in vain, and nothing was freed since
+        until = now_ns() + ROOM_PATIENCE
+        while True:
+            found = heap_take(&self.arena.heap, nbytes, self.index, tag)
+            if found >= 0:
+                at[0] = <uint64_t>found
+                self.was_full = False
+                return True
+            if not patient or now_ns() >= until:
+                self.was_full = True
+                self.full_at = frees
+                return False
+            while a64_load_relaxed(self.arena.heap.frees) == frees and now_ns() < until:
+                nap(500_000)
+            frees = a64_load_relaxed(self.arena.heap.frees)
+
+    # ---- the outbox ----
+
+    cdef int put(self, record_t *record) except -1:
+        """Publish a record and tell the host; waits while the outbox is full, drops nothing."""
+        while not outbox_put(self.slot, self.records, self.outbox_mask, record):
+            self.notify()
+            with nogil:
+                nap(500_000)
+            PyErr_CheckSignals()
+        self.notify()
+        return 0
+
+    cdef unkeep(self, uint64_t body, uint64_t tag):
+        """The last view of an argument block is gone. Called from destructors: it never waits."""
+        self.unkept.append((body, tag))
+        self.flush()
+
+    def flush(self):
+        """Publish the records of released views, as far as the outbox has room.
+
+        It tells nobody: destructors run in any thread and a socket belongs to one. The next message does.
+        """
+        cdef record_t record
+        while self.unkept:
+            body, tag = self.unkept[len(self.unkept) - 1]
+            record = record_t(R_UNKEEP, 0, 0, body, tag, 0, 0)
+            if not outbox_put(self.slot, self.records, self.outbox_mask, &record):
+                break
+            self.unkept.pop()
+
+
+@cython.no_gc
+cdef class ArgumentView:
+    """The exporter of an argument block's memory in a worker.
+
+    Views of it keep it alive. When one outlives its call (`keep`), the host leaves the block alone until
+    the last view is gone, which is reported through the outbox.
+    Fork-safety: in a fork of the worker nothing is reported.
+    """
+
+    @staticmethod
+    cdef ArgumentView open(WorkerPort port, lease_t *lease):
+        cdef ArgumentView self = ArgumentView.__new__(ArgumentView)
+        cdef void *at
+        self.port = port
+        self.nbytes = lease.body_bytes
+        self.body = lease.body
+        self.tag = lease.body_tag
+        self.data = port.arena.base + lease.body
+        if lease.flags & F_PRIVATE_VIEW:
+            # Copy on write, page by page: what this attempt writes, the next one does not see.
+            at = mmap(NULL, self.nbytes, PROT_READ | PROT_WRITE, MAP_PRIVATE, port.arena.region.fd,
+                      <int64_t>(PAGE + lease.body))
+            if at == MAP_FAILED:            # a page size that our offsets are no multiple of: a plain copy
+                self.copy = PyBytes_FromStringAndSize(self.data, <Py_ssize_t>self.nbytes)
+                self.data = PyBytes_AS_STRING(self.copy)
+            else:
+                self.mapping = <char *>at
+                self.data = self.mapping
+        return self
+
+    def keep(self):
+        """At the end of the call: whether a view outlives it. If so, the end of the last one is reported."""
+        self.kept = self.exports > 0
+        return self.kept
+
+    def __getbuffer__(self, Py_buffer *view, int flags):
+        PyBuffer_FillInfo(view, self, self.data, <Py_ssize_t>self.nbytes, 0, flags)
+        self.exports += 1
+
+    def __releasebuffer__(self, Py_buffer *view):
+        self.exports -= 1
+        if self.kept and self.exports == 0 and self.port.arena.pid == getpid():
+            self.kept = False
+            self.port.unkeep(self.body, self.tag)
+
+    def __dealloc__(self):
+        if self.mapping != NULL:
+            munmap(self.mapping, self.nbytes)

@@ -1,0 +1,43 @@
+# cython: language_level=3
+"""Native threads that never touch a Python object: the host's deadline keeper, a worker's host watch."""
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+
+from runtime._atomics cimport *
+from runtime._extent cimport Arena
+from runtime._layout cimport *
+
+
+# Host-private, one per slot. The lock orders the deadline thread against the host's Python threads: a
+# pidfd may be used or closed, and a lease may be killed, only under it. Sections are short, run without
+# bytecode and never wait for the GIL, so a thread that holds the GIL may spin for it.
+ctypedef struct guard_t:
+    a32_t lock              # 0 free, 1 held
+    int pidfd               # of the process in the slot; -1: none
+    bint armed              # leases of this slot may be killed: a process lives in it
+    bint killing            # a lease was killed: lease nothing more to this slot
+    char pad[48]
+
+
+cdef inline void guard_acquire(guard_t *guard) noexcept nogil:
+    while not a32_cas_acquire(&guard.lock, 0, 1):
+        cpu_relax()
+
+cdef inline void guard_release(guard_t *guard) noexcept nogil:
+    a32_store_release(&guard.lock, 0)
+
+cdef bint kill_lease(guard_t *guard, lease_t *lease, uint64_t word) noexcept nogil
+
+
+cdef class DeadlineKeeper:
+    """Ends tasks that run longer than their timeout, also while user code holds the GIL."""
+    cdef Arena arena
+    cdef guard_t *guards        # one per slot
+    cdef a32_t bell             # futex: moves when a lease with a timeout was made
+    cdef a32_t stopped          # 1: the thread shall end
+    cdef a32_t timed            # leases with a timeout that are out
+    cdef readonly int eventfd   # written when a lease was killed, so that the supervisor looks
+
+    cdef void look(self, int64_t now) noexcept nogil
+    cdef bint overdue(self, uint32_t i, lease_t *lease, int64_t now) noexcept nogil
+    cdef void arm(self) noexcept nogil
+    cdef void disarm(self) noexcept nogil

@@ -1,0 +1,232 @@
+# cython: language_level=3
+"""Native threads that never touch a Python object. Python makes them; they live in `with nogil`."""
+from cpython.mem cimport PyMem_Calloc, PyMem_Free
+from libc.errno cimport EINTR, errno
+from libc.signal cimport SIGKILL
+from libc.stdio cimport snprintf
+from libc.stdlib cimport strtol
+from posix.fcntl cimport O_RDONLY, open
+from posix.signal cimport kill
+from posix.unistd cimport _exit, close, getpid, read, write
+
+cdef extern from "<poll.h>" nogil:
+    struct pollfd:
+        int fd
+        short events
+        short revents
+    int poll(pollfd *fds, unsigned long n, int timeout)
+    short POLLIN
+
+cdef extern from "<sys/wait.h>" nogil:
+    int waitpid(int pid, int *status, int options)
+    int WNOHANG
+
+cdef extern from "<sys/prctl.h>" nogil:
+    int prctl(int option, unsigned long arg2, unsigned long arg3, unsigned long arg4, unsigned long arg5)
+    int PR_SET_CHILD_SUBREAPER
+
+cdef int64_t KEEPER_PERIOD = 10_000_000     # ns between two looks while a lease with a timeout is out
+
+
+# ---- the host's deadline keeper ----------------------------------------------------------------------
+
+cdef bint kill_lease(guard_t *guard, lease_t *lease, uint64_t word) noexcept nogil:
+    """RUNNING(i) -> KILLED(i), then SIGKILL through the pidfd of the process that holds the lease.
+
+    Under the guard. False: the word has moved on (the item is finished), so nobody is killed: a worker
+    that has moved on may be running somebody else's task already.
+    """
+    if not guard.armed or l_state(word) != L_RUNNING:
+        return False
+    if not a64_cas_acq_rel(&lease.word, word, lease_word(L_KILLED, l_item(word), l_tag(word))):
+        return False
+    guard.killing = True
+    sys_pidfd_send_signal(guard.pidfd, SIGKILL)     # fails only if the process is gone already
+    return True
+
+
+cdef class DeadlineKeeper:
+    """Ends tasks that run longer than their timeout, also while user code holds the GIL.
+
+    Thread-safety: `run` belongs to one thread; the rest may be called from any.
+    Blocking: `run` returns after `stop`.
+    """
+
+    def __init__(self, Arena arena, int eventfd):
+        cdef uint32_t i
+        self.arena = arena
+        self.eventfd = eventfd
+        self.guards = <guard_t *>PyMem_Calloc(arena.slots, sizeof(guard_t))
+        if self.guards == NULL:
+            raise MemoryError("no memory for the table of guards")
+        for i in range(arena.slots):
+            self.guards[i].pidfd = -1
+
+    def __dealloc__(self):
+        PyMem_Free(self.guards)
+
+    cdef void arm(self) noexcept nogil:
+        """A lease with a timeout goes out."""
+        a32_fetch_add_acq_rel(&self.timed, 1)
+        a32_fetch_add_acq_rel(&self.bell, 1)
+        futex_wake(&self.bell, 1)
+
+    cdef void disarm(self) noexcept nogil:
+        a32_fetch_sub_acq_rel(&self.timed, 1)
+
+    def run(self):
+        """The thread: sleeps while no lease has a timeout, else looks a hundred times a second."""
+        cdef uint32_t bell
+        with nogil:
+            while not a32_load_acquire(&self.stopped):
+                bell = a32_load_acquire(&self.bell)
+                if a32_load_acquire(&self.timed) == 0:
+                    # A bell that rang after it was read makes the wait return at once.
+                    futex_wait(&self.bell, bell, -1)
+                    continue
+                self.look(now_ns())
+                futex_wait(&self.bell, bell, KEEPER_PERIOD)
+
+    def stop(self):
+        """Ask the thread to end."""
+        a32_store_release(&self.stopped, 1)
+        a32_fetch_add_acq_rel(&self.bell, 1)
+        futex_wake(&self.bell, 1)
+
+    cdef void look(self, int64_t now) noexcept nogil:
+        cdef uint32_t i, running
+        cdef bint killed = False
+        cdef uint64_t one = 1
+        for i in range(self.arena.slots):
+            if not self.guards[i].armed:
+                continue
+            running = a32_load_acquire(&self.arena.slot(i).running)
+            if 0 < running <= self.arena.leases and self.overdue(i, self.arena.lease(i, running - 1), now):
+                killed = True
+        if killed:
+            write(self.eventfd, &one, sizeof(one))
+
+    cdef bint overdue(self, uint32_t i, lease_t *lease, int64_t now) noexcept nogil:
+        # The word is read before the clock: a worker stops the clock of item n before it moves the word
+        # to n + 1, so whoever sees n + 1 cannot see n's start, and the CAS in kill_lease fails if the
+        # word has moved since.
+        cdef uint64_t word = a64_load_acquire(&lease.word)
+        cdef int64_t started = <int64_t>a64_load_acquire(&lease.started)
+        cdef bint killed
+        if l_state(word) != L_RUNNING or started == 0 or lease.timeout == 0 or now - started < lease.timeout:
+            return False
+        guard_acquire(&self.guards[i])
+        killed = kill_lease(&self.guards[i], lease, word)
+        guard_release(&self.guards[i])
+        return killed
+
+
+# ---- the worker's host watch -------------------------------------------------------------------------
+
+def become_subreaper():
+    """Orphans among our descendants become our children, so that they can be found and ended."""
+    if prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
+        raise OSError(errno, "prctl(PR_SET_CHILD_SUBREAPER) failed")
+
+
+cdef int children(int task, int *found, int room) noexcept nogil:
+    """Pids of the direct children that thread `task` of this process made or adopted."""
+    cdef char path[64]
+    cdef char text[8192]
+    cdef ssize_t got = 0
+    cdef ssize_t n
+    cdef int count = 0
+    cdef int fd
+    cdef char *p
+    cdef char *end
+    snprintf(path, sizeof(path), b"/proc/self/task/%d/children", task)
+    fd = open(path, O_RDONLY)
+    if fd < 0:
+        return 0
+    while got < <ssize_t>sizeof(text) - 1:
+        n = read(fd, text + got, sizeof(text) - 1 - got)
+        if n <= 0:
+            break
+        got += n
+    close(fd)
+    text[got] = 0
+    p = text
+    while count < room:
+        found[count] = <int>strtol(p, &end, 10)
+        if end == p:
+            break
+        count += 1
+        p = end
+    return count
+
+
+cdef extern from "<dirent.h>" nogil:
+    ctypedef struct DIR:
+        pass
+    struct dirent:
+        char d_name[256]
+    DIR *opendir(const char *name)
+    dirent *readdir(DIR *d)
+    int closedir(DIR *d)
+
+
+cdef int end_children() noexcept nogil:
+    """SIGKILL every direct child once; how many there were."""
+    cdef int found[512]
+    cdef int n, i, total = 0
+    cdef DIR *threads = opendir(b"/proc/self/task")
+    cdef dirent *entry
+    if threads == NULL:
+        return 0
+    while True:
+        entry = readdir(threads)
+        if entry == NULL:
+            break
+        if entry.d_name[0] == c'.':
+            continue
+        n = children(<int>strtol(entry.d_name, NULL, 10), found, 512)
+        for i in range(n):
+            kill(found[i], SIGKILL)     # a child that nobody has waited for: its pid cannot be reused
+        total += n
+    closedir(threads)
+    return total
+
+
+cdef void end_descendants() noexcept nogil:
+    """Kill the children; theirs become ours (we are their subreaper); until none is left."""
+    cdef int status
+    cdef int lap
+    cdef pollfd none
+    for lap in range(1000):
+        if end_children() == 0:
+            return
+        while waitpid(-1, &status, WNOHANG) > 0:
+            pass
+        poll(&none, 0, 1)
+
+
+def kill_descendants():
+    """End every descendant of this process; for the zygote and for a worker that leaves."""
+    with nogil:
+        end_descendants()
+
+
+def watch_host(int pidfd, int exit_code):
+    """A worker's watch thread: when the host is gone, end our descendants, then ourselves.
+
+    It needs no GIL, so it works while a task holds it in C. It returns only when a task has closed the
+    descriptor under it; the worker's loop sees that too and retires.
+    """
+    cdef pollfd fds
+    fds.fd = pidfd
+    fds.events = POLLIN
+    with nogil:
+        while True:
+            fds.revents = 0
+            if poll(&fds, 1, -1) < 0 and errno == EINTR:
+                continue
+            if fds.revents & POLLIN:
+                end_descendants()
+                _exit(exit_code)
+            if fds.revents:
+                break

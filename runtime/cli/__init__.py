@@ -1,0 +1,124 @@
+"""The command `runtime`: its parser and `main`. Each subcommand is a module, loaded when it is used."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from runtime.cli import exits
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code; `argv` is without the program's name.
+
+    Raises: SystemExit for `--help`, `--version` and options that the parser refuses (code 2).
+    """
+    arguments = parser().parse_args(argv)
+    try:
+        code = _subcommand(arguments)
+        sys.stdout.flush()
+        return code
+    except exits.Usage as error:
+        print(f"runtime: {error}", file=sys.stderr)
+        return exits.USAGE
+    except KeyboardInterrupt:
+        return exits.INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output left (`runtime doctor | head`). The interpreter flushes stdout
+        # once more when it ends: let that go nowhere instead of failing again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return exits.FAILED
+
+
+def _subcommand(arguments: argparse.Namespace) -> int:
+    if arguments.command == "run":
+        from runtime.cli import run
+
+        return run.command(arguments)
+    from runtime.cli import doctor
+
+    return doctor.command(arguments)
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="runtime",
+        description="Run Python functions in worker processes that share memory.",
+        allow_abbrev=False,
+    )
+    top.add_argument("--version", action=_Version)
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    _add_run(commands)
+    _add_doctor(commands)
+    return top
+
+
+def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    run = commands.add_parser(
+        "run",
+        help="call a function with a Runtime and the arguments that follow",
+        description="Calls TARGET as function(rt, argv): rt is a Runtime, argv the arguments after TARGET. "
+        "Options for the Runtime stand before TARGET; what follows it is the function's own. An int that the "
+        "function returns is the exit code.",
+        epilog="example: runtime run --workers 4 examples/census.py:main --limit 100",
+        allow_abbrev=False,
+    )
+    run.add_argument("target", metavar="TARGET", help="module:function or file.py:function")
+    run.add_argument("args", metavar="args", nargs=argparse.REMAINDER, help="arguments for the function")
+    run.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="worker processes (default: $RUNTIME_MAX_WORKERS, else the CPUs that this process may use)",
+    )
+    run.add_argument(
+        "--preload",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="import this before the workers are forked; may be repeated, or hold a list with commas",
+    )
+    run.add_argument("--timeout", type=float, metavar="SECONDS", help="end a task that runs longer")
+    run.add_argument(
+        "--retries", type=int, default=0, metavar="N", help="run a task up to N times more if its worker dies"
+    )
+    run.add_argument(
+        "--region-size", default="4MiB", metavar="SIZE", help="shared memory at the start (%(default)s)"
+    )
+    run.add_argument("--no-progress", action="store_true", help="no progress line on stderr")
+
+
+def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    doctor = commands.add_parser(
+        "doctor",
+        help="check whether this machine can run it, and how to cure what is wrong",
+        description="Checks what the runtime needs of this machine and ends with a real round trip through a "
+        "worker. The exit code is 1 if any check fails.",
+        allow_abbrev=False,
+    )
+    doctor.add_argument("--json", action="store_true", help="print the checks as JSON")
+
+
+class _Version(argparse.Action):
+    """`--version`, looked up only when somebody asks: reading package metadata takes milliseconds."""
+
+    def __init__(self, option_strings: list[str], dest: str) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, help="print the version and exit")
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        print(f"runtime {version()}")
+        parser.exit()
+
+
+def version() -> str:
+    """Of the installed distribution."""
+    import importlib.metadata
+
+    try:
+        return importlib.metadata.version("runtime-workers")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown (not installed as a package)"

@@ -1,0 +1,133 @@
+"""The exception tree. Every class survives pickle and deepcopy, and no message is empty."""
+
+from __future__ import annotations
+
+import concurrent.futures
+from typing import Any
+
+__all__ = [
+    "BrokenRuntime",
+    "KernelFailed",
+    "LockTimeout",
+    "RegionFull",
+    "ReloadFailed",
+    "RemoteError",
+    "RuntimeFailure",
+    "StaleBlock",
+    "TaskCancelled",
+    "TaskTimeout",
+    "WorkerDied",
+]
+
+
+class RuntimeFailure(Exception):
+    """Base of all failures that the runtime itself reports."""
+
+    default = "the runtime failed"
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(message or self.default)
+
+
+class _Record(RuntimeFailure):
+    """A failure with fields: `fields` names the constructor's arguments, in order."""
+
+    fields: tuple[str, ...] = ()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        state = {k: v for k, v in self.__dict__.items() if k not in self.fields}
+        return type(self), tuple(getattr(self, f) for f in self.fields), state
+
+
+class WorkerDied(_Record):
+    """The worker process that ran the task ended before the task did.
+
+    pid, number: of the worker. exitcode: its exit status, or None when unknown or when
+    a signal ended it. signal: the number of that signal, or None. reason: the likely cause
+    in words. attempts: how often the task had been started. stack: the worker's Python
+    stack at the crash, or "". rss: its largest resident size in bytes, or None.
+    """
+
+    fields = ("pid", "number", "exitcode", "signal", "reason", "attempts", "stack", "rss")
+
+    def __init__(
+        self,
+        pid: int | None = None,
+        number: int | None = None,
+        exitcode: int | None = None,
+        signal: int | None = None,
+        reason: str = "",
+        attempts: int = 1,
+        stack: str = "",
+        rss: int | None = None,
+    ) -> None:
+        self.pid, self.number, self.exitcode, self.signal = pid, number, exitcode, signal
+        self.reason, self.attempts, self.stack, self.rss = reason, attempts, stack, rss
+        text = f"worker {number} (pid {pid}) died while it ran this task: {reason or 'cause unknown'}"
+        if attempts > 1:
+            text += f"; the task was started {attempts} times"
+        if stack:
+            text += "\n" + stack
+        super().__init__(text)
+
+
+class TaskTimeout(RuntimeFailure, TimeoutError):
+    """The task ran longer than its `timeout`; its worker was killed and replaced."""
+
+    default = "the task ran longer than its timeout"
+
+
+class TaskCancelled(RuntimeFailure, concurrent.futures.CancelledError):
+    """The task was cancelled after it had started; its worker was killed and replaced."""
+
+    default = "the task was cancelled while it ran"
+
+
+class RegionFull(RuntimeFailure, MemoryError):
+    """The request can never fit into the region, or the system has no memory left for it."""
+
+    default = "the shared-memory region has no room for this request"
+
+
+class StaleBlock(RuntimeFailure, ValueError):
+    """The block was released before, or belongs to somebody else."""
+
+    default = "the block is not owned by this handle any more"
+
+
+class KernelFailed(_Record):
+    """A native kernel returned a non-zero code: which, in which grain, at which byte offset."""
+
+    fields = ("code", "grain", "offset")
+
+    def __init__(self, code: int = 0, grain: int = 0, offset: int = 0) -> None:
+        self.code, self.grain, self.offset = code, grain, offset
+        super().__init__(f"the kernel returned code {code} in grain {grain}, at byte offset {offset}")
+
+
+class ReloadFailed(RuntimeFailure):
+    """The new code did not start; the old generation goes on serving."""
+
+    default = "the reload failed and was rolled back"
+
+
+class LockTimeout(RuntimeFailure, TimeoutError):
+    """The lock was not free within the timeout."""
+
+    default = "the lock was not free within the timeout"
+
+
+class RemoteError(_Record):
+    """Stands for an exception of a task that could not be pickled: its type, text and traceback."""
+
+    fields = ("type_name", "text", "traceback")
+
+    def __init__(self, type_name: str = "", text: str = "", traceback: str = "") -> None:
+        self.type_name, self.text, self.traceback = type_name, text, traceback
+        super().__init__(f"{type_name or 'an exception'}: {text or '(no text)'}")
+
+
+class BrokenRuntime(RuntimeFailure, concurrent.futures.BrokenExecutor):
+    """No worker can be started, so no task can run: the message says why."""
+
+    default = "the runtime is broken: no worker could be started"

@@ -1,0 +1,495 @@
+"""`Runtime`: the Executor that users see. What it promises is in the docstrings; how, in the modules below."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import os
+import signal
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from runtime import _core, config, serializer
+from runtime.collector import Collector
+from runtime.config import INHERIT, TaskOptions
+from runtime.mapping import Results, Run, check_sizes
+from runtime.supervisor import Supervisor, WorkerStatus
+
+__all__ = ["Future", "Options", "Runtime", "Stats", "WorkerInfo"]
+
+T = TypeVar("T")
+
+_supervisors: weakref.WeakSet[Supervisor] = weakref.WeakSet()  # of this process, that have not ended
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerInfo:
+    """A worker as it was when asked.
+
+    number: what names it, 0 .. max_workers-1. slot: its row in the region, or None. pid: of its process, or
+    None. started: when that was asked for, seconds since the epoch, or None. tasks_done: tasks and items that
+    workers of this number have run. task: number of the one that runs now, or None. rss: resident bytes, or None.
+    """
+
+    number: int
+    slot: int | None
+    pid: int | None
+    generation: int
+    status: WorkerStatus
+    started: float | None
+    tasks_done: int
+    task: int | None
+    rss: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """Counts since the start, and sizes now. Items of a map count one by one.
+
+    queued: waiting in the host. leased: handed to a worker and not started. running: started. done, failed,
+    cancelled: ended. lane, message: leases announced through shared memory alone, and by a zmq message.
+    rescued: found by the backstop's rescan. reserved, used, pinned, largest_free: bytes of the region; pinned
+    are arguments that a view in a worker keeps. growths: times the region grew. workers: that are ready.
+    """
+
+    queued: int
+    leased: int
+    running: int
+    done: int
+    failed: int
+    cancelled: int
+    lane: int
+    message: int
+    rescued: int
+    reserved: int
+    used: int
+    pinned: int
+    largest_free: int
+    growths: int
+    workers: int
+
+
+class Future(concurrent.futures.Future[T]):
+    """What `submit` returns: a concurrent.futures.Future that can be taken back until a worker has claimed it."""
+
+    retry_on: tuple[type[BaseException], ...] = ()
+    _task: _core.Task | None = None
+    _core: Supervisor | None = None
+
+    def cancel(self) -> bool:
+        """Cancel the call if no worker has started it. True: it never runs."""
+        task, core = self._task, self._core
+        if task is not None and core is not None and not self.done():
+            if core.dispatcher.cancel(task) != _core.CANCEL_DONE:
+                return False
+            core.collector.announce()
+            core.wake()
+        if not super().cancel():
+            return False
+        with self._condition:
+            notified = self._state == "CANCELLED_AND_NOTIFIED"
+        if not notified:
+            self.set_running_or_notify_cancel()
+        return True
+
+    def running(self) -> bool:
+        """Whether a worker is running the call now."""
+        task, core = self._task, self._core
+        if task is None or core is None or self.done():
+            return False
+        return bool(core.dispatcher.running(task))
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a Future belongs to its process; send its result() instead")
+
+
+class Runtime(concurrent.futures.Executor):
+    """A pool of worker processes that may crash, hang or leak without losing a task.
+
+    Thread-safety: every method, from any thread. Fork-safety: in a fork of its process it is inert: `submit`
+    raises. Blocking: the constructor returns at once; `submit` does not wait. At the end of the interpreter,
+    or when it is garbage-collected, pending tasks are finished, as the stdlib's executors do.
+
+    max_workers: processes; by default what the cgroup's quota and the affinity allow. initializer, initargs:
+    called in each worker before its first task. max_tasks_per_child: tasks, or items of a map, after which a
+    worker is replaced. preload: modules to import before workers are forked. region_size: bytes of shared
+    memory for arguments and results, or a text like "64MiB". retries: further attempts for a task whose worker
+    died, or that raised one of retry_on. timeout: seconds that one attempt of a task, or one item of a map, may
+    run. drain_timeout: seconds that workers have to leave at shutdown. max_worker_rss: bytes of unshared memory
+    after which a worker is replaced. mp_context is accepted and ignored, with a warning.
+
+    Raises: TypeError, ValueError for bad arguments; OSError, RegionFull when the machine lacks what it needs.
+    """
+
+    def __init__(
+        self,
+        max_workers: int | None = None,
+        *,
+        threads: int = 1,
+        initializer: Callable[..., object] | None = None,
+        initargs: Iterable[Any] = (),
+        max_tasks_per_child: int | None = None,
+        mp_context: object = None,
+        preload: str | Iterable[str] = (),
+        start_method: str = "exec",
+        region_size: int | str = "4MiB",
+        region_max: int | str | None = None,
+        retries: int = 0,
+        retry_on: type[BaseException] | tuple[type[BaseException], ...] = (),
+        timeout: float | None = None,
+        drain_timeout: float = 30.0,
+        max_worker_rss: int | str | None = None,
+        state_max_items: int | None = None,
+        state_max_bytes: int | str | None = None,
+        forward_logs: bool = True,
+        name: str | None = None,
+    ) -> None:
+        self._settings = config.settings(
+            max_workers, threads, initializer, initargs, max_tasks_per_child, mp_context, preload, start_method,
+            region_size, region_max, retries, retry_on, timeout, drain_timeout, max_worker_rss, state_max_items,
+            state_max_bytes, forward_logs, name,
+        )  # fmt: skip
+        if self._settings.threads > 1:
+            raise ValueError("threads must be 1: several native threads per worker are not in this version")
+        if self._settings.start_method != "exec":
+            raise ValueError('start_method must be "exec": "fork" is not in this version')
+        self._max_workers = self._settings.max_workers
+        self._options = TaskOptions(self._settings.timeout, self._settings.retries, self._settings.retry_on, 0)
+        self._table = serializer.FunctionTable()
+        self._shutdown = False
+        self._core = Supervisor(self._settings, self._table)
+        _supervisors.add(self._core)
+        self._core.start()
+        self._finalizer = weakref.finalize(self, _stop, self._core)
+        self._finalizer.atexit = False  # _at_exit waits for it, in the right order
+
+    # ---- submitting ----------------------------------------------------------------------------------
+
+    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
+        """Run fn(*args, **kwargs) in a worker. The arguments are pickled before this returns.
+
+        What cannot be pickled fails the future. Raises: RuntimeError after shutdown, and in a fork;
+        BrokenRuntime when no worker can be started.
+        """
+        return self._submit(self._options, fn, args, kwargs)
+
+    def _submit(self, options: TaskOptions, fn: Callable[..., T], args: Any, kwargs: Any) -> Future[T]:
+        core = self._usable()
+        if not callable(fn):
+            raise TypeError(f"submit() needs a callable, not {type(fn).__name__}")
+        future: Future[T] = Future()
+        try:
+            ref, payload = serializer.pack_call(self._table, fn, args, kwargs)
+        except BaseException as error:
+            core.dispatcher.refuse()
+            future.set_exception(error)
+            return future
+        task = _core.Task(
+            ref, future, [(0, payload.data, payload.buffers, payload.readonly)],
+            int((options.timeout or 0) * 1e9), options.priority, options.retries, options.retries > 0,
+        )  # fmt: skip
+        future.retry_on = options.retry_on
+        future._task, future._core = task, core
+        core.dispatcher.submit(task)
+        if core.broken is not None:  # it broke while we were submitting, and may have missed this one
+            core.collector.fail_rest(core.dispatcher.abandon(True), core.broken)
+        _after(core.collector, core)
+        return future
+
+    def map(  # type: ignore[override]
+        self,
+        fn: Callable[..., T],
+        *iterables: Iterable[Any],
+        timeout: float | None = None,
+        chunksize: int | None = None,
+        buffersize: int | None = None,
+        return_exceptions: bool = False,
+    ) -> Iterator[T]:
+        """An iterator over fn(*items), in the order of the input.
+
+        timeout: seconds from this call until each result must have come. chunksize: items that travel
+        together; by default it adapts to their run time. buffersize: items that may be out at once; by
+        default all of a sized input, and a bounded window of any other. return_exceptions: yield an item's
+        exception instead of raising it. Raises: what an item raised, with a note that names the item.
+        """
+        return self._map(self._options, fn, iterables, timeout, chunksize, buffersize, return_exceptions, True)
+
+    def map_unordered(
+        self,
+        fn: Callable[..., T],
+        *iterables: Iterable[Any],
+        timeout: float | None = None,
+        chunksize: int | None = None,
+        buffersize: int | None = None,
+        return_exceptions: bool = False,
+    ) -> Iterator[T]:
+        """As `map`, in the order in which the results come."""
+        return self._map(self._options, fn, iterables, timeout, chunksize, buffersize, return_exceptions, False)
+
+    def _map(
+        self,
+        options: TaskOptions,
+        fn: Callable[..., T],
+        iterables: tuple[Iterable[Any], ...],
+        timeout: float | None,
+        chunksize: int | None,
+        buffersize: int | None,
+        return_exceptions: bool,
+        ordered: bool,
+    ) -> Iterator[T]:
+        core = self._usable()
+        if not callable(fn):
+            raise TypeError(f"map() needs a callable, not {type(fn).__name__}")
+        check_sizes(chunksize, buffersize)
+
+        def submit(batch: _core.Batch, items: list[Any]) -> None:
+            self._usable()
+            core.dispatcher.add_items(batch, items)
+            if core.broken is not None:
+                core.collector.fail_rest(core.dispatcher.abandon(True), core.broken)
+            _after(core.collector, core)
+
+        def drop(batch: _core.Batch) -> None:
+            core.dispatcher.drop(batch)
+            core.wake()
+
+        return Results(
+            fn, iterables, run=Run(options, ordered, return_exceptions), options=options, submit=submit, drop=drop,
+            table=self._table, workers=self._max_workers, timeout=timeout, chunksize=chunksize or 0,
+            buffersize=buffersize,
+        )  # fmt: skip
+
+    def options(
+        self,
+        *,
+        timeout: Any = INHERIT,
+        retries: Any = INHERIT,
+        retry_on: Any = INHERIT,
+        priority: int = 0,
+    ) -> Options:
+        """This runtime with other settings for what is submitted through it. Larger priorities go first."""
+        return Options(self, config.override(self._settings, timeout=timeout, retries=retries, retry_on=retry_on, priority=priority))
+
+    def cancel(self, future: concurrent.futures.Future[Any], *, running: bool = False) -> bool:
+        """Cancel a call; with `running` also one that a worker has started: its process is killed, and
+        replaced, and the future gets TaskCancelled. False: it is over, or has started.
+        """
+        if not isinstance(future, Future) or future._core is not self._core:
+            raise ValueError("this future is not of this runtime")
+        if future.cancel():
+            return True
+        if not running or future._task is None or future.done():
+            return False
+        killed: bool = self._core.dispatcher.cancel(future._task, True) == _core.CANCEL_KILLED
+        self._core.wake()
+        return killed
+
+    # ---- looking -------------------------------------------------------------------------------------
+
+    def workers(self) -> tuple[WorkerInfo, ...]:
+        """Every worker number and what it does now."""
+        found = []
+        for number, status, worker, done in self._core.workers():
+            task = None
+            if worker is not None:
+                _, _, more, task, _ = self._core.dispatcher.look(worker.slot)
+                done += more
+            found.append(
+                WorkerInfo(
+                    number,
+                    worker.slot if worker is not None else None,
+                    worker.pid if worker is not None else None,
+                    1,
+                    status,
+                    worker.started if worker is not None else None,
+                    done,
+                    task,
+                    _rss(worker.pid) if worker is not None else None,
+                )
+            )
+        return tuple(found)
+
+    def stats(self) -> Stats:
+        """Counts and sizes; each is exact, but they are read one after the other."""
+        core = self._core
+        dispatcher, arena = core.dispatcher, core.arena
+        looks = [dispatcher.look(w.slot) for _, _, w, _ in core.workers() if w is not None]
+        running = sum(look[3] is not None for look in looks)
+        ready = sum(status is WorkerStatus.READY for _, status, _, _ in core.workers())
+        return Stats(
+            queued=dispatcher.waiting,
+            leased=max(0, dispatcher.leased - running),
+            running=running,
+            done=dispatcher.done,
+            failed=dispatcher.failed,
+            cancelled=dispatcher.vanished,
+            lane=0,
+            message=dispatcher.by_message,
+            rescued=dispatcher.rescued,
+            reserved=arena.reserved_bytes,
+            used=arena.used_bytes,
+            pinned=dispatcher.pinned_bytes,
+            largest_free=arena.largest_free_bytes,
+            growths=0,
+            workers=ready,
+        )
+
+    # ---- ending --------------------------------------------------------------------------------------
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Take no new task, finish the accepted ones, end the workers. Idempotent.
+
+        wait: return when everything has ended; there is no deadline. cancel_futures: cancel what has not
+        started.
+        """
+        core = self._core
+        if core.pid != os.getpid():
+            return
+        self._shutdown = True
+        if cancel_futures:
+            self._cancel_waiting()
+        core.stop()
+        if wait and threading.current_thread() not in core.threads:
+            core.ended.wait()
+
+    def _cancel_waiting(self) -> None:
+        """Cancel everything that no worker has claimed."""
+        core = self._core
+        for entry, items in core.dispatcher.abandon(False):
+            if items is None:
+                core.dispatcher.vanish(1)
+                if concurrent.futures.Future.cancel(entry.future):
+                    entry.future.set_running_or_notify_cancel()
+            else:
+                core.dispatcher.vanish(len(items))
+                for item in items:
+                    entry.sink.deliver(item[0], False, concurrent.futures.CancelledError())
+
+    def terminate_workers(self) -> None:
+        """End the runtime now: SIGTERM to every worker. What has no result yet fails with BrokenRuntime."""
+        self._end("terminate_workers() was called", signal.SIGTERM)
+
+    def kill_workers(self) -> None:
+        """End the runtime now: SIGKILL to every worker. What has no result yet fails with BrokenRuntime."""
+        self._end("kill_workers() was called", signal.SIGKILL)
+
+    def _end(self, reason: str, number: int) -> None:
+        if self._core.pid == os.getpid():
+            self._shutdown = True
+            self._core.end(reason, number)
+            if threading.current_thread() not in self._core.threads:
+                self._core.ended.wait()
+
+    # ---- small things --------------------------------------------------------------------------------
+
+    def _usable(self) -> Supervisor:
+        core = self._core
+        if core.pid != os.getpid():
+            raise RuntimeError(
+                f"this Runtime belongs to process {core.pid}; this is process {os.getpid()}, a fork of it: make a Runtime here"
+            )
+        if core.broken is not None:
+            raise core.broken
+        if self._shutdown:
+            raise RuntimeError("cannot schedule new futures after shutdown")
+        if _exiting:
+            raise RuntimeError("cannot schedule new futures after interpreter shutdown")
+        return core
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a Runtime cannot be pickled; a task that needs one makes its own, and runtime.current() tells where it runs")
+
+    def __repr__(self) -> str:
+        state = "shut down" if self._shutdown else "broken" if self._core.broken is not None else "running"
+        return f"<Runtime of {self._max_workers} workers, {state}>"
+
+
+class Options(concurrent.futures.Executor):
+    """A Runtime with other settings for what is submitted through it; made by `Runtime.options`."""
+
+    def __init__(self, runtime: Runtime, options: TaskOptions) -> None:
+        self._runtime = runtime
+        self._options = options
+        self._max_workers = runtime._max_workers
+
+    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
+        """As Runtime.submit."""
+        return self._runtime._submit(self._options, fn, args, kwargs)
+
+    def map(  # type: ignore[override]
+        self,
+        fn: Callable[..., T],
+        *iterables: Iterable[Any],
+        timeout: float | None = None,
+        chunksize: int | None = None,
+        buffersize: int | None = None,
+        return_exceptions: bool = False,
+    ) -> Iterator[T]:
+        """As Runtime.map."""
+        return self._runtime._map(self._options, fn, iterables, timeout, chunksize, buffersize, return_exceptions, True)
+
+    def map_unordered(
+        self,
+        fn: Callable[..., T],
+        *iterables: Iterable[Any],
+        timeout: float | None = None,
+        chunksize: int | None = None,
+        buffersize: int | None = None,
+        return_exceptions: bool = False,
+    ) -> Iterator[T]:
+        """As Runtime.map_unordered."""
+        return self._runtime._map(self._options, fn, iterables, timeout, chunksize, buffersize, return_exceptions, False)
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Ends nothing: the Runtime is its owner's to shut down."""
+
+
+def _after(collector: Collector, core: Supervisor) -> None:
+    """After the dispatcher was called: tell workers of new leases, and the collector of outcomes."""
+    collector.announce()
+    if core.dispatcher.has_outcomes:
+        core.link.wake()
+
+
+def _rss(pid: int | None) -> int | None:
+    """Resident bytes of a process."""
+    if pid is None:
+        return None
+    try:
+        with open(f"/proc/{pid}/statm", "rb") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, IndexError):
+        return None
+
+
+# ---- the ends of a process ---------------------------------------------------------------------------
+
+_exiting = False
+
+
+def _stop(core: Supervisor) -> None:
+    """The Runtime was dropped: finish what is pending, in the background."""
+    if core.pid == os.getpid():
+        core.stop()
+
+
+def _at_exit() -> None:
+    """The interpreter ends: finish what is pending, as the stdlib's executors do."""
+    global _exiting
+    _exiting = True
+    mine = [core for core in list(_supervisors) if core.pid == os.getpid()]
+    for core in mine:
+        core.stop()
+    for core in mine:
+        core.ended.wait()
+
+
+def _after_fork() -> None:
+    for core in list(_supervisors):
+        core.forked()
+
+
+threading._register_atexit(_at_exit)  # type: ignore[attr-defined]
+os.register_at_fork(after_in_child=_after_fork)

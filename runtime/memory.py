@@ -1,0 +1,93 @@
+"""Memory that is really there: how much may still be taken, and taking it for a file without surprises.
+
+A memfd has no size limit of its own: an over-large reservation is not refused, it ends in the OOM
+killer. So whoever reserves asks first. The answer is the least of MemAvailable and, for the process's
+cgroup and each of its ancestors, limit - (current - page cache that can be dropped).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+from collections.abc import Iterator
+
+from runtime.errors import RegionFull
+from runtime.limits import _UNLIMITED, _groups, _read
+
+__all__ = ["available_memory", "memory_room", "reserve"]
+
+STEP = 16 << 20  # bytes reserved by one fallocate
+SPARED = 4 << 20  # bytes of memory that are left to the process itself
+
+
+def available_memory(root: str = "/") -> int:
+    """Bytes that can be taken now; 2^63 - 1 when nothing is known. A snapshot: others take memory too."""
+    return memory_room(root)[0]
+
+
+def memory_room(root: str = "/") -> tuple[int, str]:
+    """Bytes that can be taken now, and the file whose limit is the tightest."""
+    return min(_rooms(root), default=((1 << 63) - 1, "no limit known"))
+
+
+def reserve(fd: int, total: int) -> None:
+    """Make the file `total` bytes long, of memory that is really there: later touches cannot fail.
+
+    Blocking: 6 GiB take about a second; signals are handled every 16 MiB. Raises: RegionFull when the
+    memory, or the room in the file's file system, is not there; part of it may then be reserved.
+    """
+    done = 0
+    everything = signal.valid_signals()
+    while done < total:
+        room, limit = memory_room()  # before each step: nothing else would refuse
+        if total - done > room - SPARED:
+            raise RegionFull(
+                f"the region needs {total - done} bytes more, but {room} bytes of memory are available, "
+                f"{SPARED} of which stay free for the process (limit: {limit}); "
+                f"use a smaller region or allow more memory"
+            )
+        step = min(STEP, total - done)
+        # Some kernels undo a whole step when a signal comes.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, everything)
+        try:
+            os.posix_fallocate(fd, done, step)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EFBIG, errno.EDQUOT):
+                raise
+            files = os.fstatvfs(fd)
+            free = files.f_bavail * files.f_frsize
+            raise RegionFull(
+                f"the region needs {total - done} bytes more, but its file system has {free} bytes available "
+                f"({error.strerror}); use a smaller region, enlarge /dev/shm (for containers --shm-size), "
+                f"or create the region without a name"
+            ) from None
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        done += step
+
+
+def _rooms(root: str) -> Iterator[tuple[int, str]]:
+    meminfo = _numbers(_read(os.path.join(root, "proc"), "meminfo"))
+    free = meminfo.get("MemAvailable:", meminfo.get("MemFree:"))
+    if free is not None:
+        yield free * 1024, "/proc/meminfo"
+    for version, folder in _groups("memory", root, "self"):
+        limit, used, prefix = (
+            ("memory.max", "memory.current", "")
+            if version == 2
+            else ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
+        )
+        ceiling, current = _read(folder, limit), _read(folder, used)
+        if not (ceiling.isdecimal() and current.isdecimal() and int(ceiling) < _UNLIMITED):
+            continue
+        stat = _numbers(_read(folder, "memory.stat"))
+        # Pages of files on the LRU lists; shared memory is not among them, the kernel counts it as anonymous.
+        cache = stat.get(prefix + "inactive_file", 0) + stat.get(prefix + "active_file", 0)
+        yield max(0, int(ceiling) - max(0, int(current) - cache)), os.path.join(folder, limit)
+
+
+def _numbers(text: str) -> dict[str, int]:
+    """The lines `name number ...` of a statistics file."""
+    rows = (line.split() for line in text.splitlines())
+    return {row[0]: int(row[1]) for row in rows if len(row) > 1 and row[1].isdecimal()}

@@ -1,0 +1,280 @@
+"""Every zmq socket of the package: hints between host and workers, over sockets in a private folder.
+
+    host PUSH ──► PULL worker      one pair per worker: "look at your ring"
+    host PULL ◄── PUSH worker      one PULL for all: "look at my outbox"
+    host XPUB ──► SUB  worker      "read your control word" (XPUB is a PUB that sees its subscriptions)
+
+The host binds a fresh path of each for every worker; when that worker is connected on all three, the
+paths are unlinked, so a stranger has nothing left to connect to. A context is made after the
+fork in a worker, and in the host when its Runtime starts.
+
+A hint may be lost (a full queue, a peer that dies): the region holds the truth, and the rescan finds it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import tempfile
+import threading
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import zmq
+
+from runtime.wire import HINT_BYTES, Hint, HintKind, WireError, decode_hint, encode_hint
+
+__all__ = ["HostLink", "Paths", "WorkerLink", "make_folder"]
+
+MAX_PATH = 107  # bytes of a socket's path: sun_path less its end
+_LONGEST_NAME = len("/65535-ffffffff.up")
+_COMMAND = 32  # bytes that zmq puts around a topic when it subscribes
+_QUEUE = 100_000  # hints that may wait for a peer that does not read
+
+
+class Paths(NamedTuple):
+    """Where a worker connects."""
+
+    up: str  # to the host's PULL
+    down: str  # to the host's PUSH
+    control: str  # to the host's XPUB
+
+
+def make_folder() -> str:
+    """A new folder for socket files, for this user alone (0700).
+
+    In XDG_RUNTIME_DIR, else the temporary folder, else /tmp: the first that can be written and whose
+    paths fit a socket address. Raises: OSError that says what is wrong with each and what to do.
+    """
+    tried = []
+    for name, parent in _parents():
+        if not parent:
+            continue
+        try:
+            folder = tempfile.mkdtemp(prefix="runtime-", dir=parent)
+        except OSError as error:
+            tried.append(f"{name} ({parent}): {error.strerror or error}")
+            continue
+        if len(os.fsencode(folder)) + _LONGEST_NAME <= MAX_PATH:
+            return folder
+        os.rmdir(folder)
+        tried.append(f"{name} ({parent}): socket paths there would be over {MAX_PATH} bytes")
+    raise OSError(
+        "no folder for the runtime's sockets: " + "; ".join(tried) + ". Set TMPDIR or XDG_RUNTIME_DIR to a short, writable folder."
+    )
+
+
+def _parents() -> Iterator[tuple[str, str | None]]:
+    yield "XDG_RUNTIME_DIR", os.environ.get("XDG_RUNTIME_DIR")
+    try:
+        temporary = tempfile.gettempdir()
+    except OSError as error:  # none of its candidates can be written
+        temporary = None
+        yield "the temporary folder", os.environ.get("TMPDIR") or str(error)
+    yield "the temporary folder", temporary
+    if temporary != "/tmp":
+        yield "/tmp", "/tmp"
+
+
+def _new_context() -> zmq.Context[zmq.Socket[bytes]]:
+    context = zmq.Context(io_threads=1)
+    context.setsockopt(zmq.LINGER, 0)
+    context.setsockopt(zmq.MAXMSGSIZE, HINT_BYTES + _COMMAND)
+    context.setsockopt(zmq.SNDHWM, _QUEUE)
+    context.setsockopt(zmq.RCVHWM, _QUEUE)
+    return context
+
+
+@contextlib.contextmanager
+def _umask(mask: int) -> Iterator[None]:
+    before = os.umask(mask)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+class HostLink:
+    """The host's sockets.
+
+    Thread-safety: `poll` belongs to one thread; all else may be called from any. One lock guards every
+    socket, and the polling thread waits on descriptors only, outside it. A zmq descriptor is
+    edge-triggered and any call on its socket may swallow the edge, so each call from outside wakes the poller.
+    Fork-safety: none; a fork must not call it. Blocking: only `poll`.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+        self.strangers = 0  # messages that were malformed, or of a process that is gone
+        self._lock = threading.Lock()
+        self._context = _new_context()
+        self._pull = self._context.socket(zmq.PULL)
+        self._control = self._context.socket(zmq.XPUB)
+        for socket in (self._pull, self._control):
+            socket.setsockopt(zmq.IPC_FILTER_UID, os.getuid())
+        self._push: dict[int, zmq.Socket[bytes]] = {}
+        self._bound: dict[int, Paths] = {}
+        self._count = 0
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._poller = select.poll()
+        for fd in (self._wake, self._pull.FD, self._control.FD):
+            self._poller.register(fd, select.POLLIN)
+
+    def open(self, slot: int) -> Paths:
+        """Bind fresh paths for a new worker in `slot`."""
+        with self._lock:
+            self._count += 1
+            stem = f"{self.folder}/{slot}-{self._count:x}"
+            paths = Paths(f"{stem}.up", f"{stem}.down", f"{stem}.ctl")
+            for path in paths:
+                if os.path.lexists(path):
+                    raise FileExistsError(f"{path} exists already: somebody else writes into {self.folder}")
+            push = self._context.socket(zmq.PUSH)
+            push.setsockopt(zmq.IPC_FILTER_UID, os.getuid())
+            with _umask(0o177):
+                self._pull.bind(f"ipc://{paths.up}")
+                push.bind(f"ipc://{paths.down}")
+                self._control.bind(f"ipc://{paths.control}")
+            self._push[slot] = push
+            self._bound[slot] = paths
+        self.wake()
+        return paths
+
+    def hide(self, slot: int) -> None:
+        """The worker is connected: unlink its paths, so that nobody else can. Idempotent.
+
+        The listeners stay open behind them: libzmq ends a connection together with the listener that made it.
+        """
+        for path in self._bound.get(slot, ()):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+
+    def close_slot(self, slot: int) -> None:
+        """The worker is gone: close its listeners, and with them its connections. Idempotent."""
+        self.hide(slot)
+        with self._lock:
+            paths = self._bound.pop(slot, None)
+            if paths is None:
+                return
+            for socket, path in ((self._pull, paths.up), (self._control, paths.control)):
+                with contextlib.suppress(zmq.ZMQError):
+                    socket.unbind(f"ipc://{path}")
+            self._push.pop(slot).close(0)
+        self.wake()
+
+    def is_open(self, slot: int) -> bool:
+        """Whether there is a socket to the worker in `slot`."""
+        return slot in self._push
+
+    def send(self, kind: HintKind, slot: int, incarnation: int) -> bool:
+        """Send a hint to the worker in `slot`. False: it is not connected, or does not read."""
+        with self._lock:
+            push = self._push.get(slot)
+            if push is None:
+                return False
+            try:
+                push.send(encode_hint(kind, slot, incarnation), zmq.NOBLOCK)
+            except zmq.Again:
+                return False
+        return True
+
+    def publish(self, slot: int, incarnation: int) -> None:
+        """Tell a worker to read its control word."""
+        with self._lock:
+            if not self._control.closed:
+                self._control.send(encode_hint(HintKind.CONTROL, slot, incarnation), zmq.NOBLOCK)
+        self.wake()
+
+    def wake(self) -> None:
+        """Make `poll` return. Harmless after `close`."""
+        with self._lock:
+            if not self._context.closed:
+                with contextlib.suppress(BlockingIOError):
+                    os.eventfd_write(self._wake, 1)
+
+    def poll(self, timeout: float) -> list[Hint]:
+        """Hints that have come, after at most `timeout` seconds; a subscription reads as CONTROL."""
+        hints = self._receive()
+        if not hints:
+            self._poller.poll(timeout * 1000)
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_read(self._wake)
+            hints = self._receive()
+        return hints
+
+    def _receive(self) -> list[Hint]:
+        hints: list[Hint] = []
+        with self._lock:
+            for socket, skip in ((self._pull, 0), (self._control, 1)):
+                while True:
+                    try:
+                        data = socket.recv(zmq.NOBLOCK)
+                    except zmq.Again:
+                        break
+                    if skip and data[:1] != b"\x01":
+                        continue  # an unsubscription: the worker is gone, which its pidfd tells too
+                    try:
+                        hints.append(decode_hint(data[skip:]))
+                    except WireError:
+                        self.strangers += 1
+        return hints
+
+    def close(self) -> None:
+        """Close every socket and remove the folder. Idempotent."""
+        for slot in list(self._push):
+            self.close_slot(slot)
+        with self._lock:
+            if self._context.closed:
+                return
+            self._pull.close(0)
+            self._control.close(0)
+            self._context.term()
+            os.close(self._wake)
+        with contextlib.suppress(OSError):
+            os.rmdir(self.folder)
+
+
+class WorkerLink:
+    """A worker's sockets. Thread-safety: for the worker's main thread alone."""
+
+    def __init__(self, paths: Paths, slot: int, incarnation: int) -> None:
+        self._look = encode_hint(HintKind.LOOK, slot, incarnation)
+        self._hello = encode_hint(HintKind.HELLO, slot, incarnation)
+        self._context = _new_context()
+        self._push = self._context.socket(zmq.PUSH)
+        self._pull = self._context.socket(zmq.PULL)
+        self._control = self._context.socket(zmq.SUB)
+        # The topic is the whole hint: this worker's control word, and no other's.
+        self._control.setsockopt(zmq.SUBSCRIBE, encode_hint(HintKind.CONTROL, slot, incarnation))
+        self._push.connect(f"ipc://{paths.up}")
+        self._pull.connect(f"ipc://{paths.down}")
+        self._control.connect(f"ipc://{paths.control}")
+        self._poller = zmq.Poller()
+        self._poller.register(self._pull, zmq.POLLIN)
+        self._poller.register(self._control, zmq.POLLIN)
+
+    def greet(self) -> None:
+        """Say hello and wait until the host is connected on all three sockets."""
+        self._push.send(self._hello)
+        while not self._pull.poll(1000):
+            pass
+        self._pull.recv()
+
+    def notify(self) -> None:
+        """Tell the host to look at the outbox and the phase."""
+        with contextlib.suppress(zmq.Again):
+            self._push.send(self._look, zmq.NOBLOCK)
+
+    def wait(self, timeout: float) -> None:
+        """Until a hint comes, or for `timeout` seconds. What it says does not matter: look at everything."""
+        for socket, _ in self._poller.poll(timeout * 1000):
+            with contextlib.suppress(zmq.Again):
+                while True:
+                    socket.recv(zmq.NOBLOCK)
+
+    def close(self) -> None:
+        """Send what is queued, then close."""
+        for socket in (self._push, self._pull, self._control):
+            socket.close(200)  # milliseconds: the last hint should still leave
+        self._context.term()

@@ -1,0 +1,655 @@
+"""The supervisor: starts workers, watches them, settles what the dead leave, replaces them, stops them.
+
+    loop:  listen   what the zygote reports: forked, exited, failed
+           reap     pidfds that say a worker is dead
+           killed   leases that the deadline keeper or a cancel has killed
+           settle   the dead whose descendants are dead too: sweep the slot
+           respawn  a worker for each number that has none, after its back-off
+           stop     when asked to and nothing is left to do
+
+A number is what users see: worker 0, worker 1. It outlives processes; each process lives in a slot, and
+the replacement starts at once in another slot while the dead one's is swept.
+
+    RESTARTING ──fork──► STARTING ──ready──► READY ──stop──► STOPPING
+        ▲                    │                 │                │
+        └──── died ──────────┴─────────────────┴────────────────┘      RESTING: waiting out a back-off
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import logging
+import os
+import pickle
+import random
+import resource
+import select
+import signal
+import sys
+import threading
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from runtime import _core, config, serializer
+from runtime.collector import Collector, Death
+from runtime.errors import BrokenRuntime
+from runtime.sockets import HostLink, make_folder
+from runtime.worker import EXIT_DESCRIPTORS, EXIT_HOST_GONE
+from runtime.zygote import Zygote
+
+__all__ = ["Supervisor", "WorkerStatus", "geometry", "raise_descriptor_limit"]
+
+_REPORT_WAIT = 0.1  # seconds to wait for the zygote's word on how a worker ended
+_WINDOW = 30.0  # seconds in which …
+_FAILURES = 5  # … so many deaths before ready make a slot give up
+_BACKOFF = 0.05  # seconds before the second attempt; doubled each time
+_BACKOFF_MAX = 5.0
+_SLOW_START = 10.0  # seconds until the first warning about a slow start
+_SLOW_AGAIN = 60.0  # seconds between the further ones
+_QUIT_WAIT = 2.0  # seconds that a zygote has to end
+_END_WAIT = 2.0  # seconds that workers have to end when the runtime is ended by force
+_FDS_PER_WORKER = 9  # descriptors of the host for a worker at its start: listeners, connections, pidfd
+_FDS_RESERVE = 24  # for zmq's own, the zygote, and what comes and goes
+
+log = logging.getLogger("runtime")
+
+
+class WorkerStatus(enum.Enum):
+    """What a worker number is doing."""
+
+    STARTING = "starting"
+    READY = "ready"
+    RESTARTING = "restarting"  # dead, the next one starting
+    STOPPING = "stopping"
+    RESTING = "resting"  # waiting out a back-off
+
+
+@dataclass(slots=True, eq=False)
+class Worker:
+    """One worker process, from the order to fork it until its slot is swept."""
+
+    number: int
+    slot: int
+    zygote: Zygote
+    started: float  # wall-clock seconds, for people
+    pid: int | None = None
+    pidfd: int = -1
+    ready: bool = False
+    stopping: bool = False
+    died: float = 0.0  # monotonic seconds, 0: alive
+    reported: bool = False  # the zygote has said how it ended, and that its descendants are gone
+    status: int | None = None  # exit code, negative for a signal
+    rss: int | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Number:
+    """What is known of a worker number across its processes."""
+
+    worker: Worker | None = None
+    failures: deque[float] = field(default_factory=deque)  # monotonic times of deaths before ready
+    not_before: float = 0.0  # monotonic time of the next attempt
+    tasks_done: int = 0  # by earlier processes
+
+
+class Supervisor:
+    """Everything of one runtime but its front: region, sockets, zygote, workers, threads.
+
+    Thread-safety: `stop`, `end`, `fail`, `wake`, `look` and `workers` may be called from any thread, as may
+    `dispatcher` and `collector`; the rest belongs to the supervisor's own thread.
+    Fork-safety: `forked()` makes it inert in a child. Blocking: only `ended.wait()`.
+    Raises: OSError, RegionFull when the machine lacks what it needs; the message says what to do.
+    """
+
+    def __init__(self, settings: config.Settings, table: serializer.FunctionTable) -> None:
+        self.settings = settings
+        self.pid = os.getpid()
+        self.broken: BaseException | None = None
+        self.ended = threading.Event()
+        raise_descriptor_limit(settings.max_workers)
+        self._zygote_settings = _zygote_settings(settings, table)
+        self._environment = {**os.environ, **config.thread_caps(settings.max_workers)}
+        self.arena = _core.Arena.create(settings.region_size, *geometry(settings.max_workers))
+        self.link = HostLink(make_folder())
+        self._zygote_settings["folder"] = self.link.folder
+        self._bell = Bell()
+        self.keeper = _core.DeadlineKeeper(self.arena, self._bell.fd)
+        self.dispatcher = _core.Dispatcher(self.arena, self.keeper)
+        self.collector = Collector(self.dispatcher, self.link, self)
+        self._numbers = {n: Number() for n in range(settings.max_workers)}
+        self._slots: dict[int, Worker] = {}  # slot -> its process, until the slot is swept
+        self._looks: deque[int] = deque()  # slots whose phase may have changed
+        self._stopping = False  # end when nothing is left to do
+        self._drained = False  # nothing is left: the workers were told to leave
+        self._stop_by = 0.0  # monotonic time at which those that have not left are killed
+        self._ever_ready = False
+        self._warn_at = time.monotonic() + _SLOW_START
+        self._zygote: Zygote | None = None
+        self._old: list[Zygote] = []  # dead ones, whose workers are being replaced
+        self._zygote_failures = 0
+        self.threads = [
+            threading.Thread(target=self._guarded(target), name=f"runtime-{name}", daemon=True)
+            for name, target in (("collector", self.collector.run), ("deadline", self.keeper.run), ("supervisor", self.run))
+        ]
+
+    def start(self) -> None:
+        """Start the threads; they do the rest."""
+        for thread in self.threads:
+            thread.start()
+
+    def _guarded(self, target: Callable[[], None]) -> Callable[[], None]:
+        """A thread of ours must not end unseen by an exception: nobody would complete the futures."""
+
+        def run() -> None:
+            try:
+                target()
+            except BaseException as error:
+                log.critical("a thread of the runtime failed", exc_info=True)
+                self.fail(BrokenRuntime(f"a thread of the runtime failed: {type(error).__name__}: {error}"))
+
+        return run
+
+    # ---- asked from outside --------------------------------------------------------------------------
+
+    def wake(self) -> None:
+        """Make the loop look at everything."""
+        self._bell.ring()
+
+    def look(self, slot: int) -> None:
+        """The collector: a worker may have changed its phase (-1: any may have)."""
+        for index in (slot,) if slot >= 0 else tuple(self._slots):
+            worker = self._slots.get(index)
+            if worker is not None and not worker.stopping:
+                phase = self.dispatcher.phase(index)
+                if phase == _core.PHASE_LEAVING or (phase == _core.PHASE_READY and not worker.ready):
+                    self._looks.append(index)
+                    self.wake()
+
+    def stop(self) -> None:
+        """Finish what was accepted, then end."""
+        self._stopping = True
+        self.wake()
+
+    def end(self, reason: str, number: int) -> None:
+        """End now: what has no outcome gets BrokenRuntime, every worker this signal, and soon SIGKILL."""
+        self.fail(BrokenRuntime(reason))
+        for worker in list(self._slots.values()):
+            self.dispatcher.signal(worker.slot, number)
+        self.wake()
+
+    def fail(self, error: BaseException) -> None:
+        """No task can run any more: all without an outcome get this error, and later ones too."""
+        self.broken = self.broken or error
+        self.collector.broken = self.collector.broken or str(error)
+        self._stopping = True
+        self.collector.fail_rest(self.dispatcher.abandon(True), self.broken)
+        self.wake()
+
+    def forked(self) -> None:
+        """In a child that the user forked: what it does to the region stays its own."""
+        self.arena.make_private()
+
+    def workers(self) -> list[tuple[int, WorkerStatus, Worker | None, int]]:
+        """(number, status, process, tasks done by earlier processes) of each number."""
+        now = time.monotonic()
+        return [(n, self._status(it, now), it.worker, it.tasks_done) for n, it in sorted(self._numbers.items())]
+
+    def _status(self, number: Number, now: float) -> WorkerStatus:
+        worker = number.worker
+        if worker is None:
+            if self._drained:
+                return WorkerStatus.STOPPING
+            return WorkerStatus.RESTING if number.not_before > now else WorkerStatus.RESTARTING
+        if worker.stopping:
+            return WorkerStatus.STOPPING
+        return WorkerStatus.READY if worker.ready else WorkerStatus.STARTING
+
+    # ---- the loop ------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """The thread."""
+        while not self._drained or self._slots:
+            self._respawn()
+            ready = self._wait()
+            self._listen()
+            self._reap(ready)
+            self._follow_phases()
+            self._resolve_killed()
+            self._settle()
+            self._recycle()
+            self._warn()
+            self._drain()
+        self._close()
+
+    def _wait(self) -> set[int]:
+        """Until something happens, or until the next thing is due. Descriptors that are ready."""
+        poller = select.poll()
+        poller.register(self._bell.fd, select.POLLIN)
+        if self._zygote is not None:
+            poller.register(self._zygote.socket, select.POLLIN)
+        for worker in self._slots.values():
+            if worker.pidfd >= 0 and not worker.died:
+                poller.register(worker.pidfd, select.POLLIN)
+        found = poller.poll(max(0.0, self._due() - time.monotonic()) * 1000 + 1)
+        self._bell.silence()
+        return {fd for fd, _ in found}
+
+    def _due(self) -> float:
+        """Monotonic time of the next thing that happens by the clock."""
+        due = time.monotonic() + 60.0
+        for worker in self._slots.values():
+            if worker.died and not worker.reported:
+                due = min(due, worker.died + _REPORT_WAIT)
+        if not self._drained:
+            due = min([due, *(it.not_before for it in self._numbers.values() if it.worker is None and it.not_before)])
+        if not self._ever_ready:
+            due = min(due, self._warn_at)
+        if self._stop_by:
+            due = min(due, self._stop_by)
+        return due
+
+    def _respawn(self) -> None:
+        """A worker for each number that has none and whose back-off is over."""
+        now = time.monotonic()
+        for n, number in self._numbers.items():
+            if self._drained or self.broken is not None or number.worker is not None or number.not_before > now:
+                continue
+            if self._zygote is None and not self._new_zygote():
+                return
+            slot = self.dispatcher.open_slot(n, 1)
+            if slot < 0:
+                return  # all are being swept; the next settle comes back here
+            assert self._zygote is not None
+            worker = Worker(n, slot, self._zygote, time.time())
+            number.worker = self._slots[slot] = worker
+            try:
+                paths = self.link.open(slot)
+            except OSError as error:
+                self._refused(worker, f"no sockets for a new worker: {error}")
+                continue
+            if not self._zygote.order("fork", slot=slot, number=n, generation=1, paths=paths):
+                return  # it is gone: its end is noticed in a moment
+
+    def _new_zygote(self) -> bool:
+        try:
+            self._zygote = Zygote(self._zygote_settings, self.arena, self._environment)
+        except OSError as error:
+            self._zygote_failed(f"no process for the zygote could be made: {error}")
+            return False
+        return True
+
+    # ---- listening to the zygote ---------------------------------------------------------------------
+
+    def _listen(self) -> None:
+        """Act on what the zygote reports."""
+        zygote = self._zygote
+        for report in zygote.reports() if zygote is not None else ():
+            assert zygote is not None
+            worker = self._slots.get(report.fields.get("slot", -1))
+            if report.what == "forked" and worker is not None:
+                worker.pid, worker.pidfd = report.fields["pid"], report.fd
+                self.dispatcher.occupy(worker.slot, worker.pidfd)
+                if self.broken is not None or self._drained:
+                    self.dispatcher.signal(worker.slot, signal.SIGKILL)
+            elif report.what == "exited" and worker is not None:
+                worker.status, worker.rss = report.fields["status"], report.fields["rss"]
+                worker.reported = True
+                self._died(worker)
+            elif report.what == "refused" and worker is not None:
+                self._refused(worker, f"the system refused a new process: {report.fields['error']}")
+            elif report.what == "importing":
+                zygote.importing = report.fields["module"]
+            elif report.what == "started":
+                zygote.importing = ""
+                self._zygote_failures = 0
+            elif report.what == "threads":
+                self._import_in_workers(report.fields["module"])
+            elif report.what == "failed":
+                self._preload_failed(report.fields)
+            elif report.what == "":
+                self._zygote_died(zygote)
+
+    def _import_in_workers(self, module: str) -> None:
+        """A fork would leave a module's threads behind, so each worker imports it for itself."""
+        warnings.warn(
+            f"preload module {module!r} leaves a thread running; it is imported in each worker instead",
+            RuntimeWarning,
+            stacklevel=1,
+        )
+        settings = self._zygote_settings
+        settings["preload"] = [name for name in settings["preload"] if name != module]
+        settings["imports"] = [*settings["imports"], module]
+        self._zygote_failures -= 1  # this one does not count
+
+    def _preload_failed(self, fields: dict[str, Any]) -> None:
+        """A preload module raised: nothing can start."""
+        if not self._ever_ready:
+            text = f"preload module {fields['module']!r} raised {fields['error']}"
+            self.fail(_caused(BrokenRuntime(text), fields["traceback"]))
+        else:
+            log.error("preload module %r raised in a new zygote: %s", fields["module"], fields["error"])
+
+    def _zygote_died(self, zygote: Zygote) -> None:
+        """A new one takes over; workers of the old one are replaced, one by one."""
+        code = zygote.process.wait()
+        self._zygote = None
+        for worker in list(self._slots.values()):
+            if worker.zygote is zygote and worker.pid is None:
+                worker.reported = True  # it was never forked, or we shall never hear of it
+                worker.died = time.monotonic()
+                self._numbers[worker.number].worker = None
+        self._old.append(zygote)
+        if self._drained or self.broken is not None:
+            return
+        if zygote.importing:
+            self._zygote_failed(f"the zygote ended with exit code {code} while it imported preload module {zygote.importing!r}")
+        else:
+            self._zygote_failed(f"the zygote ended with exit code {code}")
+
+    def _zygote_failed(self, reason: str) -> None:
+        """Try again, later each time; without a worker that was ever ready, not often."""
+        self._zygote_failures += 1
+        importing = "preload" in reason
+        if not self._ever_ready and (self._zygote_failures >= _FAILURES or importing and self._zygote_failures > 0):
+            self.fail(BrokenRuntime(reason))
+            return
+        if self._zygote_failures > 0:
+            log.warning("%s; starting another", reason)
+            wait = time.monotonic() + _backoff(self._zygote_failures)
+            for number in self._numbers.values():
+                if number.worker is None:
+                    number.not_before = max(number.not_before, wait)
+
+    # ---- lives and deaths of workers -----------------------------------------------------------------
+
+    def _follow_phases(self) -> None:
+        """A worker that is ready gets leases; one that leaves gets none."""
+        while self._looks:
+            worker = self._slots.get(self._looks.popleft())
+            if worker is None or worker.died:
+                continue
+            phase = self.dispatcher.phase(worker.slot)
+            if phase == _core.PHASE_READY and not worker.ready:
+                worker.ready = self._ever_ready = True
+                self.link.hide(worker.slot)
+                if self._drained:
+                    continue
+                self.dispatcher.make_ready(worker.slot)
+                self.collector.announce()
+            elif phase == _core.PHASE_LEAVING:
+                worker.stopping = True
+                self.dispatcher.stop_slot(worker.slot)
+
+    def _reap(self, ready: set[int]) -> None:
+        """Workers whose pidfd says that they are dead."""
+        for worker in list(self._slots.values()):
+            if worker.pidfd in ready and not worker.died:
+                self._died(worker)
+
+    def _died(self, worker: Worker) -> None:
+        """A worker's process is gone: no more leases to it, and the next one may start."""
+        if worker.died:
+            return
+        worker.died = now = time.monotonic()
+        number = self._numbers[worker.number]
+        number.worker = None
+        phase = self.dispatcher.phase(worker.slot)
+        _, _, tasks, running, _ = self.dispatcher.look(worker.slot)
+        self.dispatcher.vacate(worker.slot)
+        if phase == _core.PHASE_LEAVING or worker.stopping or (phase == _core.PHASE_READY and (tasks or running is not None)):
+            number.failures.clear()
+            number.not_before = 0.0
+        else:
+            self._failed_before_ready(number, now, self._start_failure(worker))
+
+    def _start_failure(self, worker: Worker) -> BaseException:
+        """Why a worker did not become ready."""
+        if self.dispatcher.phase(worker.slot) == _core.PHASE_FAILED:
+            try:
+                ((_, data, views),) = _core.read_frame(self.dispatcher.failure(worker.slot))
+                cause = serializer.load_exception(data, views)
+            except ValueError as error:
+                cause = error
+            failure = BrokenRuntime(f"the initializer raised {type(cause).__name__}: {cause}")
+            failure.__cause__ = cause
+            return failure
+        return BrokenRuntime(f"worker {worker.number} (pid {worker.pid}) ended before it was ready: {_how(worker)}")
+
+    def _failed_before_ready(self, number: Number, now: float, failure: BaseException) -> None:
+        """Back off; give up when no slot has any attempt left, or at once when the very first one raised."""
+        number.failures.append(now)
+        while number.failures[0] < now - _WINDOW:
+            number.failures.popleft()
+        number.not_before = now + _backoff(len(number.failures))
+        if self.broken is not None or self._drained:
+            return
+        exhausted = all(len(it.failures) >= _FAILURES for it in self._numbers.values())
+        if exhausted or (not self._ever_ready and failure.__cause__ is not None):
+            self.fail(failure)
+        else:
+            log.warning("%s; trying again in %.2g s", failure, number.not_before - now)
+
+    def _refused(self, worker: Worker, reason: str) -> None:
+        """No process could be made for a slot."""
+        worker.died = now = time.monotonic()
+        worker.reported = True
+        self._numbers[worker.number].worker = None
+        self._failed_before_ready(self._numbers[worker.number], now, BrokenRuntime(reason))
+
+    def _resolve_killed(self) -> None:
+        """Leases that a deadline or a cancel has killed get their outcome before the process is gone."""
+        for worker in self._slots.values():
+            if not worker.died:
+                self.dispatcher.killed(worker.slot)
+        if self.dispatcher.has_outcomes:
+            self.link.wake()
+
+    def _settle(self) -> None:
+        """Sweep the slots of the dead whose descendants are dead too."""
+        now = time.monotonic()
+        for worker in list(self._slots.values()):
+            if not worker.died or not (worker.reported or now >= worker.died + _REPORT_WAIT):
+                continue
+            slot = worker.slot
+            self._numbers[worker.number].tasks_done += self.dispatcher.look(slot)[2]
+            self.link.close_slot(slot)
+            self.collector.forget(slot)
+            self.dispatcher.settle(slot, _death(worker))
+            if worker.pidfd >= 0:
+                os.close(worker.pidfd)
+            del self._slots[slot]
+            self.collector.announce()
+            self.link.wake()
+        for zygote in [old for old in self._old if not any(w.zygote is old for w in self._slots.values())]:
+            self._old.remove(zygote)
+            zygote.close(0.0)
+
+    def _recycle(self) -> None:
+        """Replace workers whose zygote has died, one at a time: nobody would end what they leave behind."""
+        if not self._old or any(it.worker is None or not it.worker.ready or it.worker.stopping for it in self._numbers.values()):
+            return
+        for worker in self._slots.values():
+            if worker.zygote in self._old:
+                self._ask_to_leave(worker)
+                return
+
+    def _ask_to_leave(self, worker: Worker) -> None:
+        worker.stopping = True
+        self.dispatcher.stop_slot(worker.slot)
+        self.link.publish(worker.slot, self.dispatcher.incarnation(worker.slot))
+
+    def _warn(self) -> None:
+        """Nothing is killed for slowness at the first start, but it is said what takes so long."""
+        if self._ever_ready or self._stopping or time.monotonic() < self._warn_at:
+            return
+        self._warn_at = time.monotonic() + _SLOW_AGAIN
+        zygote = self._zygote
+        if zygote is not None and zygote.importing:
+            log.warning("preload module %r is still being imported:\n%s", zygote.importing, zygote.stack())
+        elif self.settings.initializer is not None:
+            log.warning("no worker is ready yet; the initializer %r is still running", self.settings.initializer)
+        else:
+            log.warning("no worker is ready yet")
+
+    # ---- ending --------------------------------------------------------------------------------------
+
+    def _drain(self) -> None:
+        """When asked to end and nothing is left to do: let the workers go."""
+        now = time.monotonic()
+        if self._stopping and not self._drained and (self.broken is not None or self.dispatcher.idle):
+            self._drained = True
+            self._stop_by = now + (_END_WAIT if self.broken is not None else self.settings.drain_timeout)
+            for worker in self._slots.values():
+                if worker.died:
+                    continue
+                if worker.ready:
+                    self._ask_to_leave(worker)
+                else:
+                    worker.stopping = True
+                    self.dispatcher.signal(worker.slot, signal.SIGKILL)  # it starts for nobody
+            if self._zygote is not None and (self._zygote.importing or self.broken is not None):
+                self._forget_unforked()
+        if self._stop_by and now >= self._stop_by:
+            self._stop_by = now + 1.0
+            for worker in self._slots.values():
+                self.dispatcher.signal(worker.slot, signal.SIGKILL)
+            self._forget_unforked()
+
+    def _forget_unforked(self) -> None:
+        """Workers that were ordered and will not be forked any more: the zygote is ended with us."""
+        if self._zygote is not None and any(worker.pid is None for worker in self._slots.values()):
+            self._zygote.kill()
+
+    def _close(self) -> None:
+        """The last steps; everything of this runtime is gone after them."""
+        if self._zygote is not None:
+            self._zygote.close(0.0 if self._zygote.importing else _QUIT_WAIT)
+        for zygote in self._old:
+            zygote.close(0.0)
+        self.collector.stopped = True
+        self.link.wake()
+        self.threads[0].join()
+        self.keeper.stop()
+        self.threads[1].join()
+        self.collector.fail_rest(self.dispatcher.abandon(True), self.broken or BrokenRuntime())
+        self.link.close()
+        self._bell.close()
+        self.ended.set()
+
+
+class Bell:
+    """An eventfd that any thread may ring, also after it was closed."""
+
+    def __init__(self) -> None:
+        self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._lock = threading.Lock()
+
+    def ring(self) -> None:
+        """Make a poll on the descriptor return."""
+        with self._lock:
+            if self.fd >= 0:
+                with contextlib.suppress(BlockingIOError):
+                    os.eventfd_write(self.fd, 1)
+
+    def silence(self) -> None:
+        """Take back what was rung."""
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self.fd)
+
+    def close(self) -> None:
+        """No ring reaches the descriptor any more, which may be somebody else's soon."""
+        with self._lock:
+            fd, self.fd = self.fd, -1
+        os.close(fd)
+
+
+# ---- small facts -------------------------------------------------------------------------------------
+
+
+def geometry(workers: int) -> tuple[int, int, int, int]:
+    """(slots, leases per slot, outbox records per slot, bytes of a bounce block).
+
+    Twice as many slots as workers, and two more: a dead worker's slot is swept while its successor starts.
+    Many workers get smaller tables each, so that a region stays small.
+    """
+    leases, bounce = (256, 256 << 10) if workers <= 16 else (64, 64 << 10) if workers <= 128 else (16, 16 << 10)
+    return 2 * workers + 2, leases, 4 * leases, bounce
+
+
+def raise_descriptor_limit(workers: int) -> None:
+    """libzmq aborts the process when it runs out of descriptors, so make sure beforehand that it does not.
+
+    Raises: OSError when the hard limit is too low.
+    """
+    open_now = len(os.listdir("/proc/self/fd"))
+    need = open_now + _FDS_RESERVE + _FDS_PER_WORKER * workers
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < need:
+        if hard != resource.RLIM_INFINITY and hard < need:
+            raise OSError(
+                f"{workers} workers need about {need} file descriptors ({open_now} are open), and the limit is {hard}: "
+                f"raise it (ulimit -Hn {need}, LimitNOFILE= of a systemd unit) or use fewer workers"
+            )
+        resource.setrlimit(resource.RLIMIT_NOFILE, (need, hard))
+
+
+def _backoff(failures: int) -> float:
+    """Seconds before the next attempt: doubled each time, with jitter so that slots do not march in step."""
+    return float(min(_BACKOFF_MAX, _BACKOFF * 2 ** (failures - 1)) * random.uniform(0.8, 1.2))
+
+
+def _zygote_settings(settings: config.Settings, table: serializer.FunctionTable) -> dict[str, Any]:
+    """What the zygote is told; plain values, so that nothing of the user's is imported to read them."""
+    initializer = None
+    if settings.initializer is not None:
+        ref, payload = serializer.pack_call(table, settings.initializer, settings.initargs, {})
+        buffers = tuple(bytes(buffer) for buffer in payload.buffers)
+        initializer = (ref.id, ref.data, payload.data, buffers, tuple(payload.readonly))
+    return {
+        "path": [entry or os.getcwd() for entry in sys.path],
+        "argv": list(sys.argv),
+        "warnings": [(a, m, pickle.dumps(c), mod, line) for a, m, c, mod, line in warnings.filters],
+        "preload": list(settings.preload),
+        "imports": [],
+        "initializer": initializer,
+        "max_tasks": settings.max_tasks_per_child,
+        "max_rss": settings.max_worker_rss,
+    }
+
+
+def _caused(error: BaseException, traceback: str) -> BaseException:
+    """The error with a remote traceback as its cause."""
+    from concurrent.futures.process import _RemoteTraceback
+
+    error.__cause__ = _RemoteTraceback(f'\n"""\n{traceback}"""')
+    return error
+
+
+def _how(worker: Worker) -> str:
+    """How a worker ended, in words."""
+    status = worker.status
+    if status is None:
+        return "its exit code is unknown"
+    if status < 0:
+        try:
+            name = signal.Signals(-status).name
+        except ValueError:
+            name = "?"
+        return f"killed by signal {-status} ({name})"
+    return {
+        EXIT_HOST_GONE: "it believed that the host was gone",
+        EXIT_DESCRIPTORS: "a task had closed file descriptors that the worker needs",
+    }.get(status, f"it exited with code {status}")
+
+
+def _death(worker: Worker) -> Death:
+    """What the tasks of a dead worker are told."""
+    status = worker.status
+    exitcode = status if status is not None and status >= 0 else None
+    number = -status if status is not None and status < 0 else None
+    return Death(worker.pid, worker.number, exitcode, number, _how(worker), worker.rss)

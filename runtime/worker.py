@@ -1,0 +1,414 @@
+"""A worker process: one loop of look, run, answer.
+
+    zygote ──fork──► main() ── connect ── initializer ── READY
+                        │
+                        └─► claim a lease ─► load function and arguments ─► run ─► deliver ─┐
+                              ▲   nothing there: wait for a hint, at most 2 s               │
+                              └─────────────────────────────────────────────────────────────┘
+
+It leaves when the control word says so, when it has run its share of tasks, when it is asked by SIGTERM
+(after the running item), and at once when it loses a lease or its host. What it held is swept by the host.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import fcntl
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from typing import Any, NamedTuple
+
+from runtime import _core, config, serializer
+from runtime.sockets import Paths, WorkerLink
+
+__all__ = [
+    "EXIT_DESCRIPTORS",
+    "EXIT_FAILED",
+    "EXIT_HOST_GONE",
+    "EXIT_KILLED",
+    "Context",
+    "Orders",
+    "current",
+    "main",
+]
+
+EXIT_FAILED = 70  # the initializer raised; the exception is in the bounce block
+EXIT_KILLED = 71  # the host killed the lease that this worker was finishing
+EXIT_HOST_GONE = 72  # the host has ended
+EXIT_DESCRIPTORS = 73  # a task closed descriptors that were not its own
+
+_IDLE_WAIT = 2.0  # seconds between two looks without a hint; the host's rescan is what finds a lost one
+_SLOW_ITEM_NS = 50_000  # an item of a chunk that runs longer is committed by itself
+_COMMIT_NS = 500_000  # quicker items are committed together, this much work at a time
+
+
+class Orders(NamedTuple):
+    """What a worker is told at its fork."""
+
+    slot: int
+    number: int
+    generation: int
+    paths: Paths
+    host_pidfd: int
+    initializer: tuple[int, bytes, bytes, tuple[bytes, ...], tuple[bool, ...]] | None
+    max_tasks: int | None
+    max_rss: int | None
+    imports: tuple[str, ...]
+
+
+class Context:
+    """What `runtime.current()` returns in a worker: who runs this, and for whom.
+
+    number: the worker's number. slot: its row in the region. generation: of the code. thread: of the
+    worker, from 0. task: number of the running task. attempt: 1 for its first. local: a dict that lives
+    as long as the worker. log: a logger named after the worker.
+    """
+
+    __slots__ = ("attempt", "generation", "local", "log", "number", "slot", "task", "thread")
+
+    def __init__(self, orders: Orders) -> None:
+        self.number = orders.number
+        self.slot = orders.slot
+        self.generation = orders.generation
+        self.thread = 0
+        self.task: int | None = None
+        self.attempt = 0
+        self.local: dict[Any, Any] = {}
+        self.log = logging.getLogger(f"runtime.worker.{orders.number}")
+
+    def __repr__(self) -> str:
+        return f"<worker {self.number}, task {self.task}, attempt {self.attempt}>"
+
+
+_context: Context | None = None
+_forked = False  # a task has forked, and this is the child: it may not touch what the worker owns
+
+
+def current() -> Context:
+    """The worker, task and attempt that this code runs in. Raises: RuntimeError outside of a worker."""
+    if _context is None or _forked:
+        raise RuntimeError("runtime.current() is for code that runs in a worker; this process is none")
+    return _context
+
+
+class _Leave(BaseException):
+    """Raised by the SIGTERM handler in a worker that waits for work."""
+
+
+class Worker:
+    """The loop, and what it needs."""
+
+    def __init__(self, arena: _core.Arena, orders: Orders, context: Context) -> None:
+        self.orders = orders
+        self.context = context
+        self.port = _core.WorkerPort(arena, orders.slot, self.notify)
+        self.link = WorkerLink(orders.paths, orders.slot, self.port.incarnation)
+        self.functions = serializer.FunctionCache()
+        self.left = orders.max_tasks if orders.max_tasks is not None else -1  # items it may still run
+        self.waiting = False
+        self.leaving = False
+        self.rss_checked = 0.0
+
+    def notify(self) -> None:
+        """Tell the host to look at the outbox."""
+        self.link.notify()
+
+    # ---- starting ------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Connect, import, initialise, and say so."""
+        self.link.greet()
+        try:
+            for name in self.orders.imports:
+                __import__(name)
+            self.initialise()
+        except BaseException as error:
+            self.port.fail(self.packed_failure(error))
+            self.notify()
+            self.link.close()
+            os._exit(EXIT_FAILED)
+        self.port.ready()
+        self.notify()
+
+    def initialise(self) -> None:
+        """Run the initializer, if there is one."""
+        if self.orders.initializer is None:
+            return
+        ident, fn_data, data, buffers, readonly = self.orders.initializer
+        views = [
+            memoryview(b).toreadonly() if r else memoryview(bytearray(b)) for b, r in zip(buffers, readonly, strict=True)
+        ]
+        fn, args, kwargs = serializer.unpack_call(self.functions, ident, fn_data, data, views)
+        fn(*args, **kwargs)
+
+    def packed_failure(self, error: BaseException) -> bytes:
+        """An exception as one frame that fits the bounce block."""
+        limit = self.port.arena.bounce_bytes
+        frame = _core.Frame([_item(1, serializer.dump_exception(error))])
+        if frame.nbytes > limit:
+            short = RuntimeError(f"{type(error).__name__}: {str(error)[: limit // 8]} …")
+            frame = _core.Frame([_item(1, serializer.dump_exception(short))])
+        return bytes(frame.tobytes())
+
+    # ---- the loop ------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Until told to leave."""
+        try:
+            self.loop()
+        except _Leave:  # SIGTERM came just before or after the wait
+            pass
+        self.port.leave()
+        self.notify()
+
+    def loop(self) -> None:
+        """Look, run, answer."""
+        while not (self.leaving or self.port.stopping):
+            entry = self.port.claim()
+            if entry >= 0:
+                self.execute(entry)
+                self.check()
+                continue
+            self.port.flush()
+            self.waiting = True
+            try:
+                if not self.leaving:
+                    self.link.wait(_IDLE_WAIT)
+            except _Leave:
+                pass
+            finally:
+                self.waiting = False
+
+    def execute(self, entry: int) -> None:
+        """Run what a claimed lease holds."""
+        kind, task, attempt, fn_id, leads = self.port.describe(entry)
+        self.context.task, self.context.attempt = task, attempt
+        try:
+            exporter: Any = self.port.frame(entry)
+        except MemoryError as error:  # no memory for arguments that travel by value
+            self.deliver(entry, [self.failed(error)], 1, b"")
+            return
+        if kind == _core.KIND_CHUNK:
+            alive = self.run_chunk(entry, fn_id, leads, exporter)
+        else:
+            self.port.begin(entry)
+            item = self.run_call(entry, fn_id, leads, exporter)
+            self.port.end(entry)
+            alive = self.deliver(entry, [item], 1, exporter)
+            self.left -= 1
+        self.context.task = None
+        if not alive:
+            os._exit(EXIT_KILLED)
+
+    def run_call(self, entry: int, fn_id: int, leads: bool, exporter: Any) -> tuple[Any, ...]:
+        """Load and run one call; its outcome as an item of a frame."""
+        try:
+            items = _core.read_frame(exporter)
+            fn_data = self.function_data(entry, fn_id, leads, items)
+            _, data, views = items.pop()
+            fn, args, kwargs = serializer.unpack_call(self.functions, fn_id, fn_data, data, views)
+            del items, data, views
+            result = fn(*args, **kwargs)
+        except BaseException as error:
+            return self.failed(error)
+        return self.succeeded(result)
+
+    def function_data(self, entry: int, fn_id: int, leads: bool, items: list[Any]) -> bytes | None:
+        """The function's pickle: from its block, or the item that leads the frame; None: it is loaded."""
+        data = bytes(items.pop(0)[1]) if leads else None
+        if fn_id in self.functions:
+            return None
+        return data if data is not None else bytes(self.port.function(entry))
+
+    def run_chunk(self, entry: int, fn_id: int, leads: bool, exporter: Any) -> bool:
+        """Run the items of a chunk, committing results as they come. False: the lease was killed."""
+        done: list[Any] = []
+        since = 0
+        ran = 0
+        items: list[Any] = []
+        fn_data: bytes | None = None
+        failure: tuple[Any, ...] | None = None
+        try:
+            items = _core.read_frame(exporter)
+            fn_data = self.function_data(entry, fn_id, leads, items)
+        except BaseException as error:
+            failure = self.failed(error)
+        items.reverse()
+        while items:
+            if ran and not self.port.advance(entry):
+                return False
+            _, data, views = items.pop()
+            self.port.begin(entry)
+            done.append(failure or self.run_item(fn_id, fn_data, data, views))
+            del data, views
+            took = self.port.end(entry)
+            ran += 1
+            since += took
+            self.left -= 1
+            if not items or self.left == 0 or self.leaving or self.port.stopping:
+                break
+            if (took >= _SLOW_ITEM_NS or since >= _COMMIT_NS) and self.port.commit(entry, done):
+                done = []
+                since = 0
+        items.clear()
+        return self.deliver(entry, done, ran, exporter)
+
+    def run_item(self, fn_id: int, fn_data: bytes | None, data: Any, views: list[Any]) -> tuple[Any, ...]:
+        """Load and run one item of a map."""
+        try:
+            fn, args, kwargs = serializer.unpack_call(self.functions, fn_id, fn_data, data, views)
+            del data, views
+            result = fn(*args, **kwargs)
+        except BaseException as error:
+            return self.failed(error)
+        return self.succeeded(result)
+
+    def succeeded(self, result: Any) -> tuple[Any, ...]:
+        """A result as an item; if it cannot be pickled, the reason is the outcome."""
+        if _forked:
+            os._exit(0)  # a task forked and its child came back here: it has nothing to deliver
+        try:
+            return _item(0, serializer.dumps(result))
+        except BaseException as error:
+            error.add_note(f"The result of the task, a {type(result).__qualname__}, could not be pickled.")
+            return self.failed(error)
+
+    def failed(self, error: BaseException) -> tuple[Any, ...]:
+        """An exception as an item."""
+        if _forked:
+            os._exit(1)
+        if isinstance(error, _Leave):
+            error = KeyboardInterrupt()
+        return _item(1, serializer.dump_exception(error))
+
+    def deliver(self, entry: int, items: list[Any], ran: int, exporter: Any) -> bool:
+        """End the lease with its last items. False: the host has killed it."""
+        kept = not isinstance(exporter, (bytes, bytearray)) and exporter.keep()
+        try:
+            return bool(self.port.finish(entry, items, ran, kept))
+        except (BufferError, MemoryError) as error:  # a result that cannot be laid out
+            return bool(self.port.finish(entry, [self.failed(error)] * len(items), ran, kept))
+
+    def check(self) -> None:
+        """Between tasks: is this process still fit for the next one?"""
+        if self.left == 0:
+            self.leaving = True
+        try:
+            fcntl.fcntl(self.orders.host_pidfd, fcntl.F_GETFD)
+        except OSError:
+            os._exit(EXIT_DESCRIPTORS)  # before it claims what it could not answer for
+        if self.orders.max_rss is not None and time.monotonic() - self.rss_checked > 0.1:
+            self.rss_checked = time.monotonic()
+            self.leaving = self.leaving or own_rss() > self.orders.max_rss
+
+
+def own_rss() -> int:
+    """Bytes of resident memory that this process shares with no file."""
+    with open("/proc/self/statm", "rb") as file:
+        fields = file.read().split()
+    return (int(fields[1]) - int(fields[2])) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _item(status: int, payload: serializer.Payload) -> tuple[Any, ...]:
+    return (status, payload.data, payload.buffers, payload.readonly)
+
+
+# ---- the process -------------------------------------------------------------------------------------
+
+
+def main(arena: _core.Arena, orders: Orders) -> None:
+    """Be a worker, from the fork on. Never returns."""
+    global _context
+    code = 1
+    try:
+        arena.adopt_process()
+        config.in_worker = True
+        _reset_signals()
+        _reseed()
+        _prefer_for_oom()
+        _core.become_subreaper()
+        watch = threading.Thread(target=_core.watch_host, args=(orders.host_pidfd, EXIT_HOST_GONE), daemon=True)
+        watch.name = "runtime-host-watch"
+        watch.start()
+        os.register_at_fork(after_in_child=lambda: _after_fork(arena))
+        _context = Context(orders)
+        serializer.adopt_main()
+        worker = Worker(arena, orders, _context)
+        _on_term(worker)
+        worker.start()
+        worker.run()
+        worker.link.close()
+        code = 0
+    except BaseException:  # a fault of ours: the traceback is all that can be given
+        if not _forked:
+            sys.excepthook(*sys.exc_info())
+    finally:
+        if not _forked:
+            _goodbye()
+        os._exit(code)
+
+
+def _after_fork(arena: _core.Arena) -> None:
+    """In a child that a task forked: what it does to the region stays its own."""
+    global _forked
+    _forked = True
+    arena.make_private()
+
+
+def _reset_signals() -> None:
+    """Handlers that a preloaded module has set are for the program it came from."""
+    for number in signal.valid_signals():
+        if callable(signal.getsignal(number)):
+            signal.signal(number, signal.SIG_DFL)
+    # Ctrl-C goes to the whole group; the host decides. A handler, since SIG_IGN would survive exec.
+    signal.signal(signal.SIGINT, _nothing)
+    signal.set_wakeup_fd(-1)
+
+
+def _nothing(number: int, frame: object) -> None:
+    """SIGINT does nothing here."""
+
+
+def _on_term(worker: Worker) -> None:
+    def leave(number: int, frame: object) -> None:
+        worker.leaving = True
+        if worker.waiting:
+            raise _Leave
+
+    signal.signal(signal.SIGTERM, leave)
+    signal.signal(signal.SIGUSR2, leave)
+
+
+def _reseed() -> None:
+    """Each worker draws its own random numbers (CPython reseeds `random` at a fork itself)."""
+    numpy_random = sys.modules.get("numpy.random")
+    if numpy_random is not None:
+        numpy_random.seed()
+
+
+def _prefer_for_oom() -> None:
+    """When memory runs out, the kernel should end a worker, not the host."""
+    with contextlib.suppress(OSError, ValueError), open("/proc/self/oom_score_adj", "r+") as file:
+        score = int(file.read())
+        file.seek(0)
+        file.write(str(min(score + 300, 1000)))
+
+
+def _goodbye() -> None:
+    """What an interpreter does at its end: join threads, run callbacks, flush."""
+    try:
+        threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (AttributeError, OSError, ValueError):
+            pass
+    _core.kill_descendants()

@@ -1,0 +1,331 @@
+"""The zygote: a child that has imported the user's modules, has no threads, and forks workers on request.
+
+    host                                   zygote (one thread, one poll loop)
+      │  exec, with four descriptors  ──►  sys.path, arguments, warnings, preload
+      │  ◄── {"what": "importing"}         for each preloaded module
+      │  ◄── {"what": "started"}           or "failed" with the traceback, or "threads" with the module
+      │  {"what": "fork", slot …}     ──►  fork; pidfd_open before it may reap
+      │  ◄── {"what": "forked", slot, pid} + the pidfd (SCM_RIGHTS)
+      │                                    a worker ends: wait4; kill and reap what it left to us
+      │  ◄── {"what": "exited", slot, status, rss}
+      │  {"what": "quit"}             ──►  kill what is left, exit
+      ✗  host's pidfd                 ──►  the same, and remove the socket folder
+
+This is the only file that forks. `Zygote` is the host's handle, `main` the process itself.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import faulthandler
+import gc
+import importlib
+import os
+import pickle
+import select
+import signal
+import socket
+import sys
+import traceback
+import warnings
+from typing import Any, NamedTuple
+
+from runtime import _core, worker
+from runtime.sockets import Paths
+from runtime.wire import WireError, decode_report, encode_report
+
+__all__ = ["Report", "Zygote", "main"]
+
+_MESSAGE = 1 << 16  # bytes of an order or a report, at most
+_STACK_AFTER = 9.0  # seconds after which a module that is still being imported leaves its stack
+
+
+class Report(NamedTuple):
+    """What the zygote says: the fields, and the descriptor that came along or -1."""
+
+    what: str
+    fields: dict[str, Any]
+    fd: int
+
+
+# ---- the host's handle -------------------------------------------------------------------------------
+
+
+class Zygote:
+    """The host's handle of a zygote process.
+
+    Thread-safety: for the supervisor's thread, but for `kill`. Fork-safety: in a fork it is inert.
+    Raises: OSError when no process can be made.
+    """
+
+    def __init__(self, settings: dict[str, Any], arena: _core.Arena, environment: dict[str, str]) -> None:
+        import subprocess
+
+        if not sys.executable:
+            raise OSError("sys.executable is empty: an embedded Python cannot start workers; set it to a Python binary")
+        self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+        host = os.pidfd_open(os.getpid())
+        config = _written("runtime-zygote", pickle.dumps(settings, protocol=5))
+        self.stack_fd = os.memfd_create("runtime-stack")
+        fds = (theirs.fileno(), arena.fd, host, config, self.stack_fd)
+        root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+        code = f"import sys; sys.path.insert(0, {root!r}); from runtime.zygote import main; main()"
+        flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+        try:
+            self.process = subprocess.Popen(
+                [sys.executable, *flags, "-P", "-c", code, *map(str, fds)],
+                pass_fds=fds, stdin=subprocess.DEVNULL, env=environment,
+            )  # fmt: skip
+        except BaseException:
+            self.socket.close()
+            os.close(self.stack_fd)
+            raise
+        finally:
+            theirs.close()
+            os.close(host)
+            os.close(config)
+        self.socket.setblocking(False)
+        self.pid = self.process.pid
+        self.pidfd = os.pidfd_open(self.pid)
+        self.started = False
+        self.importing = ""
+        self.workers = 0  # forked and not reported as exited
+
+    def order(self, what: str, **fields: Any) -> bool:
+        """Send an order. False: the zygote is gone."""
+        try:
+            self.socket.send(encode_report(what, **fields), socket.MSG_NOSIGNAL)
+        except OSError:
+            return False
+        return True
+
+    def reports(self) -> list[Report]:
+        """What has come; an empty what: the zygote has closed its end."""
+        found = []
+        while True:
+            try:
+                data, fds, _, _ = socket.recv_fds(self.socket, _MESSAGE, 4)
+            except BlockingIOError:
+                return found
+            except OSError:
+                data, fds = b"", []
+            fd = fds[0] if fds else -1
+            if not data:
+                found.append(Report("", {}, -1))
+                return found
+            try:
+                fields = decode_report(data)
+            except WireError:
+                continue
+            found.append(Report(fields["what"], fields, fd))
+
+    def stack(self) -> str:
+        """The Python stack that a slow import left."""
+        size = os.lseek(self.stack_fd, 0, os.SEEK_END)
+        return os.pread(self.stack_fd, min(size, _MESSAGE), max(0, size - _MESSAGE)).decode(errors="replace")
+
+    def kill(self) -> None:
+        """SIGKILL, through the pidfd."""
+        with contextlib.suppress(ProcessLookupError, OSError):
+            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+
+    def close(self, patience: float) -> None:
+        """Ask it to quit, wait, and kill it when it has not gone after `patience` seconds."""
+        self.order("quit")
+        if not select.select([self.pidfd], [], [], patience)[0]:
+            self.kill()
+        self.process.wait()
+        self.socket.close()
+        for fd in (self.pidfd, self.stack_fd):
+            os.close(fd)
+
+
+def _written(name: str, data: bytes) -> int:
+    """A memfd that holds `data`."""
+    fd = os.memfd_create(name)
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+    os.lseek(fd, 0, os.SEEK_SET)
+    return fd
+
+
+# ---- the process -------------------------------------------------------------------------------------
+
+
+class _Process:
+    """The zygote's state: its children by slot, and who asks."""
+
+    def __init__(self, connection: socket.socket, arena: _core.Arena, host_pidfd: int, settings: dict[str, Any]) -> None:
+        self.connection = connection
+        self.arena = arena
+        self.host_pidfd = host_pidfd
+        self.settings = settings
+        self.children: dict[int, tuple[int, int]] = {}  # pidfd -> (pid, slot)
+        self.own: set[int] = set()  # children that a preloaded module made
+        self.poller = select.poll()
+        self.poller.register(connection, select.POLLIN)
+        self.poller.register(host_pidfd, select.POLLIN)
+
+    def report(self, what: str, fd: int = -1, **fields: Any) -> None:
+        """Tell the host; if it is gone, its pidfd says so in the next poll."""
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))] if fd >= 0 else []
+        with contextlib.suppress(OSError):
+            self.connection.sendmsg([encode_report(what, **fields)], rights, socket.MSG_NOSIGNAL)
+
+    def preload(self, stack_fd: int) -> None:
+        """Import the user's modules. Never returns if one fails or leaves a thread behind."""
+        for name in self.settings["preload"]:
+            self.report("importing", module=name)
+            faulthandler.dump_traceback_later(_STACK_AFTER, repeat=True, file=stack_fd)
+            try:
+                importlib.import_module(name)
+            except BaseException as error:
+                faulthandler.cancel_dump_traceback_later()
+                text = "".join(traceback.format_exception(error))
+                self.report("failed", module=name, error=f"{type(error).__name__}: {error}"[:2000], traceback=text[-20_000:])
+                os._exit(1)
+            faulthandler.cancel_dump_traceback_later()
+            if len(os.listdir("/proc/self/task")) > 1:
+                self.report("threads", module=name)
+                os._exit(1)
+        os.close(stack_fd)
+        self.own = set(_children())
+
+    def loop(self) -> None:
+        """Fork, reap, report, until the host says quit or is gone."""
+        while True:
+            for fd, _ in self.poller.poll():
+                if fd in self.children:
+                    self.reap(fd)
+                elif fd == self.host_pidfd:
+                    with contextlib.suppress(OSError):
+                        self.leave(remove=True)
+                elif not self.obey():
+                    self.leave(remove=False)
+
+    def obey(self) -> bool:
+        """One order. False: quit."""
+        data = self.connection.recv(_MESSAGE)
+        if not data:
+            return False
+        order = decode_report(data)
+        if order["what"] == "fork":
+            self.fork(order)
+        return bool(order["what"] != "quit")
+
+    def fork(self, order: dict[str, Any]) -> None:
+        """Fork a worker and send its pidfd."""
+        _flush()
+        try:
+            pid = os.fork()
+        except OSError as error:
+            self.report("refused", slot=order["slot"], error=str(error))
+            return
+        if pid == 0:
+            self.become_worker(order)
+        pidfd = os.pidfd_open(pid)
+        self.children[pidfd] = (pid, order["slot"])
+        self.poller.register(pidfd, select.POLLIN)
+        self.report("forked", fd=pidfd, slot=order["slot"], pid=pid)
+
+    def become_worker(self, order: dict[str, Any]) -> None:
+        """In the child. Never returns."""
+        try:
+            self.connection.close()
+            for pidfd in self.children:
+                os.close(pidfd)
+            orders = worker.Orders(
+                slot=order["slot"], number=order["number"], generation=order["generation"],
+                paths=Paths(*order["paths"]), host_pidfd=self.host_pidfd,
+                initializer=self.settings["initializer"], max_tasks=self.settings["max_tasks"],
+                max_rss=self.settings["max_rss"], imports=tuple(self.settings["imports"]),
+            )  # fmt: skip
+            worker.main(self.arena, orders)
+        finally:
+            os._exit(1)
+
+    def reap(self, pidfd: int) -> None:
+        """A worker has ended: end what it left behind, then say how it ended."""
+        pid, slot = self.children.pop(pidfd)
+        self.poller.unregister(pidfd)
+        os.close(pidfd)
+        try:
+            _, status, usage = os.wait4(pid, 0)
+        except ChildProcessError:
+            status, rss = None, None
+        else:
+            status, rss = os.waitstatus_to_exitcode(status), usage.ru_maxrss * 1024
+        self.end_strays()
+        self.report("exited", slot=slot, pid=pid, status=status, rss=rss)
+
+    def end_strays(self) -> None:
+        """Children that we did not fork belonged to a dead worker."""
+        while True:
+            ours = {pid for pid, _ in self.children.values()} | self.own
+            strays = [pid for pid in _children() if pid not in ours]
+            if not strays:
+                return
+            for pid in strays:  # our children, not waited for yet: their pids cannot be reused
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(pid, 0)
+
+    def leave(self, remove: bool) -> None:
+        """End every descendant, then this process."""
+        _core.kill_descendants()
+        if remove:
+            folder = self.settings["folder"]
+            with contextlib.suppress(OSError):
+                for name in os.listdir(folder):
+                    os.unlink(os.path.join(folder, name))
+                os.rmdir(folder)
+        os._exit(0)
+
+
+def main() -> None:
+    """The process: `python -c … main()` with the descriptors' numbers in sys.argv. Never returns."""
+    fds = [int(text) for text in sys.argv[1:6]]
+    connection, region, host, config, stack = fds
+    for fd in fds:
+        os.set_inheritable(fd, False)
+    signal.signal(signal.SIGINT, lambda number, frame: None)  # the host decides what Ctrl-C means
+    _core.become_subreaper()
+    settings = pickle.loads(_read(config))
+    _like_the_host(settings)
+    process = _Process(socket.socket(fileno=connection), _core.Arena.attach_fd(region), host, settings)
+    os.close(region)
+    process.preload(stack)
+    gc.collect()
+    gc.freeze()  # what is here by now is shared with every worker; do not touch it to count references
+    process.report("started")
+    process.loop()
+
+
+def _read(fd: int) -> bytes:
+    with open(fd, "rb") as file:
+        return file.read()
+
+
+def _like_the_host(settings: dict[str, Any]) -> None:
+    """What a fresh interpreter does not inherit."""
+    sys.path[:] = settings["path"]
+    sys.argv[:] = settings["argv"]
+    filters = []
+    for action, message, category, module, lineno in settings["warnings"]:
+        with contextlib.suppress(Exception):  # a category whose module cannot be imported here
+            filters.append((action, message, pickle.loads(category), module, lineno))
+    warnings.filters[:] = filters  # type: ignore[index]
+
+
+def _children() -> list[int]:
+    with open(f"/proc/self/task/{os.getpid()}/children") as file:
+        return [int(text) for text in file.read().split()]
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, OSError, ValueError):
+            stream.flush()
