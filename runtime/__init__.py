@@ -1,9 +1,9 @@
 """A runtime of supervised worker processes over shared memory, behind a concurrent.futures Executor.
 
-    >>> import runtime
-    >>> with runtime.Runtime(2) as rt:
-    ...     list(rt.map(abs, [-1, -2, -3]))
-    [1, 2, 3]
+>>> import runtime
+>>> with runtime.Runtime(2) as rt:
+...     list(rt.map(abs, [-1, -2, -3]))
+[1, 2, 3]
 """
 
 from runtime._core import Block, MemoryPool, SharedRegion

@@ -41,13 +41,30 @@ class Sink(Protocol):
 class Death(RuntimeFailure):
     """How a worker ended, as the supervisor knows it; turned into a WorkerDied for each task it ran."""
 
-    def __init__(self, pid: int | None, number: int, exitcode: int | None, signal: int | None, reason: str, rss: int | None) -> None:
+    def __init__(
+        self,
+        pid: int | None,
+        number: int,
+        exitcode: int | None,
+        signal: int | None,
+        reason: str,
+        rss: int | None,
+    ) -> None:
         super().__init__(reason)
-        self.pid, self.number, self.exitcode, self.signal, self.reason, self.rss = pid, number, exitcode, signal, reason, rss
+        self.pid, self.number, self.exitcode, self.signal, self.reason, self.rss = (
+            pid,
+            number,
+            exitcode,
+            signal,
+            reason,
+            rss,
+        )
 
     def blamed(self, attempts: int) -> WorkerDied:
         """The exception of a task that the worker was running."""
-        return WorkerDied(self.pid, self.number, self.exitcode, self.signal, self.reason, attempts, "", self.rss)
+        return WorkerDied(
+            self.pid, self.number, self.exitcode, self.signal, self.reason, attempts, "", self.rss
+        )
 
 
 class Lifecycle(Protocol):
@@ -124,7 +141,9 @@ class Collector:
     def welcome(self, slot: int) -> None:
         """Tell a worker that it is connected; again soon if its PULL is not there yet."""
         self._welcome.discard(slot)
-        if self.link.is_open(slot) and not self.link.send(HintKind.WELCOME, slot, self.dispatcher.incarnation(slot)):
+        if self.link.is_open(slot) and not self.link.send(
+            HintKind.WELCOME, slot, self.dispatcher.incarnation(slot)
+        ):
             self._welcome.add(slot)
 
     def forget(self, slot: int) -> None:
@@ -175,7 +194,9 @@ class Collector:
                 raise ValueError(f"the frame holds {len(items)} items, not {count}")
         except ValueError as error:
             for item in range(first, first + count):
-                self.finish(task, item, False, RuntimeFailure(f"the worker wrote a malformed result: {error}"))
+                self.finish(
+                    task, item, False, RuntimeFailure(f"the worker wrote a malformed result: {error}")
+                )
             return
         del exporter
         items.reverse()
@@ -231,7 +252,9 @@ class Collector:
             return BrokenRuntime(self.broken)
         if reason:
             return TaskCancelled()
-        return TaskTimeout(f"the task ran longer than its timeout of {task.timeout / 1e9:g} s; its worker was killed and replaced")
+        return TaskTimeout(
+            f"the task ran longer than its timeout of {task.timeout / 1e9:g} s, so its worker was killed"
+        )
 
     def finish(self, task: _core.Task, item: int, ok: bool, value: Any) -> None:
         """The final outcome of a task or an item."""

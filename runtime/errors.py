@@ -131,3 +131,12 @@ class BrokenRuntime(RuntimeFailure, concurrent.futures.BrokenExecutor):
     """No worker can be started, so no task can run: the message says why."""
 
     default = "the runtime is broken: no worker could be started"
+
+
+def remote_traceback(text: str) -> BaseException:
+    """The cause of an exception that was raised in another process: as the stdlib's process pool shows it."""
+    import importlib
+
+    process = importlib.import_module("concurrent.futures.process")  # pulls in multiprocessing, so not sooner
+    cause: BaseException = process._RemoteTraceback(f'\n"""\n{text}"""')
+    return cause

@@ -1,4 +1,4 @@
-"""`Runtime`: the Executor that users see. What it promises is in the docstrings; how, in the modules below."""
+"""`Runtime`: the Executor that users see. What it promises is in the docstrings; how, in what it imports."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ class WorkerInfo:
 
     number: what names it, 0 .. max_workers-1. slot: its row in the region, or None. pid: of its process, or
     None. started: when that was asked for, seconds since the epoch, or None. tasks_done: tasks and items that
-    workers of this number have run. task: number of the one that runs now, or None. rss: resident bytes, or None.
+    workers of this number have run. task: number of the one that runs now, or None. rss: resident bytes, or
+    None.
     """
 
     number: int
@@ -72,7 +73,7 @@ class Stats:
 
 
 class Future(concurrent.futures.Future[T]):
-    """What `submit` returns: a concurrent.futures.Future that can be taken back until a worker has claimed it."""
+    """What `submit` returns: a stdlib Future whose call can be taken back until a worker has claimed it."""
 
     retry_on: tuple[type[BaseException], ...] = ()
     _task: _core.Task | None = None
@@ -115,10 +116,10 @@ class Runtime(concurrent.futures.Executor):
     max_workers: processes; by default what the cgroup's quota and the affinity allow. initializer, initargs:
     called in each worker before its first task. max_tasks_per_child: tasks, or items of a map, after which a
     worker is replaced. preload: modules to import before workers are forked. region_size: bytes of shared
-    memory for arguments and results, or a text like "64MiB". retries: further attempts for a task whose worker
-    died, or that raised one of retry_on. timeout: seconds that one attempt of a task, or one item of a map, may
-    run. drain_timeout: seconds that workers have to leave at shutdown. max_worker_rss: bytes of unshared memory
-    after which a worker is replaced. mp_context is accepted and ignored, with a warning.
+    memory for arguments and results, or a text like "64MiB". retries: further attempts for a task whose
+    worker died, or that raised one of retry_on. timeout: seconds that one attempt of a task, or one item of
+    a map, may run. drain_timeout: seconds that workers have to leave at shutdown. max_worker_rss: bytes of
+    unshared memory after which a worker is replaced. mp_context is accepted and ignored, with a warning.
 
     Raises: TypeError, ValueError for bad arguments; OSError, RegionFull when the machine lacks what it needs.
     """
@@ -147,16 +148,18 @@ class Runtime(concurrent.futures.Executor):
         name: str | None = None,
     ) -> None:
         self._settings = config.settings(
-            max_workers, threads, initializer, initargs, max_tasks_per_child, mp_context, preload, start_method,
-            region_size, region_max, retries, retry_on, timeout, drain_timeout, max_worker_rss, state_max_items,
-            state_max_bytes, forward_logs, name,
+            max_workers, threads, initializer, initargs, max_tasks_per_child, mp_context, preload,
+            start_method, region_size, region_max, retries, retry_on, timeout, drain_timeout, max_worker_rss,
+            state_max_items, state_max_bytes, forward_logs, name,
         )  # fmt: skip
         if self._settings.threads > 1:
             raise ValueError("threads must be 1: several native threads per worker are not in this version")
         if self._settings.start_method != "exec":
             raise ValueError('start_method must be "exec": "fork" is not in this version')
         self._max_workers = self._settings.max_workers
-        self._options = TaskOptions(self._settings.timeout, self._settings.retries, self._settings.retry_on, 0)
+        self._options = TaskOptions(
+            self._settings.timeout, self._settings.retries, self._settings.retry_on, 0
+        )
         self._table = serializer.FunctionTable()
         self._shutdown = False
         self._core = Supervisor(self._settings, self._table)
@@ -182,6 +185,8 @@ class Runtime(concurrent.futures.Executor):
         future: Future[T] = Future()
         try:
             ref, payload = serializer.pack_call(self._table, fn, args, kwargs)
+        except KeyboardInterrupt:
+            raise  # Ctrl-C, in all likelihood, not the argument's doing
         except BaseException as error:
             core.dispatcher.refuse()
             future.set_exception(error)
@@ -198,7 +203,7 @@ class Runtime(concurrent.futures.Executor):
         _after(core.collector, core)
         return future
 
-    def map(  # type: ignore[override]
+    def map(
         self,
         fn: Callable[..., T],
         *iterables: Iterable[Any],
@@ -214,7 +219,9 @@ class Runtime(concurrent.futures.Executor):
         default all of a sized input, and a bounded window of any other. return_exceptions: yield an item's
         exception instead of raising it. Raises: what an item raised, with a note that names the item.
         """
-        return self._map(self._options, fn, iterables, timeout, chunksize, buffersize, return_exceptions, True)
+        return self._map(
+            self._options, fn, iterables, timeout, chunksize, buffersize, return_exceptions, True
+        )
 
     def map_unordered(
         self,
@@ -226,7 +233,9 @@ class Runtime(concurrent.futures.Executor):
         return_exceptions: bool = False,
     ) -> Iterator[T]:
         """As `map`, in the order in which the results come."""
-        return self._map(self._options, fn, iterables, timeout, chunksize, buffersize, return_exceptions, False)
+        return self._map(
+            self._options, fn, iterables, timeout, chunksize, buffersize, return_exceptions, False
+        )
 
     def _map(
         self,
@@ -256,9 +265,9 @@ class Runtime(concurrent.futures.Executor):
             core.wake()
 
         return Results(
-            fn, iterables, run=Run(options, ordered, return_exceptions), options=options, submit=submit, drop=drop,
-            table=self._table, workers=self._max_workers, timeout=timeout, chunksize=chunksize or 0,
-            buffersize=buffersize,
+            fn, iterables, run=Run(options, ordered, return_exceptions), options=options, submit=submit,
+            drop=drop, table=self._table, workers=self._max_workers, timeout=timeout,
+            chunksize=chunksize or 0, buffersize=buffersize,
         )  # fmt: skip
 
     def options(
@@ -270,7 +279,12 @@ class Runtime(concurrent.futures.Executor):
         priority: int = 0,
     ) -> Options:
         """This runtime with other settings for what is submitted through it. Larger priorities go first."""
-        return Options(self, config.override(self._settings, timeout=timeout, retries=retries, retry_on=retry_on, priority=priority))
+        return Options(
+            self,
+            config.override(
+                self._settings, timeout=timeout, retries=retries, retry_on=retry_on, priority=priority
+            ),
+        )
 
     def cancel(self, future: concurrent.futures.Future[Any], *, running: bool = False) -> bool:
         """Cancel a call; with `running` also one that a worker has started: its process is killed, and
@@ -388,7 +402,8 @@ class Runtime(concurrent.futures.Executor):
         core = self._core
         if core.pid != os.getpid():
             raise RuntimeError(
-                f"this Runtime belongs to process {core.pid}; this is process {os.getpid()}, a fork of it: make a Runtime here"
+                f"this Runtime belongs to process {core.pid}; this is process {os.getpid()}, a fork of it: "
+                "make a Runtime here"
             )
         if core.broken is not None:
             raise core.broken
@@ -399,7 +414,10 @@ class Runtime(concurrent.futures.Executor):
         return core
 
     def __reduce__(self) -> Any:
-        raise TypeError("a Runtime cannot be pickled; a task that needs one makes its own, and runtime.current() tells where it runs")
+        raise TypeError(
+            "a Runtime cannot be pickled; a task that needs one makes its own, and runtime.current() tells "
+            "where it runs"
+        )
 
     def __repr__(self) -> str:
         state = "shut down" if self._shutdown else "broken" if self._core.broken is not None else "running"
@@ -418,7 +436,7 @@ class Options(concurrent.futures.Executor):
         """As Runtime.submit."""
         return self._runtime._submit(self._options, fn, args, kwargs)
 
-    def map(  # type: ignore[override]
+    def map(
         self,
         fn: Callable[..., T],
         *iterables: Iterable[Any],
@@ -428,7 +446,9 @@ class Options(concurrent.futures.Executor):
         return_exceptions: bool = False,
     ) -> Iterator[T]:
         """As Runtime.map."""
-        return self._runtime._map(self._options, fn, iterables, timeout, chunksize, buffersize, return_exceptions, True)
+        return self._runtime._map(
+            self._options, fn, iterables, timeout, chunksize, buffersize, return_exceptions, True
+        )
 
     def map_unordered(
         self,
@@ -440,7 +460,9 @@ class Options(concurrent.futures.Executor):
         return_exceptions: bool = False,
     ) -> Iterator[T]:
         """As Runtime.map_unordered."""
-        return self._runtime._map(self._options, fn, iterables, timeout, chunksize, buffersize, return_exceptions, False)
+        return self._runtime._map(
+            self._options, fn, iterables, timeout, chunksize, buffersize, return_exceptions, False
+        )
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Ends nothing: the Runtime is its owner's to shut down."""

@@ -9,6 +9,7 @@ iterates. Of any other a bounded window is taken, and more as results are consum
 
 from __future__ import annotations
 
+import operator
 import threading
 import time
 from collections import deque
@@ -65,7 +66,10 @@ class Run:
                     break
                 if deadline is None:
                     self._changed.wait()
-                elif not self._changed.wait(max(0.0, deadline - time.monotonic())) and time.monotonic() >= deadline:
+                elif (
+                    not self._changed.wait(max(0.0, deadline - time.monotonic()))
+                    and time.monotonic() >= deadline
+                ):
                     raise TimeoutError("the results of map() did not come within its timeout")
             ok, value = self._ready.pop(index)
             if self._ordered:
@@ -187,7 +191,7 @@ class Results(Iterator[Any]):
             raise
         self._taken += 1
         shown = self._run.reprs.pop(index, "")
-        if self._input is not None and (self._fed - self._taken) * 4 <= (self._window or 0) * 3:
+        if self._window is not None and (self._fed - self._taken) * 4 <= self._window * 3:
             self._feed()
         if ok:
             return value
@@ -228,11 +232,5 @@ def _short(args: tuple[Any, ...]) -> str:
 def check_sizes(chunksize: int | None, buffersize: int | None) -> None:
     """Raises: TypeError, ValueError for what no map can use."""
     for name, value in (("chunksize", chunksize), ("buffersize", buffersize)):
-        if value is None:
-            continue
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(f"{name} must be an integer or None, not {type(value).__name__}")
-        if value < 1:
+        if value is not None and operator.index(value) < 1:
             raise ValueError(f"{name} must be >= 1 or None, not {value}")
-
-

@@ -261,6 +261,9 @@ def _importable(name: str) -> bool:
 
 
 def _search(name: str, module: object) -> bool:
+    own = getattr(module, "__spec__", None)
+    if own is not None and own.name != name:  # os.path is posixpath, put under that name by os
+        return _importable(own.name)
     if name in sys.builtin_module_names:
         return True
     path = None
@@ -269,21 +272,16 @@ def _search(name: str, module: object) -> bool:
         if not _importable(parent):
             return False
         path = getattr(_modules[parent], "__path__", None)
-        if path is None:  # such as os.path: a name that its parent puts into sys.modules
+        if path is None:  # not a package: it has put this name into sys.modules itself
             return True
-    own = getattr(module, "__spec__", None)
-    for finder in sys.meta_path:
-        find = getattr(finder, "find_spec", None)
-        spec = find(name, path, None) if find is not None else None
-        if spec is not None:
-            break
-    else:
-        # os.path is in sys.modules as posixpath too; a module may carry another one's spec.
-        return own is not None and own.name != name and _importable(own.name)
-    here = getattr(own, "origin", None) or getattr(module, "__file__", None)
-    if here is None or spec.origin is None or here == spec.origin:
+    finders = [f.find_spec for f in sys.meta_path if hasattr(f, "find_spec")]
+    spec = next((found for find in finders if (found := find(name, path, None)) is not None), None)
+    if spec is None:
+        return False
+    here, there = getattr(own, "origin", None) or getattr(module, "__file__", None), spec.origin
+    if here == there or not (here and there and os.path.exists(here) and os.path.exists(there)):
         return True
-    return os.path.exists(here) and os.path.exists(spec.origin) and os.path.samefile(here, spec.origin)
+    return os.path.samefile(here, there)
 
 
 def _resolve(module: str, qualname: str) -> Any:
@@ -333,7 +331,8 @@ _ATOMS = frozenset(
     [int, float, complex, str, bytes, bool, type(None), type(...), type(NotImplemented), range]
 )
 _OUT_MARK = "__runtime_out__"  # in a globals dict that is no module's: its _OutSpace
-_NOT_GLOBALS = frozenset(["__builtins__", _OUT_MARK, "__runtime_in__"])
+_IN_MARK = "__runtime_in__"  # in a receiver's globals dict: its _InSpace, so that both live equally long
+_NOT_GLOBALS = frozenset(["__builtins__", _OUT_MARK, _IN_MARK])
 _GLOBAL_OPS = frozenset(
     ["LOAD_GLOBAL", "STORE_GLOBAL", "DELETE_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"]
 )
@@ -471,7 +470,8 @@ class _Session:
         self._message = "" if shared else f"~{next(_serial)}"
 
     def stream(self, obj: object, taken: _Taken | None, scope: _Scope | None = None) -> bytes:
-        root = self.blob(obj, scope, None, None if taken is None else taken.keep)
+        """The finished message. scope: of the function that `obj` is, if it is one to be cached."""
+        root = self.blob(obj, scope, None if taken is None else taken.keep, code=scope is not None)
         self.drain()
         if not self.records:
             return root
@@ -488,15 +488,22 @@ class _Session:
         self,
         obj: object,
         scope: _Scope | None,
-        target: tuple[str, str] | None,
         callback: Callable[[pickle.PickleBuffer], bool] | None = None,
+        target: tuple[str, str] | None = None,
+        code: bool = True,
     ) -> bytes:
-        """The pickle of one piece. scope: set if the piece is code or a global; what refers to globals in
-        those keeps its identity (an argument must be a fresh copy each time). target: the global that it is.
+        """The pickle of one piece. code: it is code or a global; then objects in it that are globals of
+        `scope` keep their identity (an argument must be a fresh copy each time). target: the global it is.
         """
         file = io.BytesIO()
         pickler = _pickler_class()(file, 5, callback)
-        pickler.session, pickler.scope, pickler.target, pickler.cells = self, scope, target, set()
+        pickler.session, pickler.scope, pickler.target, pickler.code, pickler.cells = (
+            self,
+            scope,
+            target,
+            code,
+            set(),
+        )
         pickler.dump(obj)
         return file.getvalue()
 
@@ -538,7 +545,7 @@ class _Session:
         else:
             self._active.add(where)
             try:
-                blob = self.blob(value, scope, where)
+                blob = self.blob(value, scope, target=where)
             except Exception as error:
                 error.add_note(
                     f"This is the value of the global {name!r} of {scope.globals.get('__name__', '?')}, "
@@ -563,11 +570,11 @@ class _Session:
         if not self.shared and cls in _foreign_classes and "<locals>" not in cls.__qualname__:
             return key  # the receiver of a result made this class, and still has it
         make, args, state, _, _, setter = cp._dynamic_class_reduce(cls)
-        _complete(cls, args, state[0])
-        skeleton = self.blob((make, args), None, None)
+        args = _complete(cls, args, state[0])
+        skeleton = self.blob((make, args), None)
         self.records.append(("C", key, skeleton))
         home = getattr(_modules.get(cls.__module__), "__dict__", None) if self.shared else None
-        contents = self.blob((setter, state), self.scope(home) if home is not None else None, None)
+        contents = self.blob((setter, state), None if home is None else self.scope(home))
         version = (_Origin.get(), _next_class_version(cls, contents))
         self._filled.add(key)
         self.records.append(("S", key, version, contents))
@@ -604,13 +611,17 @@ class _Session:
         self.records.append(record)
 
 
-def _complete(cls: type, args: tuple[Any, ...], contents: dict[str, Any]) -> None:
+def _complete(cls: type, args: tuple[Any, ...], contents: dict[str, Any]) -> tuple[Any, ...]:
     """Puts right what cloudpickle leaves out: slots must be there when a class is made, not set later."""
     contents.pop("__slotnames__", None)  # copyreg's cache: comes and goes
     for name in [k for k, v in contents.items() if isinstance(v, types.MemberDescriptorType)]:
         del contents[name]
-    if "__slots__" in contents and isinstance(args[3], dict):
-        args[3]["__slots__"] = contents.pop("__slots__")
+    if "__slots__" not in contents or not isinstance(args[3], dict):
+        return args
+    kind, name, bases, keywords, *others = args
+    if issubclass(cls, tuple):  # typing.NamedTuple among __orig_bases__ would make the class its own way
+        bases = cls.__bases__
+    return kind, name, bases, keywords | {"__slots__": contents.pop("__slots__")}, *others
 
 
 def _next_version(names: dict[str, _Sent], name: str, value: object, blob: bytes) -> int:
@@ -687,15 +698,31 @@ def _reduce(self: Any, obj: Any) -> Any:
         return _reduce_lru(self, obj)
     if isinstance(obj, types.ModuleType):
         if _modules.get(obj.__name__) is obj and not _importable(obj.__name__):
-            contents = {
-                k: v for k, v in vars(obj).items() if k not in ("__builtins__", "__spec__", "__loader__")
-            }
-            return _cp().dynamic_subimport, (obj.__name__, contents)
+            skip = ("__builtins__", "__spec__", "__loader__", _OUT_MARK, _IN_MARK)
+            contents = {k: v for k, v in vars(obj).items() if k not in skip}
+            return _cp().dynamic_subimport, (obj.__name__, {}), contents, None, None, _fill_module
         return NotImplemented
     if self.scope is not None:
         name = self.scope.name_of(obj)
-        if name is not None:
-            return _reference(self, self.scope, name) or NotImplemented
+        reference = None if name is None else _reference(self, self.scope, name)
+        if reference is not None:
+            return reference
+    return _reduce_odd(obj, kind)
+
+
+def _reduce_odd(obj: Any, kind: type) -> Any:
+    """What neither pickle nor cloudpickle can send, or sends as a name that the receiver lacks."""
+    if isinstance(obj, functools.cached_property):
+        return _make_cached_property, (kind, obj.func, obj.attrname)
+    if kind is weakref.WeakKeyDictionary or kind is weakref.WeakValueDictionary:
+        return kind, (dict(obj),)
+    if kind.__module__ == "typing" and not _importable(getattr(obj, "__module__", None) or "builtins"):
+        if kind.__name__ == "TypeVar":
+            return _cp()._make_typevar, _cp()._decompose_typevar(obj)
+        if kind.__name__ in ("ParamSpec", "TypeVarTuple"):
+            return _make_typing, (kind, obj.__module__, obj.__name__)
+        if kind.__name__ == "NewType":
+            return _make_typing, (kind, obj.__module__, obj.__name__, obj.__supertype__)
     return NotImplemented
 
 
@@ -762,7 +789,7 @@ def _reduce_class(self: Any, cls: Any) -> Any:
     if cp._should_pickle_by_reference(cls) and _importable(cls.__module__):
         return NotImplemented
     session: _Session = self.session
-    key = session.ship_class(cls) if self.scope is not None else session.include_class(cls)
+    key = session.ship_class(cls) if self.code else session.include_class(cls)
     return _class_by_id, (key, f"{cls.__module__}.{cls.__qualname__}")
 
 
@@ -794,8 +821,6 @@ class _Linked(tuple[Any, ...]):
 # ---------------------------------------------------------------------------------------------
 # By value, receiver
 # ---------------------------------------------------------------------------------------------
-
-_IN_MARK = "__runtime_in__"  # in a receiver's globals dict: its _InSpace, so that both live equally long
 
 
 class _Current:
@@ -979,6 +1004,22 @@ def _make_cell() -> types.CellType:
 
 def _make_lru(fn: Any, maxsize: int | None, typed: bool) -> Any:
     return functools.lru_cache(maxsize, typed)(fn)
+
+
+def _make_typing(kind: Any, module: str, *args: Any) -> Any:
+    made = kind(*args)
+    made.__module__ = module
+    return made
+
+
+def _fill_module(module: types.ModuleType, contents: dict[str, Any]) -> None:
+    module.__dict__.update(contents)
+
+
+def _make_cached_property(kind: Any, fn: Any, name: str | None) -> Any:
+    made = kind(fn)
+    made.attrname = name
+    return made
 
 
 def _make_function(

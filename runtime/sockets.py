@@ -61,7 +61,9 @@ def make_folder() -> str:
         os.rmdir(folder)
         tried.append(f"{name} ({parent}): socket paths there would be over {MAX_PATH} bytes")
     raise OSError(
-        "no folder for the runtime's sockets: " + "; ".join(tried) + ". Set TMPDIR or XDG_RUNTIME_DIR to a short, writable folder."
+        "no folder for the runtime's sockets: "
+        + "; ".join(tried)
+        + ". Set TMPDIR or XDG_RUNTIME_DIR to a short, writable folder."
     )
 
 
@@ -100,7 +102,8 @@ class HostLink:
 
     Thread-safety: `poll` belongs to one thread; all else may be called from any. One lock guards every
     socket, and the polling thread waits on descriptors only, outside it. A zmq descriptor is
-    edge-triggered and any call on its socket may swallow the edge, so each call from outside wakes the poller.
+    edge-triggered and any call on its socket may swallow the edge, so each call from outside wakes the
+    poller.
     Fork-safety: none; a fork must not call it. Blocking: only `poll`.
     """
 
@@ -268,7 +271,7 @@ class WorkerLink:
 
     def wait(self, timeout: float) -> None:
         """Until a hint comes, or for `timeout` seconds. What it says does not matter: look at everything."""
-        for socket, _ in self._poller.poll(timeout * 1000):
+        for socket, _ in self._poller.poll(int(timeout * 1000)):
             with contextlib.suppress(zmq.Again):
                 while True:
                     socket.recv(zmq.NOBLOCK)

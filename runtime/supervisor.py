@@ -37,7 +37,7 @@ from typing import Any
 
 from runtime import _core, config, serializer
 from runtime.collector import Collector, Death
-from runtime.errors import BrokenRuntime
+from runtime.errors import BrokenRuntime, remote_traceback
 from runtime.sockets import HostLink, make_folder
 from runtime.worker import EXIT_DESCRIPTORS, EXIT_HOST_GONE
 from runtime.zygote import Zygote
@@ -134,7 +134,11 @@ class Supervisor:
         self._zygote_failures = 0
         self.threads = [
             threading.Thread(target=self._guarded(target), name=f"runtime-{name}", daemon=True)
-            for name, target in (("collector", self.collector.run), ("deadline", self.keeper.run), ("supervisor", self.run))
+            for name, target in (
+                ("collector", self.collector.run),
+                ("deadline", self.keeper.run),
+                ("supervisor", self.run),
+            )
         ]
 
     def start(self) -> None:
@@ -197,7 +201,9 @@ class Supervisor:
     def workers(self) -> list[tuple[int, WorkerStatus, Worker | None, int]]:
         """(number, status, process, tasks done by earlier processes) of each number."""
         now = time.monotonic()
-        return [(n, self._status(it, now), it.worker, it.tasks_done) for n, it in sorted(self._numbers.items())]
+        return [
+            (n, self._status(it, now), it.worker, it.tasks_done) for n, it in sorted(self._numbers.items())
+        ]
 
     def _status(self, number: Number, now: float) -> WorkerStatus:
         worker = number.worker
@@ -212,19 +218,24 @@ class Supervisor:
     # ---- the loop ------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """The thread."""
-        while not self._drained or self._slots:
-            self._respawn()
-            ready = self._wait()
-            self._listen()
-            self._reap(ready)
-            self._follow_phases()
-            self._resolve_killed()
-            self._settle()
-            self._recycle()
-            self._warn()
-            self._drain()
-        self._close()
+        """The thread. However its loop ends, everything is closed and everybody who waits is told."""
+        try:
+            while not self._drained or self._slots:
+                self._respawn()
+                ready = self._wait()
+                self._listen()
+                self._reap(ready)
+                self._follow_phases()
+                self._resolve_killed()
+                self._settle()
+                self._recycle()
+                self._warn()
+                self._drain()
+        except BaseException as error:
+            self.fail(BrokenRuntime(f"the supervisor failed: {type(error).__name__}: {error}"))
+            raise
+        finally:
+            self._close()
 
     def _wait(self) -> set[int]:
         """Until something happens, or until the next thing is due. Descriptors that are ready."""
@@ -246,7 +257,12 @@ class Supervisor:
             if worker.died and not worker.reported:
                 due = min(due, worker.died + _REPORT_WAIT)
         if not self._drained:
-            due = min([due, *(it.not_before for it in self._numbers.values() if it.worker is None and it.not_before)])
+            due = min(
+                [
+                    due,
+                    *(it.not_before for it in self._numbers.values() if it.worker is None and it.not_before),
+                ]
+            )
         if not self._ever_ready:
             due = min(due, self._warn_at)
         if self._stop_by:
@@ -257,7 +273,12 @@ class Supervisor:
         """A worker for each number that has none and whose back-off is over."""
         now = time.monotonic()
         for n, number in self._numbers.items():
-            if self._drained or self.broken is not None or number.worker is not None or number.not_before > now:
+            if (
+                self._drained
+                or self.broken is not None
+                or number.worker is not None
+                or number.not_before > now
+            ):
                 continue
             if self._zygote is None and not self._new_zygote():
                 return
@@ -330,7 +351,9 @@ class Supervisor:
         """A preload module raised: nothing can start."""
         if not self._ever_ready:
             text = f"preload module {fields['module']!r} raised {fields['error']}"
-            self.fail(_caused(BrokenRuntime(text), fields["traceback"]))
+            failure = BrokenRuntime(text)
+            failure.__cause__ = remote_traceback(fields["traceback"])
+            self.fail(failure)
         else:
             log.error("preload module %r raised in a new zygote: %s", fields["module"], fields["error"])
 
@@ -347,7 +370,9 @@ class Supervisor:
         if self._drained or self.broken is not None:
             return
         if zygote.importing:
-            self._zygote_failed(f"the zygote ended with exit code {code} while it imported preload module {zygote.importing!r}")
+            self._zygote_failed(
+                f"the zygote ended with exit code {code} as it imported preload module {zygote.importing!r}"
+            )
         else:
             self._zygote_failed(f"the zygote ended with exit code {code}")
 
@@ -355,7 +380,9 @@ class Supervisor:
         """Try again, later each time; without a worker that was ever ready, not often."""
         self._zygote_failures += 1
         importing = "preload" in reason
-        if not self._ever_ready and (self._zygote_failures >= _FAILURES or importing and self._zygote_failures > 0):
+        if not self._ever_ready and (
+            self._zygote_failures >= _FAILURES or (importing and self._zygote_failures > 0)
+        ):
             self.fail(BrokenRuntime(reason))
             return
         if self._zygote_failures > 0:
@@ -401,7 +428,11 @@ class Supervisor:
         phase = self.dispatcher.phase(worker.slot)
         _, _, tasks, running, _ = self.dispatcher.look(worker.slot)
         self.dispatcher.vacate(worker.slot)
-        if phase == _core.PHASE_LEAVING or worker.stopping or (phase == _core.PHASE_READY and (tasks or running is not None)):
+        if (
+            phase == _core.PHASE_LEAVING
+            or worker.stopping
+            or (phase == _core.PHASE_READY and (tasks or running is not None))
+        ):
             number.failures.clear()
             number.not_before = 0.0
         else:
@@ -418,7 +449,9 @@ class Supervisor:
             failure = BrokenRuntime(f"the initializer raised {type(cause).__name__}: {cause}")
             failure.__cause__ = cause
             return failure
-        return BrokenRuntime(f"worker {worker.number} (pid {worker.pid}) ended before it was ready: {_how(worker)}")
+        return BrokenRuntime(
+            f"worker {worker.number} (pid {worker.pid}) ended before it was ready: {_how(worker)}"
+        )
 
     def _failed_before_ready(self, number: Number, now: float, failure: BaseException) -> None:
         """Back off; give up when no slot has any attempt left, or at once when the very first one raised."""
@@ -471,7 +504,9 @@ class Supervisor:
 
     def _recycle(self) -> None:
         """Replace workers whose zygote has died, one at a time: nobody would end what they leave behind."""
-        if not self._old or any(it.worker is None or not it.worker.ready or it.worker.stopping for it in self._numbers.values()):
+        if not self._old or any(
+            it.worker is None or not it.worker.ready or it.worker.stopping for it in self._numbers.values()
+        ):
             return
         for worker in self._slots.values():
             if worker.zygote in self._old:
@@ -492,7 +527,9 @@ class Supervisor:
         if zygote is not None and zygote.importing:
             log.warning("preload module %r is still being imported:\n%s", zygote.importing, zygote.stack())
         elif self.settings.initializer is not None:
-            log.warning("no worker is ready yet; the initializer %r is still running", self.settings.initializer)
+            log.warning(
+                "no worker is ready yet; the initializer %r is still running", self.settings.initializer
+            )
         else:
             log.warning("no worker is ready yet")
 
@@ -527,6 +564,8 @@ class Supervisor:
 
     def _close(self) -> None:
         """The last steps; everything of this runtime is gone after them."""
+        for worker in self._slots.values():  # none, unless the loop has failed
+            self.dispatcher.signal(worker.slot, signal.SIGKILL)
         if self._zygote is not None:
             self._zygote.close(0.0 if self._zygote.importing else _QUIT_WAIT)
         for zygote in self._old:
@@ -577,7 +616,9 @@ def geometry(workers: int) -> tuple[int, int, int, int]:
     Twice as many slots as workers, and two more: a dead worker's slot is swept while its successor starts.
     Many workers get smaller tables each, so that a region stays small.
     """
-    leases, bounce = (256, 256 << 10) if workers <= 16 else (64, 64 << 10) if workers <= 128 else (16, 16 << 10)
+    leases, bounce = (
+        (256, 256 << 10) if workers <= 16 else (64, 64 << 10) if workers <= 128 else (16, 16 << 10)
+    )
     return 2 * workers + 2, leases, 4 * leases, bounce
 
 
@@ -592,8 +633,8 @@ def raise_descriptor_limit(workers: int) -> None:
     if soft != resource.RLIM_INFINITY and soft < need:
         if hard != resource.RLIM_INFINITY and hard < need:
             raise OSError(
-                f"{workers} workers need about {need} file descriptors ({open_now} are open), and the limit is {hard}: "
-                f"raise it (ulimit -Hn {need}, LimitNOFILE= of a systemd unit) or use fewer workers"
+                f"{workers} workers need about {need} file descriptors ({open_now} are open), and the limit "
+                f"is {hard}: raise it (ulimit -Hn {need}, LimitNOFILE= of a systemd unit) or use fewer workers"
             )
         resource.setrlimit(resource.RLIMIT_NOFILE, (need, hard))
 
@@ -620,14 +661,6 @@ def _zygote_settings(settings: config.Settings, table: serializer.FunctionTable)
         "max_tasks": settings.max_tasks_per_child,
         "max_rss": settings.max_worker_rss,
     }
-
-
-def _caused(error: BaseException, traceback: str) -> BaseException:
-    """The error with a remote traceback as its cause."""
-    from concurrent.futures.process import _RemoteTraceback
-
-    error.__cause__ = _RemoteTraceback(f'\n"""\n{traceback}"""')
-    return error
 
 
 def _how(worker: Worker) -> str:

@@ -12,7 +12,16 @@ import json
 import struct
 from typing import Any, NamedTuple
 
-__all__ = ["HINT_BYTES", "Hint", "HintKind", "WireError", "decode_hint", "decode_report", "encode_hint", "encode_report"]
+__all__ = [
+    "HINT_BYTES",
+    "Hint",
+    "HintKind",
+    "WireError",
+    "decode_hint",
+    "decode_report",
+    "encode_hint",
+    "encode_report",
+]
 
 _HINT = struct.Struct("<4sHHIIQ")
 _MAGIC = b"RTH1"

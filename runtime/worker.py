@@ -141,7 +141,8 @@ class Worker:
             return
         ident, fn_data, data, buffers, readonly = self.orders.initializer
         views = [
-            memoryview(b).toreadonly() if r else memoryview(bytearray(b)) for b, r in zip(buffers, readonly, strict=True)
+            memoryview(b).toreadonly() if r else memoryview(bytearray(b))
+            for b, r in zip(buffers, readonly, strict=True)
         ]
         fn, args, kwargs = serializer.unpack_call(self.functions, ident, fn_data, data, views)
         fn(*args, **kwargs)
@@ -332,7 +333,9 @@ def main(arena: _core.Arena, orders: Orders) -> None:
         _reseed()
         _prefer_for_oom()
         _core.become_subreaper()
-        watch = threading.Thread(target=_core.watch_host, args=(orders.host_pidfd, EXIT_HOST_GONE), daemon=True)
+        watch = threading.Thread(
+            target=_core.watch_host, args=(orders.host_pidfd, EXIT_HOST_GONE), daemon=True
+        )
         watch.name = "runtime-host-watch"
         watch.start()
         os.register_at_fork(after_in_child=lambda: _after_fork(arena))

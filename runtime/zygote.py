@@ -63,7 +63,9 @@ class Zygote:
         import subprocess
 
         if not sys.executable:
-            raise OSError("sys.executable is empty: an embedded Python cannot start workers; set it to a Python binary")
+            raise OSError(
+                "sys.executable is empty: an embedded Python cannot start workers; set it to a Python binary"
+            )
         self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
         host = os.pidfd_open(os.getpid())
         config = _written("runtime-zygote", pickle.dumps(settings, protocol=5))
@@ -102,7 +104,7 @@ class Zygote:
 
     def reports(self) -> list[Report]:
         """What has come; an empty what: the zygote has closed its end."""
-        found = []
+        found: list[Report] = []
         while True:
             try:
                 data, fds, _, _ = socket.recv_fds(self.socket, _MESSAGE, 4)
@@ -157,7 +159,9 @@ def _written(name: str, data: bytes) -> int:
 class _Process:
     """The zygote's state: its children by slot, and who asks."""
 
-    def __init__(self, connection: socket.socket, arena: _core.Arena, host_pidfd: int, settings: dict[str, Any]) -> None:
+    def __init__(
+        self, connection: socket.socket, arena: _core.Arena, host_pidfd: int, settings: dict[str, Any]
+    ) -> None:
         self.connection = connection
         self.arena = arena
         self.host_pidfd = host_pidfd
@@ -184,7 +188,12 @@ class _Process:
             except BaseException as error:
                 faulthandler.cancel_dump_traceback_later()
                 text = "".join(traceback.format_exception(error))
-                self.report("failed", module=name, error=f"{type(error).__name__}: {error}"[:2000], traceback=text[-20_000:])
+                self.report(
+                    "failed",
+                    module=name,
+                    error=f"{type(error).__name__}: {error}"[:2000],
+                    traceback=text[-20_000:],
+                )
                 os._exit(1)
             faulthandler.cancel_dump_traceback_later()
             if len(os.listdir("/proc/self/task")) > 1:
@@ -251,14 +260,12 @@ class _Process:
         pid, slot = self.children.pop(pidfd)
         self.poller.unregister(pidfd)
         os.close(pidfd)
-        try:
+        exitcode = rss = None
+        with contextlib.suppress(ChildProcessError):
             _, status, usage = os.wait4(pid, 0)
-        except ChildProcessError:
-            status, rss = None, None
-        else:
-            status, rss = os.waitstatus_to_exitcode(status), usage.ru_maxrss * 1024
+            exitcode, rss = os.waitstatus_to_exitcode(status), usage.ru_maxrss * 1024
         self.end_strays()
-        self.report("exited", slot=slot, pid=pid, status=status, rss=rss)
+        self.report("exited", slot=slot, pid=pid, status=exitcode, rss=rss)
 
     def end_strays(self) -> None:
         """Children that we did not fork belonged to a dead worker."""

@@ -22,7 +22,7 @@ import runtime
 from runtime.cli import doctor, exits, main, progress, targets
 
 ROOT = str(Path(runtime.__file__).resolve().parent.parent)
-PATIENCE = 60  # seconds for a subprocess that hangs; a healthy one takes one or two
+PATIENCE = 40  # seconds for a subprocess that hangs: less than the watchdog of the tests
 
 
 class FakeRuntime:
@@ -593,6 +593,29 @@ def test_doctor_reads_the_quota(monkeypatch):
     check = doctor._cpus("cpus")
     assert check.status == "warn"
     assert "cgroup quota 0.5" in check.detail
+
+
+@pytest.mark.parametrize(
+    ("code", "detail"),
+    [
+        ("raise OSError('no descriptors')", "OSError: no descriptors"),
+        ("import os; os.abort()", "exit code -6"),
+        ("import time; time.sleep(600)", "no end in 1 s"),
+        (
+            'print(\'{"worker": 7, "host": 7, "first": 1, "usual": 1}\')',
+            "the task ran in the host, not in a worker",
+        ),
+    ],
+    ids=["raises", "aborts", "hangs", "cheats"],
+)
+def test_doctor_survives_a_round_trip_that(monkeypatch, tmp_path, code, detail):
+    fake = tmp_path / "python"
+    fake.write_text(f"#!{sys.executable}\n{code}\n")
+    fake.chmod(0o755)
+    monkeypatch.setattr(doctor.sys, "executable", str(fake))
+    monkeypatch.setattr(doctor, "_PATIENCE", 1.0 if "sleep" in code else 30.0)
+    check = doctor._round_trip("round trip")
+    assert (check.status, check.detail) == ("fail", detail)
 
 
 # Through real workers
