@@ -47,7 +47,7 @@ import sys
 import threading
 import types
 import weakref
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -64,6 +64,7 @@ __all__ = [
     "dumps",
     "dumps_frozen",
     "dumps_item",
+    "dumps_portable",
     "load_exception",
     "loads",
     "pack_call",
@@ -78,6 +79,11 @@ _c_loads = pickle.loads
 _modules = sys.modules
 _MISSING: Any = object()
 _Record = tuple[Any, ...]
+
+# What a message by value may rely on in its receiver:
+_SHARED = "shared"  # arguments and functions: spaces live on, and are shared by messages
+_RESULT = "result"  # to the process whose by-value classes we have; functions bring a snapshot of globals
+_PORTABLE = "portable"  # nothing
 
 
 # ---------------------------------------------------------------------------------------------
@@ -121,13 +127,20 @@ class _Taken(list[memoryview]):
 
 
 def dumps(obj: object) -> Payload:
-    """Pickle `obj`. Raises whatever makes that impossible, BaseExceptions of the object included."""
-    return _encode(obj, False, False)
+    """Pickle a result. A class that came by value from the process that asked goes back as its id.
+    Raises whatever makes pickling impossible, BaseExceptions of the object included.
+    """
+    return _encode(obj, False, _RESULT)
+
+
+def dumps_portable(obj: object) -> Payload:
+    """Like `dumps`, for any process, not only the one that asked: classes by value are complete."""
+    return _encode(obj, False, _PORTABLE)
 
 
 def dumps_frozen(obj: object) -> Payload:
-    """Like `dumps`, with the buffers copied (once): later changes to the caller's arrays do not show."""
-    return _encode(obj, True, True)
+    """Pickle arguments: buffers are copied (once), so later changes to the caller's arrays do not show."""
+    return _encode(obj, True, _SHARED)
 
 
 dumps_item = dumps_frozen
@@ -142,32 +155,32 @@ def loads(data: bytes | memoryview, buffers: Iterable[Any] = ()) -> Any:
         raise
 
 
-def _encode(obj: object, freeze: bool, shared: bool) -> Payload:
+def _encode(obj: object, freeze: bool, mode: str) -> Payload:
     taken = _Taken()
     try:
         data = _c_dumps(obj, 5, buffer_callback=taken.keep)
     except BaseException as error:
         taken.clear()
-        data = _dumps_by_value(obj, shared, taken, error)
+        data = _dumps_by_value(obj, mode, taken, error)
     else:
         # The shortest stream that can name a class or function of __main__ is longer than 24 bytes.
         if len(data) > 24 and _names_by_value_module(data):
             taken.clear()
-            data = _dumps_by_value(obj, shared, taken, None)
+            data = _dumps_by_value(obj, mode, taken, None)
     if not taken:
         return Payload(data)
     buffers = tuple([memoryview(bytes(view)) for view in taken]) if freeze else tuple(taken)
     return Payload(data, buffers, tuple([view.readonly for view in taken]))
 
 
-def _dumps_by_value(obj: object, shared: bool, taken: _Taken | None, first: BaseException | None) -> bytes:
+def _dumps_by_value(obj: object, mode: str, taken: _Taken | None, first: BaseException | None) -> bytes:
     """The pickle of `obj` by value; `first` is what C pickle said, if it failed."""
     if first is not None:
         if not isinstance(first, Exception) or isinstance(first, MemoryError | RecursionError):
             raise first
         _raise_if_inherited(first)
     try:
-        return _Session(shared).stream(obj, taken)
+        return _Session(mode).stream(obj, taken)
     except Exception as second:
         _raise_if_inherited(second)
         error = second if first is None or _is_lookup_failure(first) else first
@@ -203,16 +216,20 @@ def _is_lookup_failure(error: BaseException) -> bool:
 
 def _advise_import(error: BaseException) -> None:
     if isinstance(error, ModuleNotFoundError):
-        error.add_note(
+        note = (
             f"The pickle refers to module {error.name!r}, which process {os.getpid()} cannot import. Install "
             "it, put its folder on PYTHONPATH or sys.path before the Runtime is made, or define the function "
             "in __main__ (it then travels by value)."
         )
     elif isinstance(error, AttributeError) and str(error).startswith("Can't get attribute"):
-        error.add_note(
+        note = (
             "The module was imported, but has no such name (any more): is it made only under "
             '`if __name__ == "__main__":`, at run time, or in another version of the file?'
         )
+    else:
+        return
+    if note not in getattr(error, "__notes__", ()):  # pickles nest
+        error.add_note(note)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -316,10 +333,14 @@ def _cp() -> Any:
     return module
 
 
-def _digest(data: bytes) -> bytes:
+def _digest(*parts: bytes | memoryview) -> bytes:
     from hashlib import blake2b
 
-    return blake2b(data, digest_size=16).digest()
+    digest = blake2b(digest_size=16)
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return digest.digest()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -422,7 +443,7 @@ class _Scope:
             self._ids = {
                 id(v): k
                 for k, v in self.globals.copy().items()
-                if type(v) not in _ATOMS and not isinstance(v, skip) and k not in _NOT_GLOBALS
+                if type(v) not in _ATOMS and not issubclass(type(v), skip) and k not in _NOT_GLOBALS
             }
         return self._ids.get(id(value))
 
@@ -435,9 +456,9 @@ class _Session:
     """One message by value in the making: the records that its root needs, in the order to load them.
 
     ("N", key, base)                        a space and its __name__, __file__ …
-    ("C", class id, skeleton)               a class without contents
+    ("C", class id, skeleton, keep)         a class without contents
     ("S", class id, version, contents)
-    ("G", key, name, version, value)        a global
+    ("G", key, name, version, value, views) a global; large buffers in it are not copied before they must be
 
     An object that *is* a global (a sentinel as default, a function in a table) is pickled as a
     reference to that global's record, which then precedes; so identity survives. Where two such
@@ -453,12 +474,14 @@ class _Session:
         "_queue",
         "_scopes",
         "_sent",
+        "_to_origin",
         "records",
         "shared",
     )
 
-    def __init__(self, shared: bool) -> None:
-        self.shared = shared
+    def __init__(self, mode: str) -> None:
+        self.shared = mode is _SHARED
+        self._to_origin = mode is _RESULT
         self.records: list[_Record] = []
         self._scopes: dict[int, _Scope] = {}
         self._sent: dict[tuple[str, str], int] = {}
@@ -467,22 +490,34 @@ class _Session:
         self._classes: set[str] = set()  # with a skeleton on its way
         self._filled: set[str] = set()  # with contents
         self._queue: list[tuple[_Scope, str]] = []
-        self._message = "" if shared else f"~{next(_serial)}"
+        self._message = "" if self.shared else f"~{next(_serial)}"
 
-    def stream(self, obj: object, taken: _Taken | None, scope: _Scope | None = None) -> bytes:
-        """The finished message. scope: of the function that `obj` is, if it is one to be cached."""
-        root = self.blob(obj, scope, None if taken is None else taken.keep, code=scope is not None)
-        self.drain()
+    def stream(self, obj: object, taken: _Taken | None) -> bytes:
+        """The finished message for a piece of data."""
+        return self.assemble(self.collect(obj, taken), taken)
+
+    def collect(
+        self, obj: object, taken: _Taken | None, scope: _Scope | None = None, code: bool = False
+    ) -> bytes:
+        """Makes the records, returns the root. scope, code: see `blob`."""
+        root = self.blob(obj, scope, None if taken is None else taken.keep, code=code)
+        while self._queue:
+            self.ship(*self._queue.pop())
+        return root
+
+    def assemble(self, root: bytes, taken: _Taken | None) -> bytes:
         if not self.records:
             return root
-        buffers = [pickle.PickleBuffer(view) for view in taken or ()]
+        views = [pickle.PickleBuffer(view) for view in taken or ()]
         if taken:
             taken.clear()
-        return _c_dumps(
-            _Linked((tuple(self.records), root, buffers)),
-            5,
-            buffer_callback=None if taken is None else taken.keep,
-        )
+        linked = _Linked((tuple(self.records), root, views))
+        return _c_dumps(linked, 5, buffer_callback=None if taken is None else taken.keep)
+
+    def digest(self, root: bytes) -> bytes:
+        """Of what `assemble` would make; versions stand for the values of globals."""
+        parts = [repr(r[:4] if r[0] == "G" else r).encode("utf-8", "surrogatepass") for r in self.records]
+        return _digest(root, *parts)
 
     def blob(
         self,
@@ -507,6 +542,12 @@ class _Session:
         pickler.dump(obj)
         return file.getvalue()
 
+    def piece(
+        self, obj: object, scope: _Scope, target: tuple[str, str]
+    ) -> tuple[bytes, Sequence[memoryview]]:
+        taken = _Taken()
+        return self.blob(obj, scope, taken.keep, target), taken
+
     def scope(self, globals_: dict[str, Any]) -> _Scope:
         scope = self._scopes.get(id(globals_))
         if scope is None:
@@ -526,10 +567,6 @@ class _Session:
     def want(self, scope: _Scope, code: types.CodeType) -> None:
         self._queue += [(scope, name) for name in _global_names(code) if name in scope.globals]
 
-    def drain(self) -> None:
-        while self._queue:
-            self.ship(*self._queue.pop())
-
     def ship(self, scope: _Scope, name: str) -> int | None:
         """Adds the record of a global, returns its version; None while it is being pickled itself."""
         where = (scope.key, name)
@@ -539,13 +576,14 @@ class _Session:
         value = scope.globals.get(name, _MISSING)
         if where in self._active or value is _MISSING:
             return None
+        views: Sequence[memoryview] = ()
         last = scope.names.get(name)
         if last is not None and last.atom is value:
             version, blob = last.version, last.blob
         else:
             self._active.add(where)
             try:
-                blob = self.blob(value, scope, target=where)
+                blob, views = self.piece(value, scope, where)
             except Exception as error:
                 error.add_note(
                     f"This is the value of the global {name!r} of {scope.globals.get('__name__', '?')}, "
@@ -554,10 +592,10 @@ class _Session:
                 raise
             finally:
                 self._active.discard(where)
-            version = _next_version(scope.names, name, value, blob)
+            version = _next_version(scope.names, name, value, _digest(blob, *views), blob)
         self._sent[where] = version
         self.announce(scope)
-        self.records.append(("G", scope.key, name, version, blob))
+        self.records.append(("G", scope.key, name, version, blob, tuple(map(pickle.PickleBuffer, views))))
         return version
 
     def ship_class(self, cls: type) -> str:
@@ -567,12 +605,12 @@ class _Session:
         if key in self._classes:
             return key
         self._classes.add(key)
-        if not self.shared and cls in _foreign_classes and "<locals>" not in cls.__qualname__:
+        if self._to_origin and cls in _foreign_classes and "<locals>" not in cls.__qualname__:
             return key  # the receiver of a result made this class, and still has it
         make, args, state, _, _, setter = cp._dynamic_class_reduce(cls)
         args = _complete(cls, args, state[0])
         skeleton = self.blob((make, args), None)
-        self.records.append(("C", key, skeleton))
+        self.records.append(("C", key, skeleton, self.shared))
         home = getattr(_modules.get(cls.__module__), "__dict__", None) if self.shared else None
         contents = self.blob((setter, state), None if home is None else self.scope(home))
         version = (_Origin.get(), _next_class_version(cls, contents))
@@ -587,9 +625,8 @@ class _Session:
         bundle = _class_bundles.get(cls)
         if bundle is None or not _holds(bundle[0]):
             guards = _watch(cls)
-            session = _Session(True)
-            session.ship_class(cls)
-            session.drain()
+            session = _Session(_SHARED)
+            session.collect(cls, None, code=True)
             bundle = (guards or (), session.records)
             if guards is not None:
                 _class_bundles[cls] = bundle
@@ -624,9 +661,9 @@ def _complete(cls: type, args: tuple[Any, ...], contents: dict[str, Any]) -> tup
     return kind, name, bases, keywords | {"__slots__": contents.pop("__slots__")}, *others
 
 
-def _next_version(names: dict[str, _Sent], name: str, value: object, blob: bytes) -> int:
-    digest = _digest(blob)
-    atom, kept = (value, blob) if type(value) in _ATOMS else (_MISSING, b"")
+def _next_version(names: dict[str, _Sent], name: str, value: object, digest: bytes, blob: bytes) -> int:
+    small = type(value) in _ATOMS and len(blob) < 4096
+    atom, kept = (value, blob) if small else (_MISSING, b"")
     with _version_lock:
         last = names.get(name)
         version = last.version if last is not None and last.digest == digest else next(_serial)
@@ -696,12 +733,8 @@ def _reduce(self: Any, obj: Any) -> Any:
         return _make_cell, ()
     if kind is _lru_type:
         return _reduce_lru(self, obj)
-    if isinstance(obj, types.ModuleType):
-        if _modules.get(obj.__name__) is obj and not _importable(obj.__name__):
-            skip = ("__builtins__", "__spec__", "__loader__", _OUT_MARK, _IN_MARK)
-            contents = {k: v for k, v in vars(obj).items() if k not in skip}
-            return _cp().dynamic_subimport, (obj.__name__, {}), contents, None, None, _fill_module
-        return NotImplemented
+    if issubclass(kind, types.ModuleType):
+        return _reduce_module(obj)
     if self.scope is not None:
         name = self.scope.name_of(obj)
         reference = None if name is None else _reference(self, self.scope, name)
@@ -710,9 +743,17 @@ def _reduce(self: Any, obj: Any) -> Any:
     return _reduce_odd(obj, kind)
 
 
+def _reduce_module(module: types.ModuleType) -> Any:
+    if _modules.get(module.__name__) is not module or _importable(module.__name__):
+        return NotImplemented
+    skip = ("__builtins__", "__spec__", "__loader__", _OUT_MARK, _IN_MARK)
+    contents = {k: v for k, v in vars(module).items() if k not in skip}
+    return _cp().dynamic_subimport, (module.__name__, {}), contents, None, None, _fill_module
+
+
 def _reduce_odd(obj: Any, kind: type) -> Any:
     """What neither pickle nor cloudpickle can send, or sends as a name that the receiver lacks."""
-    if isinstance(obj, functools.cached_property):
+    if issubclass(kind, functools.cached_property):
         return _make_cached_property, (kind, obj.func, obj.attrname)
     if kind is weakref.WeakKeyDictionary or kind is weakref.WeakValueDictionary:
         return kind, (dict(obj),)
@@ -755,7 +796,8 @@ def _reduce_function(self: Any, fn: types.FunctionType) -> Any:
     self.cells.update([id(cell) for cell in cells])  # made empty first, so that two functions can share one
     contents = [_cell_content(cell) for cell in cells]
     defaults, kwdefaults = fn.__defaults__, fn.__kwdefaults__
-    values = [*contents, *[scope.globals[n] for n in _global_names(fn.__code__) if n in scope.globals]]
+    values = [*contents, *[scope.globals.get(name) for name in _global_names(fn.__code__)]]
+    packages = [value for value in values if issubclass(type(value), types.ModuleType)]
     try:
         annotations = fn.__annotations__
     except Exception:  # evaluated late (3.14), and not all names exist
@@ -770,7 +812,7 @@ def _reduce_function(self: Any, fn: types.FunctionType) -> Any:
         annotations,
         fn.__dict__.copy(),
         tuple([kept(v) for v in contents]),
-        _cp()._find_imported_submodules(fn.__code__, values),
+        _cp()._find_imported_submodules(fn.__code__, packages),
     )
     return _make_function, (scope.key, fn.__code__, cells or None), state, None, None, _set_function
 
@@ -852,15 +894,15 @@ class _InSpace:
     def __reduce__(self) -> tuple[Any, ...]:
         return _nothing, ()
 
-    def deliver(self, name: str, version: int, blob: bytes) -> None:
+    def deliver(self, name: str, version: int, blob: bytes, views: Sequence[Any]) -> None:
         """Sets the global unless this version of it is the current one."""
         current = self.names.get(name)
         if current is None:
-            given = loads(blob)
+            given = loads(blob, views)
             self.names[name] = _Current(version, given)
             self.globals[name] = self._locally_rebound(name, given)
         elif current.version != version:
-            given = loads(blob)
+            given = loads(blob, views)
             mine = self.globals.get(name, _MISSING)
             if mine is not current.given and mine is not _MISSING:
                 current.own[current.version] = mine
@@ -899,7 +941,7 @@ _anonymous: weakref.WeakValueDictionary[str, _InSpace] = weakref.WeakValueDictio
 _foreign_classes: weakref.WeakKeyDictionary[type, Any] = (
     weakref.WeakKeyDictionary()
 )  # -> version of its contents
-_recent_classes: OrderedDict[type, None] = OrderedDict()  # keeps them from being made anew for each task
+_recent_classes: deque[type] = deque(maxlen=256)  # not to make the classes of arguments anew for each task
 _at_import: dict[str, dict[str, int]] = {}  # module -> name -> id of the value that the import left there
 
 
@@ -948,6 +990,8 @@ def _take(record: _Record, keep: list[Any]) -> None:
             make, args = loads(rest[0])
             cls = make(*args)
             _foreign_classes[cls] = None
+            if rest[1]:
+                _recent_classes.append(cls)
         keep.append(cls)
     else:
         cls = _cp()._DYNAMIC_CLASS_TRACKER_BY_ID[key]
@@ -1046,55 +1090,23 @@ def _set_function(fn: Any, state: tuple[Any, ...]) -> None:
 # lists, dicts and sets can be compared that way faster than pickled.
 
 _IMMUTABLE = frozenset(
-    [
-        ("builtins", "object"),
-        ("re", "Pattern"),
-        ("pathlib", "PosixPath"),
-        ("pathlib", "PurePosixPath"),
-        ("pathlib", "PureWindowsPath"),
-        ("pathlib._local", "PosixPath"),
-        ("pathlib._local", "PurePosixPath"),
-        ("pathlib._local", "PureWindowsPath"),
-        ("datetime", "date"),
-        ("datetime", "datetime"),
-        ("datetime", "time"),
-        ("datetime", "timedelta"),
-        ("datetime", "timezone"),
-        ("decimal", "Decimal"),
-        ("uuid", "UUID"),
-        ("logging", "Logger"),
-        ("logging", "RootLogger"),
-        ("dataclasses", "_HAS_DEFAULT_FACTORY_CLASS"),
-        ("dataclasses", "_MISSING_TYPE"),
-        ("numpy", "ufunc"),
-        ("numpy", "bool"),
-        ("numpy", "float32"),
-        ("numpy", "float64"),
-        ("numpy", "int32"),
-        ("numpy", "int64"),
-    ]
+    """
+    builtins.object re.Pattern logging.Logger logging.RootLogger decimal.Decimal uuid.UUID
+    datetime.date datetime.datetime datetime.time datetime.timedelta datetime.timezone
+    pathlib.PosixPath pathlib.PurePosixPath pathlib.PureWindowsPath
+    pathlib._local.PosixPath pathlib._local.PurePosixPath pathlib._local.PureWindowsPath
+    dataclasses._HAS_DEFAULT_FACTORY_CLASS dataclasses._MISSING_TYPE
+    numpy.ufunc numpy.bool numpy.float32 numpy.float64 numpy.int32 numpy.int64
+    """.split()
 )
-_CLASS_BOOKKEEPING = frozenset(
-    [
-        "__dict__",
-        "__weakref__",
-        "__annotations__",
-        "__annotate__",
-        "__annotate_func__",
-        "__annotations_cache__",
-        "__dataclass_fields__",
-        "__dataclass_params__",
-        "__orig_bases__",
-        "__parameters__",
-        "__type_params__",
-        "__firstlineno__",
-        "__static_attributes__",
-        "__abstractmethods__",
-        "__slotnames__",
-        "_abc_impl",
-        "_field_defaults",
-        "_is_protocol",
-    ]
+_CLASS_BOOKKEEPING = (
+    frozenset(  # in a class's __dict__: made by the interpreter or a decorator, not for users
+        """
+    __dict__ __weakref__ __annotations__ __annotate__ __annotate_func__ __annotations_cache__ __slotnames__
+    __dataclass_fields__ __dataclass_params__ __orig_bases__ __parameters__ __type_params__ __firstlineno__
+    __static_attributes__ __abstractmethods__ _abc_impl _field_defaults _is_protocol
+    """.split()
+    )
 )
 _DESCRIPTORS: tuple[type, ...] = (types.GetSetDescriptorType, types.MemberDescriptorType)
 _TAKEN_APART: dict[type, Callable[[Any], Sequence[Any]]] = {
@@ -1106,6 +1118,7 @@ _TAKEN_APART: dict[type, Callable[[Any], Sequence[Any]]] = {
     property: lambda p: (p.fget, p.fset, p.fdel),
     staticmethod: lambda s: (s.__func__,),
     classmethod: lambda c: (c.__func__,),
+    functools.cached_property: lambda c: (c.func, c.attrname),
 }
 _MUTABLE = frozenset([list, set, dict])
 _Guard = tuple[Any, ...]
@@ -1130,7 +1143,7 @@ def _watch(root: object) -> tuple[_Guard, ...] | None:
     """
     try:
         return tuple(_Watch(root).guards)
-    except (_UnstableError, RecursionError):
+    except (_UnstableError, RuntimeError, TypeError):  # endless, changed by another thread, no weak reference
         return None
 
 
@@ -1184,11 +1197,11 @@ class _Watch:
                 if kind is tuple and all(map(operator.is_, parts, elements)):
                     return value
                 return _Parts(kind, id(value) if kind in _MUTABLE else 0, parts)
-        elif kind is types.FunctionType or kind is _lru_type or isinstance(value, type):
+        elif kind is types.FunctionType or kind is _lru_type or issubclass(kind, type):
             if _locate(value) is None and value is not type(None):
                 self._queue.append(value)
             return weakref.ref(value)
-        elif isinstance(value, types.ModuleType):
+        elif issubclass(kind, types.ModuleType):
             if _importable(value.__name__):
                 return weakref.ref(value)
         elif kind is types.BuiltinFunctionType:
@@ -1202,7 +1215,7 @@ class _Watch:
 def _is_immutable(kind: type) -> bool:
     if _is_enum(kind):  # a local one is kept alive by its members, and is not for us to keep
         return "<locals>" not in kind.__qualname__
-    return (kind.__module__, kind.__qualname__) in _IMMUTABLE
+    return f"{kind.__module__}.{kind.__qualname__}" in _IMMUTABLE
 
 
 def _is_enum(cls: object) -> bool:
@@ -1330,7 +1343,7 @@ class FunctionTable:
                     return entry.ref
             elif _resolve(entry.ref.module, entry.ref.name) is fn:
                 return entry.ref
-        if isinstance(fn, _CODE_TYPES):
+        if issubclass(type(fn), _CODE_TYPES):
             return self._ref_code(fn)
         return self._ref_object(fn)
 
@@ -1338,12 +1351,13 @@ class FunctionTable:
         where = _locate(fn)
         guards = None
         if where is not None:
-            ref = self._intern(_c_dumps(fn, 5), False, *where)
+            data = _c_dumps(fn, 5)
+            ref = self._intern(_digest(data), lambda: data, False, *where)
         elif isinstance(fn, types.BuiltinFunctionType):
             return self._ref_object(fn)
         else:
             guards = _watch(fn)  # before it is pickled: what changes meanwhile is noticed the next time
-            ref = self._intern(self._by_value(fn), True, str(getattr(fn, "__module__", "")), _name_of(fn))
+            ref = self._ref_by_value(fn)
             if guards is None:
                 self._entries.pop(id(fn), None)
                 return ref
@@ -1353,38 +1367,46 @@ class FunctionTable:
             self.plain[id(fn)] = (ref, *where)
         return ref
 
-    @staticmethod
-    def _by_value(fn: Any) -> bytes:
-        inner = _unwrapped(fn)
-        session = _Session(True)
-        scope = session.scope(inner.__globals__) if isinstance(inner, types.FunctionType) else None
+    def _ref_by_value(self, fn: Any) -> FunctionRef:
+        inner = fn.__wrapped__ if type(fn) is _lru_type else fn
+        session = _Session(_SHARED)
+        scope = session.scope(inner.__globals__) if type(inner) is types.FunctionType else None
         try:
-            return session.stream(fn, None, scope)
+            root = session.collect(fn, None, scope, code=True)
         except Exception as error:
             _raise_if_inherited(error)
             error.add_note(f"So {_name_of(fn)} cannot be sent to a worker.")
             raise
+        make = functools.partial(session.assemble, root, None)
+        return self._intern(
+            session.digest(root), make, True, str(getattr(fn, "__module__", "")), _name_of(fn)
+        )
 
     def _ref_object(self, obj: Any) -> FunctionRef:
         try:
             data = _c_dumps(obj, 5)
             by_value = _names_by_value_module(data)
         except BaseException as error:
-            data, by_value = _dumps_by_value(obj, True, None, error), True
+            data, by_value = _dumps_by_value(obj, _SHARED, None, error), True
         else:
             if by_value:
-                data = _dumps_by_value(obj, True, None, None)
-        return self._intern(data, by_value, str(getattr(obj, "__module__", "") or ""), _name_of(obj))
+                data = _dumps_by_value(obj, _SHARED, None, None)
+        return self._intern(_digest(data), lambda: data, by_value, "", _name_of(obj))
 
-    def _intern(self, data: bytes, by_value: bool, module: str, name: str) -> FunctionRef:
-        digest = _digest(data)
+    def _intern(
+        self, digest: bytes, make: Callable[[], bytes], by_value: bool, module: str, name: str
+    ) -> FunctionRef:
         with self._lock:
             ref = self._by_digest.get(digest)
             if ref is not None:
                 self._by_digest.move_to_end(digest)
                 return ref
-            ref = self._by_digest[digest] = FunctionRef(next(_ref_ids), data, by_value, module, name)
-            self._held += len(data)
+        data = make()
+        with self._lock:
+            ref = self._by_digest.get(digest)
+            if ref is None:
+                ref = self._by_digest[digest] = FunctionRef(next(_ref_ids), data, by_value, module, name)
+                self._held += len(data)
             while len(self._by_digest) > self._size or (
                 self._held > self._limit and len(self._by_digest) > 1
             ):
@@ -1392,14 +1414,13 @@ class FunctionTable:
         return ref
 
 
-def _unwrapped(fn: Any) -> Any:
-    return fn.__wrapped__ if type(fn) is _lru_type else fn
-
-
 def _name_of(obj: Any) -> str:
-    while isinstance(obj, functools.partial):
+    while type(obj) is functools.partial:
         obj = obj.func
-    name = getattr(obj, "__qualname__", None)
+    try:
+        name = obj.__qualname__
+    except Exception:  # a proxy may raise anything
+        name = None
     return name if isinstance(name, str) else type(obj).__qualname__
 
 
@@ -1511,16 +1532,16 @@ def pack_call(
     """
     plain = table.plain.get(id(fn))
     if plain is not None and getattr(_modules.get(plain[1]), plain[2], None) is fn:
-        return plain[0], _encode((args, kwargs or None), freeze, True)
+        return plain[0], _encode((args, kwargs or None), freeze, _SHARED)
     inner, layers = split_callable(fn)
-    if isinstance(inner, _CODE_TYPES) and not _is_bound_builtin(inner):
+    if issubclass(type(inner), _CODE_TYPES) and not _is_bound_builtin(inner):
         call: tuple[Any, ...] = (args, kwargs or None, layers) if layers else (args, kwargs or None)
         ref = table.ref(inner)
     else:
         carrier = table.ref(_carried)
         ref = FunctionRef(carrier.id, carrier.data, False, carrier.module, _name_of(fn))
         call = (args, kwargs or None, fn)
-    return ref, _encode(call, freeze, True)
+    return ref, _encode(call, freeze, _SHARED)
 
 
 def _is_bound_builtin(fn: Any) -> bool:
@@ -1599,7 +1620,8 @@ def load_exception(data: bytes | memoryview, buffers: Iterable[Any] = ()) -> Bas
         exc = RemoteError(name, text, trace)
     try:
         process: Any = importlib.import_module("concurrent.futures.process")  # pulls in multiprocessing
-        exc.__cause__ = process._RemoteTraceback(f'\n"""\n{trace}"""')
+        cause = process._RemoteTraceback(f'\n"""\n{trace}"""')
+        BaseException.__dict__["__cause__"].__set__(exc, cause)  # past a __setattr__ of the class
     except BaseException as error:
         return RemoteError(
             name, f"{text}\n({type(error).__qualname__} while its traceback was attached)", trace
@@ -1623,7 +1645,7 @@ def _trace_of(exc: BaseException, name: str) -> str:
     import traceback
 
     first = exc.__traceback__
-    here = os.path.dirname(__file__) + os.sep
+    here = (os.path.dirname(__file__) + os.sep, "runtime" + os.sep)  # compiled frames have relative names
     while first is not None and first.tb_frame.f_code.co_filename.startswith(here):
         first = first.tb_next  # the frames of the worker itself say nothing to the user
     try:

@@ -1,0 +1,307 @@
+"""What tests of the runtime run in workers, and how they wait for each other without sleeping.
+
+Workers import this module, so it imports little: no pytest, no numpy.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+PATIENCE = 30.0  # seconds until a condition that should come true counts as never
+
+
+class Gate:
+    """A place in a task where it says that it has come, and waits to be let on.
+
+    The host: `gate.pass_through` is the function to submit, with `gate.path` first; `arrived()` waits for
+    tasks to come, `open()` lets them on. When the host closes the gate, whoever waits goes on.
+    """
+
+    def __init__(self, folder: Path, name: str = "gate") -> None:
+        self.path = str(folder / name)
+        self._ends = []
+        for end in (".in", ".out"):
+            os.mkfifo(self.path + end)
+            self._ends.append(os.open(self.path + end, os.O_RDWR | os.O_CLOEXEC))
+        self._text = b""
+
+    def arrived(self, count: int = 1) -> list[int]:
+        """The pids of the next `count` tasks that come."""
+        deadline = time.monotonic() + PATIENCE
+        while (came := self._text.count(b"\n")) < count:
+            if not select.select([self._ends[0]], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                raise AssertionError(f"{came} of {count} tasks came to the gate")
+            self._text += os.read(self._ends[0], 4096)
+        *lines, self._text = self._text.split(b"\n", count)
+        return [int(line) for line in lines]
+
+    def open(self, count: int = 1) -> None:
+        """Let `count` tasks on, now or when they come."""
+        os.write(self._ends[1], b"x" * count)
+
+    def close(self) -> None:
+        """Nobody waits here any more."""
+        self.open(4096)
+        for end in self._ends:
+            os.close(end)
+        self._ends = []
+
+
+def until(condition: Callable[[], Any], what: str = "") -> Any:
+    """Wait until condition() is true; its value. For what has no event to wait for."""
+    deadline = time.monotonic() + PATIENCE
+    while not (value := condition()):
+        if time.monotonic() > deadline:
+            raise AssertionError(f"never came true: {what or condition}")
+        time.sleep(0.002)
+    return value
+
+
+def run_script(folder: Path, text: str, *, name: str = "script.py", code: int = 0) -> str:
+    """Run a program of its own in `folder`; what it wrote. It must end with `code` and an empty stderr."""
+    path = folder / name
+    path.write_text(text)
+    done = subprocess.run(
+        [sys.executable, str(path)], cwd=folder, env=script_environment(), timeout=50, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (code, ""), f"stdout: {done.stdout}\nstderr: {done.stderr}"
+    return done.stdout
+
+
+def script_environment() -> dict[str, str]:
+    """The environment in which a script finds the package that is being tested."""
+    import runtime
+
+    root = str(Path(runtime.__file__).resolve().parent.parent)
+    return {**os.environ, "PYTHONPATH": root}
+
+
+# ---- in workers ----------------------------------------------------------------------------------
+
+
+def pass_through(path: str, value: Any = None) -> Any:
+    """Say that this task has come to the gate, wait to be let on, return `value`."""
+    with open(path + ".out", "rb", buffering=0) as let_on:
+        with open(path + ".in", "wb", buffering=0) as came:
+            came.write(b"%d\n" % os.getpid())
+        let_on.read(1)
+    return value
+
+
+def log_line(path: str, value: Any) -> Any:
+    """Append `value` as a line to a file: lines of several processes do not mix. Returns the value."""
+    with open(path, "ab", buffering=0) as file:
+        file.write(f"{value}\n".encode())
+    return value
+
+
+_ticks = itertools.count()
+
+
+def tick(value: Any) -> tuple[int, int, Any]:
+    """(pid, how many ticks came before it in this worker, value)."""
+    return os.getpid(), next(_ticks), value
+
+
+def echo(*args: Any) -> Any:
+    """Its argument, or all of them."""
+    return args[0] if len(args) == 1 else args
+
+
+def add(*args: Any, **kwargs: Any) -> Any:
+    """The sum of its arguments."""
+    return sum(args) + sum(kwargs.values())
+
+
+def pid_and(value: Any) -> tuple[int, Any]:
+    """(pid, value)."""
+    return os.getpid(), value
+
+
+def throw(error: BaseException) -> NoReturn:
+    """Raise it."""
+    raise error
+
+
+def throw_type(kind: type[BaseException], *args: Any) -> NoReturn:
+    """Raise kind(*args)."""
+    raise kind(*args)
+
+
+def kill_self(number: int = signal.SIGKILL) -> NoReturn:
+    """End this worker by a signal."""
+    os.kill(os.getpid(), number)
+    signal.pause()
+    raise AssertionError("not reached")
+
+
+def die_until(attempt: int) -> int:
+    """Kill this worker, until the attempt of that number, which returns it."""
+    import runtime
+
+    if runtime.current().attempt < attempt:
+        kill_self()
+    return runtime.current().attempt
+
+
+def fail_until(attempt: int, kind: type[BaseException]) -> int:
+    """Raise, until the attempt of that number, which returns it."""
+    import runtime
+
+    if runtime.current().attempt < attempt:
+        raise kind(f"attempt {runtime.current().attempt}")
+    return runtime.current().attempt
+
+
+def hang_until(attempt: int) -> int:
+    """Hang, until the attempt of that number, which returns it."""
+    import runtime
+
+    if runtime.current().attempt < attempt:
+        threading.Event().wait()
+    return runtime.current().attempt
+
+
+def hang(*_: Any) -> NoReturn:
+    """Wait for what never comes."""
+    threading.Event().wait()
+    raise AssertionError("not reached")
+
+
+def hang_in_c() -> None:
+    """Hang in C, with the GIL held."""
+    ctypes.PyDLL(None).sleep(1000)
+
+
+value_of_worker: Any = "not set"
+
+
+def set_value(value: Any) -> None:
+    """An initializer: sets a global."""
+    global value_of_worker
+    value_of_worker = value
+
+
+def get_value() -> Any:
+    """What the initializer set."""
+    return value_of_worker
+
+
+def nested() -> tuple[int, int, int, int]:
+    """Make a Runtime in a worker: (its worker count, this pid, the pid of a task in it, its result)."""
+    import runtime
+
+    with runtime.Runtime() as inner:
+        return inner._max_workers, os.getpid(), inner.submit(os.getpid).result(), inner.submit(add, 20, 22).result()
+
+
+def where() -> tuple[Any, ...]:
+    """What runtime.current() says."""
+    import runtime
+
+    here = runtime.current()
+    here.local["calls"] = here.local.get("calls", 0) + 1
+    return here.number, here.slot, here.generation, here.thread, here.task, here.attempt, here.local["calls"]
+
+
+class LoadsBadly:
+    """An object that travels, and raises when it is unpickled."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+    def __reduce__(self) -> Any:
+        return throw, (self.error,)
+
+
+class DumpsBadly:
+    """An object that raises when it is pickled."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+    def __reduce__(self) -> Any:
+        raise self.error
+
+
+class DumpsBadlyHere:
+    """An object that is made in a worker, and raises when the worker pickles it."""
+
+    def __reduce__(self) -> Any:
+        raise ValueError("stays here")
+
+
+class Tracked:
+    """An object that can be referred to weakly, and travels."""
+
+    def __init__(self, value: Any = None) -> None:
+        self.value = value
+
+
+class NeedsTwo(Exception):
+    """An exception that pickles, and cannot be made again from its args."""
+
+    def __init__(self, left: str, right: str) -> None:
+        super().__init__(f"{left}-{right}")
+
+
+class Locked(Exception):
+    """An exception that cannot be pickled."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.lock = threading.Lock()
+
+
+class Odd(BaseException):
+    """A BaseException of a user's own."""
+
+
+def outer_failure() -> NoReturn:
+    """An exception with a cause."""
+    try:
+        inner_failure()
+    except KeyError as error:
+        raise ValueError("outer text") from error
+    raise AssertionError("not reached")
+
+
+def inner_failure() -> NoReturn:
+    """The cause."""
+    raise KeyError("inner text")
+
+
+def make(kind: str) -> Any:
+    """A result that makes trouble."""
+    if kind == "lock":
+        return threading.Lock()
+    if kind == "generator":
+        return (x for x in ())
+    if kind == "dumps badly":
+        return DumpsBadlyHere()
+    if kind == "loads badly":
+        return LoadsBadly(ValueError("not in the host"))
+    if kind == "loads with SystemExit":
+        return LoadsBadly(SystemExit(7))
+    raise AssertionError(kind)
+
+
+def recurse(depth: int = 0) -> int:
+    """Without end."""
+    return recurse(depth + 1)
+
+
+def large_exception(nbytes: int) -> NoReturn:
+    """An exception with a long text."""
+    raise ValueError("x" * nbytes)

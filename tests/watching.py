@@ -1,0 +1,214 @@
+"""How tests of processes look at the world: conditions with deadlines, families of processes, hosts as scripts.
+
+Nothing here sleeps to synchronise: `until` polls a condition, and fails with its words at the deadline.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = str(Path(__file__).resolve().parent.parent)
+FAMILY = "RUNTIME_TEST_FAMILY"  # in the environment of a script and of all that it starts
+
+
+def until(condition: Callable[[], Any], what: str | Callable[[], object], seconds: float = 20.0) -> Any:
+    """The first true value of `condition()`; `what`, or what it says by then, is for the message."""
+    deadline = time.monotonic() + seconds
+    pause = 0.001
+    while not (value := condition()):
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {seconds:g} s: {what() if callable(what) else what}")
+        time.sleep(pause)
+        pause = min(2 * pause, 0.02)
+    return value
+
+
+def read_pids(path: Any, count: int = 1) -> list[int]:
+    """The pids that a task has noted in a file, as soon as there are `count` of them."""
+    path = Path(path)
+
+    def found() -> list[int]:
+        text = path.read_text() if path.exists() else ""
+        pids = [int(line) for line in text.split("\n")[:-1]]
+        return pids if len(pids) >= count else []
+
+    return until(found, f"{count} pids in {path.name}")
+
+
+def fields(pid: int) -> list[str]:
+    """/proc/PID/stat from the state on; [] if there is no such process."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return []
+
+
+def alive(pid: int) -> bool:
+    """Neither gone nor a zombie."""
+    return fields(pid)[:1] not in ([], ["Z"], ["X"])
+
+
+def stopped(pid: int) -> bool:
+    return fields(pid)[:1] == ["T"]
+
+
+def parent(pid: int) -> int:
+    return int(fields(pid)[1])
+
+
+def send(pid: int, number: int) -> None:
+    """A signal to a process that a test has started, directly or not, and that is known to live."""
+    fd = os.pidfd_open(pid)
+    try:
+        signal.pidfd_send_signal(fd, number)
+    finally:
+        os.close(fd)
+
+
+def family(mark: str) -> set[int]:
+    """Live processes with this mark in their environment (a fork keeps it, and so does exec)."""
+    wanted = f"{FAMILY}={mark}".encode()
+    found = set()
+    for name in os.listdir("/proc"):
+        if name.isdecimal():
+            with contextlib.suppress(OSError), open(f"/proc/{name}/environ", "rb") as file:
+                if wanted in file.read().split(b"\0") and alive(int(name)):
+                    found.add(int(name))
+    return found
+
+
+# ---- a runtime's processes -----------------------------------------------------------------------
+
+
+def all_ready(rt: Any) -> dict[int, int]:
+    """{number: pid} once every worker is READY."""
+
+    def ready() -> dict[int, int]:
+        infos = rt.workers()
+        good = all(info.status.name == "READY" and info.pid for info in infos)
+        return {info.number: info.pid for info in infos} if good else {}
+
+    return until(ready, "all workers are ready")
+
+
+def zygote_of(pid: int) -> int:
+    """The process that has forked this worker."""
+    return parent(pid)
+
+
+def settled(rt: Any) -> None:
+    """Every task that was accepted has ended, each once, and nothing is under way."""
+    dispatcher = rt._core.dispatcher
+    until(lambda: dispatcher.idle and rt.stats().leased == 0, lambda: f"everything has ended: {rt.stats()}")
+    stats = rt.stats()
+    assert stats.done + stats.failed + stats.cancelled == dispatcher.accepted, (stats, dispatcher.accepted)
+    assert (stats.queued, stats.leased, stats.running) == (0, 0, 0), stats
+
+
+def shut_down_clean(rt: Any) -> None:
+    """After the end of a runtime no block and no lease is left. The caller has dropped its results."""
+    rt.shutdown()
+    kept, inflight, _ = rt._core.dispatcher.counts()
+    assert (kept, inflight) == (0, 0)
+    assert rt._core.arena.owners() == {}
+
+
+# ---- hosts as scripts ----------------------------------------------------------------------------
+
+
+def environment(mark: str = "", **more: str) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join((ROOT, os.path.join(ROOT, "tests"))), FAMILY: mark, **more}
+
+
+class Host:
+    """A script in a process of its own, that makes a Runtime and says what is needed, a line at a time."""
+
+    def __init__(self, code: str, *args: str, **options: Any) -> None:
+        self.mark = uuid.uuid4().hex
+        environ = environment(self.mark, **options.pop("environ", {}))
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code, *args],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environ,
+            **options,
+        )
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def line(self) -> str:
+        text = self.process.stdout.readline()
+        assert text, f"the script ended with {self.process.wait(20)}"
+        return text.rstrip("\n")
+
+    def pids(self) -> list[int]:
+        return [int(text) for text in self.line().split()]
+
+    def gone(self, spare: frozenset[int] = frozenset(), seconds: float = 10.0) -> None:
+        """Fails if something of the script's lives longer than that."""
+        until(
+            lambda: not family(self.mark) - spare,
+            lambda: "\n".join(["the end of all that the script started:", *describe(family(self.mark) - spare)]),
+            seconds,
+        )
+
+    def close(self) -> None:
+        """End what is left of it, gently for what reads stdin."""
+        for stream in (self.process.stdin, self.process.stdout):
+            with contextlib.suppress(OSError):
+                stream.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(5)
+        for pid in family(self.mark):
+            with contextlib.suppress(OSError):
+                send(pid, signal.SIGKILL)
+        self.process.wait(20)
+
+
+@contextlib.contextmanager
+def host(code: str, *args: str, **options: Any) -> Iterator[Host]:
+    one = Host(code, *args, **options)
+    try:
+        yield one
+    finally:
+        one.close()
+
+
+def run(argv: list[str], code: str | None = None, environ: dict[str, str] | None = None, **options: Any) -> Any:
+    """A script to its end: CompletedProcess with text. `code` is its standard input."""
+    return subprocess.run(
+        [sys.executable, *argv],
+        input=code or "",
+        capture_output=True,
+        text=True,
+        timeout=40,
+        env=environment(**(environ or {})),
+        **options,
+    )
+
+
+def output(code: str, *args: str, **options: Any) -> list[str]:
+    """The lines that a script prints; it must succeed."""
+    done = run(["-c", code, *args], **options)
+    assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout}{done.stderr[-4000:]}"
+    return done.stdout.splitlines()
+
+
+def describe(pids: set[int]) -> list[str]:
+    found = []
+    for pid in sorted(pids):
+        with contextlib.suppress(OSError):
+            command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            found.append(f"{pid} (child of {parent(pid)}): {command[:120]}")
+    return found
