@@ -14,6 +14,7 @@ from runtime._dispatch import (
     CANCEL_DONE,
     CANCEL_KILLED,
     CANCEL_NO,
+    OUTCOME_ABANDONED,
     OUTCOME_DIED,
     OUTCOME_FRAME,
     OUTCOME_KILLED,

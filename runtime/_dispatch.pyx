@@ -20,13 +20,15 @@ cimport cython
 from collections import deque
 from cpython.bytearray cimport PyByteArray_AS_STRING
 from cpython.bytes cimport PyBytes_FromStringAndSize
-from libc.string cimport memcpy, memset
+from cpython.mem cimport PyMem_Calloc, PyMem_Free
+from libc.signal cimport SIGKILL
+from libc.string cimport memcpy
 
 from runtime._atomics cimport *
 from runtime._extent cimport (Arena, HostBlock, heap_adopt, heap_free, heap_publish, heap_run, heap_sweep, heap_take)
 from runtime._frame cimport Frame
 from runtime._layout cimport *
-from runtime._lease cimport outbox_take, ring_put, ring_room
+from runtime._lease cimport outbox_take, outbox_waiting, ring_place, ring_put, ring_room
 from runtime._threads cimport DeadlineKeeper, guard_acquire, guard_release, guard_t, kill_lease
 
 cdef int64_t ROOM_PATIENCE = 50_000_000     # ns a task waits for room before it travels by value
@@ -40,20 +42,27 @@ cdef uint32_t FUNCTIONS = 256               # function pickles kept in the regio
 cdef enum:
     T_WAITING = 0           # in the queue, or on its way there
     T_LEASED = 1            # a lease entry holds it
-    T_OVER = 2              # its outcome was handed out, or it was cancelled
+    T_OVER = 2              # its outcome was handed out
+    T_CANCELLED = 3         # it was cancelled and never started
 
 # what a deferred wish in the inbox begins with
 cdef enum:
     DO_RELEASE = 0
     DO_DRAIN = 1
-    DO_KILLED = 2
+    DO_UNLOAD = 2
     DO_SETTLE = 3
+    DO_RETRY = 4
+    DO_RETRY_ITEM = 5
+    DO_FORGET = 6
+    DO_DROP = 7
+    DO_ABANDON = 8
 
 # what an outcome tuple begins with
 OUTCOME_FRAME = 0           # (.., task, first item, items, exporter of the frame, how many items ran or -1)
 OUTCOME_DIED = 1            # (.., task, item or -1, information that settle() was given)
 OUTCOME_KILLED = 2          # (.., task, item, reason)
-OUTCOME_LOST = 3            # (.., task, item, what was wrong with what the worker wrote)
+OUTCOME_LOST = 3            # (.., task, item, what went wrong)
+OUTCOME_ABANDONED = 4       # (.., task or None, batch or None, its entries, whether they count as cancelled)
 
 CANCEL_NO = 0               # it has started, or is over
 CANCEL_DONE = 1             # it never started and never will
@@ -66,18 +75,21 @@ cdef class Batch:
     cdef readonly object sink               # who gets the items' results
     cdef readonly int64_t timeout
     cdef readonly int priority
-    cdef readonly bint retryable
+    cdef readonly bint retryable            # items may be run again
+    cdef readonly bint retry_timeouts       # also after their timeout
     cdef uint32_t fixed                     # items per chunk, 0: adaptive
     cdef double item_ns                     # running mean of an item's time
     cdef object pending                     # deque of (index, item, attempts so far, alone)
     cdef bint queued, dropped
 
-    def __init__(self, fn, sink, int64_t timeout=0, int priority=0, bint retryable=False, uint32_t chunksize=0):
+    def __init__(self, fn, sink, int64_t timeout=0, int priority=0, bint retryable=False,
+                 bint retry_timeouts=False, uint32_t chunksize=0):
         self.fn = fn
         self.sink = sink
         self.timeout = timeout
         self.priority = priority
         self.retryable = retryable
+        self.retry_timeouts = retry_timeouts
         self.fixed = chunksize
         self.pending = deque()
 
@@ -124,18 +136,20 @@ cdef class Task:
     cdef uint64_t tag
     cdef uint64_t delivered                 # items of the chunk whose results were taken
     cdef int state
-    cdef bint private_view
+    cdef bint private_view                  # another attempt may follow: it must see the original
+    cdef bint retry_timeouts                # a killed attempt may be followed by another, once its process is dead
     cdef str reason                         # why it was killed, "" for the deadline
 
     def __init__(self, fn, future, list items, int64_t timeout=0, int priority=0, uint32_t retries=0,
-                 bint private_view=False, HostBlock block=None):
+                 bint retry_timeouts=False, HostBlock block=None):
         self.fn = fn
         self.future = future
         self.items = items
         self.timeout = timeout
         self.priority = priority
         self.retries = retries
-        self.private_view = private_view
+        self.private_view = retries > 0
+        self.retry_timeouts = retry_timeouts
         self.block = block
         self.attempt = 1
         self.reason = ""
@@ -151,6 +165,11 @@ cdef class SlotTable:
     cdef uint32_t inflight                  # leases out
     cdef uint32_t chunks                    # of them, chunks
     cdef bint ready, draining
+    cdef bint suspect                       # leases were taken back from it: it did not look at them
+    cdef uint64_t suspect_at                # ring_head at that time
+    # What the host writes into the slot is decided from these, never read back: a worker may run wild.
+    cdef uint32_t state                     # S_*
+    cdef uint64_t incarnation, ring_tail, outbox_head
 
     def __init__(self, uint32_t leases):
         self.tasks = [None] * leases
@@ -171,7 +190,8 @@ cdef class Dispatcher:
     cdef dict levels                        # priority -> deque of Task and Batch
     cdef list order                         # priorities that have ever been used, highest first
     cdef object inbox                       # deque of Task, Batch and (bookkeeping) tuples
-    cdef bint busy, closed
+    cdef bint busy, closed, inert
+    cdef uint64_t *tags                     # per slot and entry: the tag of its last lease
     cdef dict functions                     # function id -> HostBlock, in order of use
     cdef set announce                       # slots that got leases and have not been told
     cdef int64_t starved_since              # monotonic ns: a task at the head found no room; 0: none does
@@ -198,6 +218,12 @@ cdef class Dispatcher:
         self.announce = set()
         self.outcomes = []
         self.stuck = {}
+        self.tags = <uint64_t *>PyMem_Calloc(arena.slots * arena.leases, sizeof(uint64_t))
+        if self.tags == NULL:
+            raise MemoryError("no memory for the table of tags")
+
+    def __dealloc__(self):
+        PyMem_Free(self.tags)
 
     # ---- entering ------------------------------------------------------------------------------------
 
@@ -221,14 +247,25 @@ cdef class Dispatcher:
         if not isinstance(entry, tuple):
             return self.enqueue(entry, False)
         what = (<tuple>entry)[0]
+        subject = (<tuple>entry)[1]
         if what == DO_RELEASE:
-            self.release(<Task>(<tuple>entry)[1])
+            self.release(<Task>subject)
         elif what == DO_DRAIN:
-            self.drain_now((<tuple>entry)[1])
-        elif what == DO_KILLED:
-            self.killed_now((<tuple>entry)[1])
+            self.drain_now(subject)
+        elif what == DO_UNLOAD:
+            self.unload_now(subject)
+        elif what == DO_SETTLE:
+            self.settle_now(subject, (<tuple>entry)[2])
+        elif what == DO_RETRY:
+            self.retry_now(<Task>subject)
+        elif what == DO_RETRY_ITEM:
+            self.retry_item_now(<Batch>subject, (<tuple>entry)[2])
+        elif what == DO_FORGET:
+            self.forget(<Task>subject)
+        elif what == DO_DROP:
+            self.drop_now(<Batch>subject)
         else:
-            self.settle_now((<tuple>entry)[1], (<tuple>entry)[2])
+            self.abandon_now(subject)
         return 0
 
     cdef int enqueue(self, entry, bint front) except -1:
@@ -252,44 +289,56 @@ cdef class Dispatcher:
         return 0
 
     def submit(self, Task task not None):
-        """Queue a call; it is leased at once if a worker has credit."""
+        """Queue a call; it is leased at once if a worker has credit. False: the runtime has ended."""
+        if self.closed:
+            return False
         self.numbers += 1
         task.number = self.numbers
         self.waiting += 1
         self.accepted += 1
         self.inbox.append(task)
         self.work()
+        return True
 
     def add_items(self, Batch batch not None, list items):
-        """Queue items (index, item) of a batch."""
+        """Queue items (index, item) of a batch. False: the runtime has ended."""
+        if self.closed:
+            return False
         if batch.dropped:
-            return
+            return True
         for index, item in items:
             batch.pending.append((index, item, 1, False))
         self.waiting += <uint64_t>len(items)
         self.accepted += <uint64_t>len(items)
         self.inbox.append(batch)
         self.work()
+        return True
 
     def retry(self, Task task not None):
         """Queue a call once more, ahead of the others."""
-        self.numbers += 1
+        self.inbox.append((DO_RETRY, task))
+        self.work()
+
+    cdef int retry_now(self, Task task) except -1:
         task.state = T_WAITING
+        task.reason = ""
         task.attempt += 1
         self.waiting += 1
-        self.enqueue(task, True)
-        self.work()
+        return self.enqueue(task, True)
 
     def retry_item(self, Batch batch not None, tuple entry not None):
         """Queue an item of a batch once more, ahead of the others and alone in its chunk."""
+        self.inbox.append((DO_RETRY_ITEM, batch, entry))
+        self.work()
+
+    cdef int retry_item_now(self, Batch batch, tuple entry) except -1:
         if batch.dropped:
             self.vanished += 1
-            return
+            return 0
         index, item, attempts, _ = entry
         batch.pending.appendleft((index, item, attempts + 1, True))
         self.waiting += 1
-        self.enqueue(batch, True)
-        self.work()
+        return self.enqueue(batch, True)
 
     # ---- cancelling ----------------------------------------------------------------------------------
 
@@ -299,12 +348,17 @@ cdef class Dispatcher:
         cdef guard_t *guard
         cdef uint64_t word
         cdef int result = 0
+        if self.inert:
+            return CANCEL_NO
         if task.state == T_WAITING:
-            task.state = T_OVER                     # the queue skips it
-            self.forget(task)
+            task.state = T_CANCELLED                # the queue skips it
             self.waiting -= 1
             self.vanished += 1
+            self.inbox.append((DO_FORGET, task))    # not now: whoever is inside may be looking at it
+            self.work()
             return CANCEL_DONE
+        if task.state == T_CANCELLED:
+            return CANCEL_DONE                      # a caller that was interrupted asks again
         if task.state != T_LEASED:
             return CANCEL_NO
         lease = self.arena.lease(task.slot, task.entry)
@@ -320,7 +374,7 @@ cdef class Dispatcher:
                 result = 2
         guard_release(guard)
         if result == 1:
-            task.state = T_OVER
+            task.state = T_CANCELLED
             self.vanished += <uint64_t>len(task.entries) if task.batch is not None else 1
             self.inbox.append((DO_RELEASE, task))   # the entry is reused once its bookkeeping is done
             self.work()
@@ -332,9 +386,13 @@ cdef class Dispatcher:
 
     def drop(self, Batch batch not None):
         """Nobody wants the rest of a batch: forget what has not started."""
-        cdef Task task
+        if not self.inert:
+            batch.dropped = True
+            self.inbox.append((DO_DROP, batch))
+            self.work()
+
+    cdef int drop_now(self, Batch batch) except -1:
         cdef SlotTable table
-        batch.dropped = True
         self.waiting -= <uint64_t>len(batch.pending)
         self.vanished += <uint64_t>len(batch.pending)
         batch.pending.clear()
@@ -343,6 +401,7 @@ cdef class Dispatcher:
                 for held in list(table.tasks):
                     if held is not None and (<Task>held).batch is batch:
                         self.cancel(<Task>held)
+        return 0
 
     cdef int forget(self, Task task) except -1:
         """Let go of what a task holds; its blocks are freed unless a view still needs them."""
@@ -368,8 +427,8 @@ cdef class Dispatcher:
             self.keeper.disarm()
         task.by_value = None
         task.inbound = None
-        if task.state == T_OVER:
-            self.forget(task)
+        if task.state == T_CANCELLED or (task.state == T_OVER and task.retries == 0):
+            self.forget(task)                       # else the collector may want it once more
         return 0
 
     # ---- leasing -------------------------------------------------------------------------------------
@@ -382,8 +441,10 @@ cdef class Dispatcher:
         for i in range(self.arena.slots):
             table = self.slots[i]
             if (table.ready and not table.draining and table.inflight < least
-                    and not self.keeper.guards[i].killing
-                    and ring_room(self.arena.slot(i), self.arena.leases - 1) > 0 and table.free):
+                    and not self.keeper.guards[i].killing and self.room(i) > 0):
+                if table.suspect and a64_load_relaxed(&self.arena.slot(i).ring_head) == table.suspect_at:
+                    continue                        # it has not moved since leases were taken back from it
+                table.suspect = False
                 best = i
                 least = table.inflight
                 if least == 0:
@@ -404,29 +465,26 @@ cdef class Dispatcher:
         for priority in self.order:
             queue = self.levels[priority]
             while queue:
-                entry = queue[0]
+                entry = queue.popleft()             # first: a destructor may look at the queue at any time
                 if isinstance(entry, Task):
                     task = <Task>entry
                     if task.state != T_WAITING:
-                        queue.popleft()
                         continue
                     slot = self.pick(min(DEPTH, self.arena.leases))
-                    if slot < 0:
+                    if slot < 0 or not self.lease(task, <uint32_t>slot):
+                        queue.appendleft(task)
                         return 0
-                    if not self.lease(task, <uint32_t>slot):
-                        return 0
-                    queue.popleft()
                 else:
                     batch = <Batch>entry
                     if not batch.pending:
-                        queue.popleft()
                         batch.queued = False
                         continue
+                    queue.appendleft(batch)         # it stays at the front until it is empty
                     slot = self.pick(CHUNK_DEPTH)
                     if slot < 0:
                         return 0
                     task = self.cut(batch, workers)
-                    if not self.lease(task, <uint32_t>slot):
+                    if task is not None and not self.lease(task, <uint32_t>slot):
                         self.uncut(task)
                         return 0
         self.balance()
@@ -444,7 +502,9 @@ cdef class Dispatcher:
         task.batch = batch
         task.timeout = batch.timeout
         task.priority = batch.priority
+        task.state = T_WAITING
         task.private_view = batch.retryable
+        task.retry_timeouts = batch.retry_timeouts
         task.reason = ""
         while n and batch.pending:
             entry = batch.pending[0]
@@ -456,6 +516,8 @@ cdef class Dispatcher:
             n -= 1
             if (<tuple>entry)[3]:
                 break
+        if not entries:
+            return None                             # a destructor has dropped the batch meanwhile
         task.entries = entries
         task.items = items
         task.attempt = (<tuple>entries[0])[2]
@@ -477,6 +539,8 @@ cdef class Dispatcher:
         cdef HostBlock block = self.functions.pop(fn.id, None)
         cdef bytes data
         if block is None:
+            if len(self.functions) >= FUNCTIONS:
+                self.functions.pop(next(iter(self.functions)))
             data = fn.data
             if len(data) * 16 > self.arena.data_bytes:
                 return None                         # it would crowd out the arguments: leads the frame
@@ -484,8 +548,6 @@ cdef class Dispatcher:
             if block is None:
                 return None
             memcpy(block.data, <char *>data, <size_t>len(data))
-            if len(self.functions) >= FUNCTIONS:
-                self.functions.pop(next(iter(self.functions)))
         self.functions[fn.id] = block               # last in the order of use
         return block
 
@@ -505,11 +567,27 @@ cdef class Dispatcher:
         return False
 
     cdef bint lease(self, Task task, uint32_t index) except -1:
-        """Fill a lease entry of a slot with a task and publish it. False: it waits for room."""
+        """Lease a task to a slot. False: it waits for room. What cannot be laid out fails, and is done with."""
+        try:
+            return self.publish(task, index)
+        except Exception as error:
+            self.waiting -= <uint64_t>len(task.entries) if task.batch is not None else 1
+            task.state = T_OVER
+            self.outcomes.append((OUTCOME_LOST, task, 0, f"it could not be laid out: {type(error).__name__}: {error}"))
+            return True
+
+    cdef uint32_t room(self, uint32_t index) except? 0xFFFFFFFF:
+        """Leases that a slot can take."""
+        cdef SlotTable table = self.slots[index]
+        cdef uint32_t places = ring_room(self.arena.slot(index), table.ring_tail, self.arena.leases - 1)
+        return min(places, <uint32_t>len(table.free))
+
+    cdef bint publish(self, Task task, uint32_t index) except -1:
+        """Fill a lease entry of a slot with a task and move its word to LEASED."""
         cdef SlotTable table = self.slots[index]
         cdef slot_t *slot = self.arena.slot(index)
-        cdef uint32_t number = <uint32_t>table.free[len(table.free) - 1]
-        cdef lease_t *lease = self.arena.lease(index, number)
+        cdef uint32_t number
+        cdef lease_t *lease
         cdef Frame frame = None
         cdef HostBlock block = task.block
         cdef uint32_t where = AT_BLOCK
@@ -531,14 +609,17 @@ cdef class Dispatcher:
                     return False
                 else:
                     where = AT_BOUNCE
-        elif task.fn_block is None:
-            raise AssertionError("a frame in the region needs its function there")
         if where != AT_BOUNCE:
             self.starved_since = 0
+        if self.room(index) == 0:
+            return False
+        if task.state != T_WAITING or (task.batch is not None and task.batch.dropped):
+            return self.skipped(task, items)        # cancelled by a destructor while we allocated
 
-        # From here on nothing can fail. The entry is FREE, so the worker does not look at it.
+        # From here on nothing can fail or be interrupted. The entry is FREE, so the worker does not look.
+        number = <uint32_t>table.free.pop()
+        lease = self.arena.lease(index, number)
         a64_store_relaxed(&lease.started, 0)
-        lease.timeout = task.timeout
         lease.task = task.number
         lease.fn = <uint64_t>task.fn.id
         lease.kind = KIND_CHUNK if task.batch is not None else KIND_CALL
@@ -568,22 +649,33 @@ cdef class Dispatcher:
                 task.by_value = frame
         task.slot = index
         task.entry = number
-        task.tag = (l_tag(a64_load_relaxed(&lease.word)) + 1) & 0xFFFFFFFFFFULL
+        self.tags[index * self.arena.leases + number] += 1
+        task.tag = self.tags[index * self.arena.leases + number] & 0xFFFFFFFFFFULL
         task.state = T_LEASED
         task.delivered = 0
-        table.free.pop()
         table.tasks[number] = task
         table.inflight += 1
         if task.batch is not None:
             table.chunks += 1
         self.waiting -= items
         self.leased += items
+        self.keeper.timeouts[index * self.arena.leases + number] = task.timeout
         if task.timeout:
             self.keeper.arm()
         a64_store_release(&lease.word, lease_word(L_LEASED, 0, task.tag))
-        ring_put(slot, self.arena.ring(index), self.arena.leases - 1, number)
+        ring_put(slot, self.arena.ring(index), &table.ring_tail, self.arena.leases - 1,
+                 ring_place(number, task.tag))
         self.by_message += items
         self.announce.add(index)
+        return True
+
+    cdef bint skipped(self, Task task, uint64_t items) except -1:
+        """A task that is not wanted any more is not leased."""
+        if task.state == T_WAITING:                 # its batch was dropped
+            task.state = T_CANCELLED
+            self.waiting -= items
+            self.vanished += items
+        self.forget(task)
         return True
 
     cdef int balance(self) except -1:
@@ -606,7 +698,7 @@ cdef class Dispatcher:
                     full = i
             if full < 0:
                 return 0
-            back = self.take_back(<uint32_t>full, most // 2)
+            back = self.take_back(<uint32_t>full, min(most // 2, self.room(<uint32_t>idle)))
             if not back:
                 return 0
             for task in back:
@@ -659,8 +751,16 @@ cdef class Dispatcher:
     cdef int drain_now(self, uint32_t index) except -1:
         cdef record_t record
         cdef slot_t *slot = self.arena.slot(index)
-        while outbox_take(slot, self.arena.records(index), self.arena.outbox - 1, &record):
+        cdef SlotTable table = self.slots[index]
+        cdef uint64_t waiting = outbox_waiting(slot, table.outbox_head)
+        if waiting > self.arena.outbox:             # no outbox holds so many: the worker has run wild
+            self.strange()
+            self.signal(index, SIGKILL)
+            return 0
+        while waiting:
+            outbox_take(slot, self.arena.records(index), &table.outbox_head, self.arena.outbox - 1, &record)
             self.process(index, &record)
+            waiting -= 1
         self.stuck.pop(index, None)
         return 0
 
@@ -686,7 +786,7 @@ cdef class Dispatcher:
         if record.entry >= self.arena.leases or table.tasks[record.entry] is None:
             return self.strange()
         task = <Task>table.tasks[record.entry]
-        if l_tag(record.word) != task.tag or task.state == T_WAITING:
+        if l_tag(record.word) != task.tag:
             return self.strange()
         if record.kind == R_DONE:
             self.harvest(index, task)
@@ -721,6 +821,8 @@ cdef class Dispatcher:
     cdef int partial(self, uint32_t index, Task task, record_t *record) except -1:
         """Items of a chunk that are finished ahead of the rest."""
         exporter = self.adopted(index, record.body, record.tag, record.bytes)
+        if task.state != T_LEASED:
+            return 0                                # killed before this came: after that nothing is an answer
         if exporter is None or task.batch is None or record.count > len(task.entries) - task.delivered:
             return self.strange()
         self.outcomes.append((OUTCOME_FRAME, task, task.delivered, record.count, exporter, -1))
@@ -736,7 +838,7 @@ cdef class Dispatcher:
         cdef lease_t copy                       # the worker may scribble: look once, use the copy
         cdef uint64_t ran, items, delivered = task.delivered
         cdef object exporter = None
-        if l_state(word) != L_DONE or l_tag(word) != task.tag:
+        if l_state(word) != L_DONE or l_tag(word) != task.tag or task.state != T_LEASED:
             return 0
         memcpy(&copy, lease, sizeof(lease_t))
         ran = l_item(word)
@@ -818,10 +920,17 @@ cdef class Dispatcher:
         """A free slot, made LIVE for a new process; -1: none is free."""
         cdef uint32_t i
         cdef slot_t *slot
+        cdef SlotTable table
         for i in range(self.arena.slots):
             slot = self.arena.slot(i)
-            if a32_load_acquire(&slot.state) == S_FREE:
-                slot.incarnation += 1
+            table = self.slots[i]
+            if table.state == S_FREE:
+                table.state = S_LIVE
+                table.incarnation += 1
+                table.ring_tail = 0
+                table.outbox_head = 0
+                table.suspect = False
+                slot.incarnation = table.incarnation
                 slot.number = number
                 slot.generation = generation
                 slot.failure_bytes = 0
@@ -858,13 +967,31 @@ cdef class Dispatcher:
         guard.armed = False
         guard_release(guard)
         table.ready = False
+        table.state = S_DYING
         a32_store_release(&self.arena.slot(index).state, S_DYING)
         return pidfd
+
+    def worked(self, uint32_t index):
+        """Whether the process in a slot has done any of its work, or was killed for it.
+
+        From the words, not from the worker's hints: it may have been killed between the two.
+        """
+        cdef uint64_t word
+        if self.keeper.guards[index].killing or a64_load_relaxed(&self.arena.slot(index).tasks_done):
+            return True
+        for task in (<SlotTable>self.slots[index]).tasks:
+            if task is not None:
+                word = a64_load_acquire(&self.arena.lease(index, (<Task>task).entry).word)
+                if l_state(word) != L_LEASED and l_state(word) != L_FREE:
+                    return True
+        return False
 
     def signal(self, uint32_t index, int number):
         """Send a signal to the process in a slot. False: there is none."""
         cdef guard_t *guard = &self.keeper.guards[index]
         cdef bint sent = False
+        if self.inert:
+            return False
         guard_acquire(guard)
         if guard.armed and guard.pidfd >= 0:
             sent = sys_pidfd_send_signal(guard.pidfd, number) == 0
@@ -873,7 +1000,7 @@ cdef class Dispatcher:
 
     def incarnation(self, uint32_t index):
         """Counts the processes that lived in a slot."""
-        return self.arena.slot(index).incarnation
+        return (<SlotTable>self.slots[index]).incarnation
 
     def phase(self, uint32_t index):
         """What the worker in a slot says of itself: P_*; anything else reads as P_BOOT."""
@@ -895,6 +1022,8 @@ cdef class Dispatcher:
         """Lease nothing more to a slot; its worker finishes what it runs and leaves."""
         (<SlotTable>self.slots[index]).draining = True
         a32_store_release(&self.arena.slot(index).control, C_STOP)
+        self.inbox.append((DO_UNLOAD, index))       # what it has not started goes to the others
+        self.work()
 
     def settle(self, uint32_t index, information):
         """The sweep of a slot whose process and descendants are dead; then it is free again.
@@ -911,10 +1040,13 @@ cdef class Dispatcher:
         cdef slot_t *slot = self.arena.slot(index)
         cdef record_t record
         cdef Task task
+        cdef uint64_t waiting = outbox_waiting(slot, table.outbox_head)
         table.ready = False
-        while outbox_take(slot, self.arena.records(index), self.arena.outbox - 1, &record):
+        while 0 < waiting <= self.arena.outbox:
+            outbox_take(slot, self.arena.records(index), &table.outbox_head, self.arena.outbox - 1, &record)
             if record.kind == R_DONE or record.kind == R_PARTIAL:
                 self.process(index, &record)
+            waiting -= 1
         held = [pair[1] for pair in sorted([(<Task>t).number, t] for t in table.tasks if t is not None)]
         for entry in held:
             task = <Task>entry
@@ -930,8 +1062,8 @@ cdef class Dispatcher:
         heap_sweep(&self.arena.heap, index)
         self.announce.discard(index)
         self.stuck.pop(index, None)
-        a32_store_release(&slot.state, S_SWEPT)
         a32_store_release(&slot.state, S_FREE)
+        table.state = S_FREE
         return 0
 
     cdef int settle_task(self, uint32_t index, Task task, information) except -1:
@@ -939,7 +1071,7 @@ cdef class Dispatcher:
         cdef lease_t *lease = self.arena.lease(index, task.entry)
         cdef uint64_t word = a64_load_acquire(&lease.word)
         a64_store_release(&lease.word, lease_word(L_FREE, 0, task.tag))
-        if task.state == T_OVER:                    # its outcome is known: killed, or cancelled just now
+        if task.state != T_LEASED:                  # its outcome is known: killed, or cancelled just now
             if l_state(word) == L_KILLED and task.batch is not None:
                 self.put_back(task, task.delivered, <int64_t>l_item(word))
             self.release(task)
@@ -964,12 +1096,7 @@ cdef class Dispatcher:
                 self.outcomes.append((OUTCOME_KILLED, task, item, task.reason))
             else:
                 self.outcomes.append((OUTCOME_DIED, task, item, information))
-        if killed or task.batch is not None or task.retries == 0:
-            self.release(task)
-        else:
-            task.state = T_WAITING                  # keeps its frame for the next attempt
-            self.release(task)
-            task.state = T_OVER
+        self.release(task)
         return 0
 
     def killed(self, uint32_t index):
@@ -978,14 +1105,17 @@ cdef class Dispatcher:
         After KILLED nothing else is an answer; but results that a chunk had delivered before count.
         """
         if self.keeper.guards[index].killing:
-            self.inbox.append((DO_KILLED, index))
+            self.inbox.append((DO_UNLOAD, index))
             self.work()
 
-    cdef int killed_now(self, uint32_t index) except -1:
+    cdef int unload_now(self, uint32_t index) except -1:
+        """Give the leases of a slot that have not started to other workers, and resolve those that were killed."""
         cdef SlotTable table = self.slots[index]
         cdef uint64_t word, item
         cdef Task task
         self.drain_now(index)
+        for entry in reversed(self.take_back(index, self.arena.leases)):
+            self.requeue(<Task>entry)
         for entry in table.tasks:
             if entry is None or (<Task>entry).state != T_LEASED:
                 continue
@@ -993,6 +1123,8 @@ cdef class Dispatcher:
             word = a64_load_acquire(&self.arena.lease(index, task.entry).word)
             if l_state(word) != L_KILLED or l_tag(word) != task.tag:
                 continue
+            if task.retry_timeouts and not task.reason:
+                continue                            # the next attempt waits until this process is dead
             item = l_item(word) if task.batch is not None else 0
             task.state = T_OVER
             if task.batch is None or task.delivered <= item < <uint64_t>len(task.entries):
@@ -1002,11 +1134,14 @@ cdef class Dispatcher:
     # ---- looking -------------------------------------------------------------------------------------
 
     def rescan(self):
-        """The backstop: find what a lost message would have told. Called every 100 ms while work is out.
+        """The backstop: find what a lost hint would have told. Called every 100 ms while work is out.
 
-        Something counts as rescued when two calls in a row see it unchanged.
+        What is seen unchanged for the third time in a row counts as rescued. Leases of a worker that does
+        not look at its ring (it may be stopped) go to another one, if there is one.
         """
         cdef uint32_t i
+        cdef uint64_t head, place
+        cdef bint unread, unseen
         cdef slot_t *slot
         cdef SlotTable table
         self.work()                                 # a task that waited for room looks again
@@ -1015,22 +1150,42 @@ cdef class Dispatcher:
             slot = self.arena.slot(i)
             if not table.ready:
                 continue
-            head = a64_load_relaxed(&slot.outbox_head)
+            head = table.outbox_head
             place = a64_load_relaxed(&slot.ring_head)
-            unread = a64_load_acquire(&slot.outbox_tail) != head
-            unseen = (a64_load_relaxed(&slot.ring_tail) != place and a32_load_relaxed(&slot.running) == 0)
+            unread = outbox_waiting(slot, head) != 0
+            unseen = table.ring_tail != place and a32_load_relaxed(&slot.running) == 0
+            if unread and self.arena.records(i)[head & (self.arena.outbox - 1)].kind == R_UNKEEP:
+                self.drain(i)                       # it comes without a hint
+                continue
             if not unread and not unseen:
                 self.stuck.pop(i, None)
                 continue
             seen = (head if unread else None, place if unseen else None)
-            if self.stuck.get(i) != seen:
-                self.stuck[i] = seen
+            before, times = self.stuck.get(i, (None, 0))
+            times = times + 1 if before == seen else 1
+            self.stuck[i] = (seen, times)
+            if times < 3:
                 continue
             self.rescued += 1
-            if unseen:
-                self.announce.add(i)
             if unread:
                 self.drain(i)
+            elif table.inflight and self.others(i):
+                table.suspect = True
+                table.suspect_at = place
+                self.inbox.append((DO_UNLOAD, i))
+                self.work()
+            else:
+                self.announce.add(i)
+
+    cdef bint others(self, uint32_t index) except -1:
+        """Whether a worker in another slot could take leases."""
+        cdef uint32_t i
+        cdef SlotTable table
+        for i in range(self.arena.slots):
+            table = self.slots[i]
+            if i != index and table.ready and not table.draining and not table.suspect and self.room(i):
+                return True
+        return False
 
     @property
     def urgent(self):
@@ -1043,7 +1198,7 @@ cdef class Dispatcher:
         self.failed += failed
 
     def vanish(self, uint64_t count):
-        """So many of what `abandon` returned were cancelled."""
+        """So many of what was abandoned were cancelled."""
         self.vanished += count
 
     @property
@@ -1061,41 +1216,47 @@ cdef class Dispatcher:
         self.accepted += 1
         self.failed += 1
 
-    @property
-    def idle(self):
-        """Whether everything that was accepted has ended."""
-        return self.accepted == self.done + self.failed + self.vanished
+    def abandon(self, bint cancelled):
+        """Everything that waits gets its outcome now: cancelled, or else that the runtime is broken."""
+        if not self.inert:
+            self.inbox.append((DO_ABANDON, bool(cancelled)))
+            self.work()
 
-    def abandon(self, bint close):
-        """Forget everything that waits: [(task, None) or (batch, entries)] that get no outcome from here.
-
-        With `close` nothing is leased any more. The caller accounts for what is returned.
-        """
-        cdef list rest = []
-        cdef SlotTable table
+    cdef int abandon_now(self, cancelled) except -1:
         cdef uint32_t i
-        self.closed = self.closed or close
         for i in range(self.arena.slots):
             for entry in self.take_back(i, self.arena.leases):
                 self.requeue(<Task>entry)
-        while self.inbox and not self.busy:
-            self.take_in(self.inbox.popleft())
         for queue in self.levels.values():
-            for entry in queue:
+            while queue:
+                entry = queue.popleft()
                 if isinstance(entry, Batch):
                     (<Batch>entry).queued = False
-                    rest.append((entry, list((<Batch>entry).pending)))
-                    self.waiting -= <uint64_t>len((<Batch>entry).pending)
+                    rest = list((<Batch>entry).pending)
                     (<Batch>entry).pending.clear()
+                    self.waiting -= <uint64_t>len(rest)
+                    self.outcomes.append((OUTCOME_ABANDONED, None, entry, rest, cancelled))
                 elif (<Task>entry).state == T_WAITING:
-                    (<Task>entry).state = T_OVER
+                    (<Task>entry).state = T_CANCELLED if cancelled else T_OVER
                     self.forget(<Task>entry)
                     self.waiting -= 1
-                    rest.append((entry, None))
-            queue.clear()
-        if self.closed:
-            self.functions.clear()
-        return rest
+                    self.outcomes.append((OUTCOME_ABANDONED, entry, None, None, cancelled))
+        return 0
+
+    def close(self):
+        """Nothing is accepted or leased any more."""
+        self.closed = True
+        self.functions.clear()
+
+    def close_if_idle(self):
+        """Close, if everything that was accepted has ended. Whether it is closed."""
+        if not self.closed and self.accepted <= self.done + self.failed + self.vanished:
+            self.close()
+        return self.closed
+
+    def disown(self):
+        """In a fork of the host: nothing done here may reach a process of the parent's."""
+        self.inert = True
 
     def running(self, Task task not None):
         """Whether a worker has claimed the task and has not finished it."""

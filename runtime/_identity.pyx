@@ -68,6 +68,8 @@ cdef bint is_dead(uint64_t identity) noexcept nogil:
     cdef uint64_t start = 0, recorded = identity_start(identity)
     cdef bint ended = False
     cdef int pid = identity_pid(identity)
+    if pid == 0:
+        return True                 # nobody's: no identity has that
     if read_stat(pid, &start, &ended) < 0:
         # No such process, or no /proc, no descriptor left, hidden: only the first one counts as dead.
         return kill(pid, 0) == -1 and errno == ESRCH

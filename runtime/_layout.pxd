@@ -89,7 +89,6 @@ cdef enum:
 ctypedef struct lease_t:
     a64_t word              # the lease word, above
     a64_t started           # monotonic ns at which the user's code began; 0: the clock stands. Worker
-    int64_t timeout         # ns the item may run, 0: no limit. Host, before LEASED
     uint64_t task           # the host's number of the task, for messages. Host
     uint64_t fn             # the function's id, > 0. Host
     uint64_t fn_body        # offset of the block that holds the function's pickle, 0: leads the frame. Host
@@ -107,7 +106,7 @@ ctypedef struct lease_t:
     uint64_t out_tag        # and its tag
     uint64_t out_bytes      # bytes of the result's frame
     int64_t out_ns          # ns that the items of this lease ran, in all
-    uint64_t spare[7]
+    uint64_t spare[8]
     char inline_[INLINE_BYTES]  # the arguments' frame; after the claim the worker may put the result's here
 
 
@@ -157,7 +156,7 @@ ctypedef struct slot_t:
     uint32_t generation
     char pad0[40]
     # line 1: the host's
-    a64_t ring_tail         # places written so far; the ring holds entry numbers
+    a64_t ring_tail         # places written so far; a place names a lease: {tag 24 | entry 8}
     char pad1[56]
     # line 2: the worker's
     a64_t ring_head         # places read so far

@@ -14,30 +14,34 @@ from runtime._frame cimport Frame
 from runtime._layout cimport *
 
 
-cdef inline bint ring_put(slot_t *slot, a32_t *ring, uint32_t mask, uint32_t entry) noexcept nogil:
-    """Host: publish an entry's number. False: no place is free."""
-    cdef uint64_t tail = a64_load_relaxed(&slot.ring_tail)      # ours alone
-    if tail - a64_load_acquire(&slot.ring_head) > mask:
-        return False
-    a32_store_relaxed(&ring[tail & mask], entry)
-    a64_store_release(&slot.ring_tail, tail + 1)                # G1 pairs with G2
-    return True
+# A place holds {tag 24 | entry 8}. A lease that was taken back leaves its place behind; the tag keeps the
+# worker from taking a later lease of the same entry out of its turn.
+cdef inline uint32_t ring_place(uint32_t entry, uint64_t tag) noexcept nogil:
+    return entry | (<uint32_t>(tag & 0xFFFFFF) << 8)
+
+
+cdef inline void ring_put(slot_t *slot, a32_t *ring, uint64_t *tail, uint32_t mask, uint32_t place) noexcept nogil:
+    """Host: publish a lease; there is room. `tail` is the host's own count, the slot's only its copy."""
+    a32_store_relaxed(&ring[tail[0] & mask], place)
+    tail[0] += 1
+    a64_store_release(&slot.ring_tail, tail[0])                 # G1 pairs with G2
 
 
 cdef inline int64_t ring_take(slot_t *slot, a32_t *ring, uint32_t mask) noexcept nogil:
-    """Worker: the next number, or -1."""
+    """Worker: the next place, or -1."""
     cdef uint64_t head = a64_load_relaxed(&slot.ring_head)      # ours alone
-    cdef uint32_t entry
+    cdef uint32_t place
     if a64_load_acquire(&slot.ring_tail) == head:               # G2
         return -1
-    entry = a32_load_relaxed(&ring[head & mask])
+    place = a32_load_relaxed(&ring[head & mask])
     a64_store_release(&slot.ring_head, head + 1)
-    return entry
+    return place
 
 
-cdef inline uint32_t ring_room(slot_t *slot, uint32_t mask) noexcept nogil:
-    """Host: free places. Leases that were taken back leave their numbers behind, so this is the credit."""
-    return mask + 1 - <uint32_t>(a64_load_relaxed(&slot.ring_tail) - a64_load_acquire(&slot.ring_head))
+cdef inline uint32_t ring_room(slot_t *slot, uint64_t tail, uint32_t mask) noexcept nogil:
+    """Host: free places. Leases that were taken back leave their places behind, so this is the credit."""
+    cdef uint64_t used = tail - a64_load_acquire(&slot.ring_head)
+    return mask + 1 - <uint32_t>used if used <= mask else 0     # a worker that runs wild gets nothing
 
 
 cdef inline bint outbox_put(slot_t *slot, record_t *records, uint32_t mask, record_t *record) noexcept nogil:
@@ -50,14 +54,17 @@ cdef inline bint outbox_put(slot_t *slot, record_t *records, uint32_t mask, reco
     return True
 
 
-cdef inline bint outbox_take(slot_t *slot, record_t *records, uint32_t mask, record_t *record) noexcept nogil:
-    """Host: copy the next record out. False: none."""
-    cdef uint64_t head = a64_load_relaxed(&slot.outbox_head)    # ours alone
-    if a64_load_acquire(&slot.outbox_tail) == head:             # O2
-        return False
-    record[0] = records[head & mask]
-    a64_store_release(&slot.outbox_head, head + 1)
-    return True
+cdef inline uint64_t outbox_waiting(slot_t *slot, uint64_t head) noexcept nogil:
+    """Host: records that were not taken yet; more than the outbox holds: the worker has run wild."""
+    return a64_load_acquire(&slot.outbox_tail) - head           # O2
+
+
+cdef inline void outbox_take(slot_t *slot, record_t *records, uint64_t *head, uint32_t mask,
+                             record_t *record) noexcept nogil:
+    """Host: copy the next record out; there is one. `head` is the host's own count."""
+    record[0] = records[head[0] & mask]
+    head[0] += 1
+    a64_store_release(&slot.outbox_head, head[0])
 
 
 cdef class WorkerPort:

@@ -93,21 +93,21 @@ cdef class WorkerPort:
 
     def claim(self):
         """Claim the next lease: its entry, or -1 when the ring is empty."""
-        cdef int64_t entry
+        cdef int64_t place
+        cdef uint32_t entry
         cdef lease_t *lease
         cdef uint64_t word
         while True:
-            entry = ring_take(self.slot, self.ring, self.ring_mask)
-            if entry < 0:
+            place = ring_take(self.slot, self.ring, self.ring_mask)
+            if place < 0:
                 return -1
-            if entry > self.ring_mask:
-                continue
-            lease = self.lease(<uint32_t>entry)
+            entry = <uint32_t>place & self.ring_mask
+            lease = self.lease(entry)
             word = a64_load_acquire(&lease.word)
-            if l_state(word) != L_LEASED:
-                continue                        # taken back: its number stayed behind
+            if l_state(word) != L_LEASED or ring_place(entry, l_tag(word)) != <uint32_t>place:
+                continue                        # taken back: its place stayed behind
             if a64_cas_acq_rel(&lease.word, word, lease_word(L_RUNNING, 0, l_tag(word))):
-                a32_store_release(&self.slot.running, <uint32_t>entry + 1)
+                a32_store_release(&self.slot.running, entry + 1)
                 return entry
 
     def describe(self, uint32_t entry):

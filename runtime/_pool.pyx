@@ -17,8 +17,8 @@ from runtime._identity cimport identity_pid, identity_word, is_dead, my_identity
 from runtime._region cimport HEADER_BYTES, SharedRegion, copy_bytes, get_bytes, inside, region_header, to_size
 from runtime._slab cimport (
     OWNER_ROWS, POOL_FULL, POOL_OK, POOL_VERSION, SLICE_NS, pool_about, pool_count_free, pool_enroll,
-    pool_format, pool_give, pool_header, pool_magic, pool_status, pool_sweep, pool_take,
-    pool_take_or_sweep, pool_wait,
+    pool_format, pool_give, pool_header, pool_magic, pool_recover, pool_status, pool_sweep, pool_take,
+    pool_wait,
 )
 
 import os
@@ -140,7 +140,7 @@ cdef class MemoryPool:
                 a64_cas_acq_rel(&head.pool.claim, me, 0)
                 continue
             if now_ns() > deadline:
-                raise LockTimeout(f"process {identity_pid(claim)} does not finish formatting the region's pool")
+                raise LockTimeout(f"process {identity_pid(claim)} does not finish the region's pool")
             time.sleep(0.001)
 
     cdef int attach(self, uint64_t at) except -1:
@@ -165,7 +165,7 @@ cdef class MemoryPool:
         if about.stride != self.p.stride or not inside(at - HEADER_BYTES, self.total, room):
             raise ValueError("the header of the region's pool is damaged")
         if about.namespace and namespace and about.namespace != namespace:
-            raise ValueError("the region's pool belongs to another PID namespace: its owners cannot be seen here")
+            raise ValueError("the region's pool belongs to another PID namespace: pids mean others there")
         self.p.head = <pool_header *>start
         self.p.words = <a64_t *>(start + sizeof(pool_header))
         self.p.blocks = start + self.blocks_from
@@ -214,7 +214,7 @@ cdef class MemoryPool:
         self.region.enter()
         try:
             with nogil:
-                i = pool_take_or_sweep(&self.p, held)
+                i = pool_recover(&self.p, held)
             while i < 0 and rest != 0:
                 with nogil:
                     i = pool_wait(&self.p, held, rest if patience > 0 else SLICE_NS)
@@ -284,7 +284,7 @@ cdef int give_back(Block block) except -1:
     block.held = 0
     block.pool.region.exports -= 1
     if pool_give(&block.pool.p, block.index, held) != POOL_OK:
-        raise StaleBlock("somebody else has changed the block's word: it is not owned by this process any more")
+        raise StaleBlock("the block is not owned by this process any more: somebody changed its word")
     return 0
 
 
@@ -320,7 +320,7 @@ cdef class Block:
         if self.identity == a64_load_relaxed(own):
             return 0
         if a64_load_acquire(&self.pool.p.words[self.index]) != self.held:
-            raise StaleBlock(f"process {identity_pid(self.identity)}, which acquired the block, has released it")
+            raise StaleBlock(f"process {identity_pid(self.identity)}, its owner, has released the block")
         return 0
 
     def read(self, offset=0, length=None):
@@ -354,7 +354,7 @@ cdef class Block:
             self.check()        # after the buffer was asked for: that may run code of others
             if self.identity != a64_load_relaxed(own):
                 raise ValueError(
-                    f"the block was acquired by process {identity_pid(self.identity)}; in its fork it is read-only"
+                    f"the block belongs to process {identity_pid(self.identity)}; in its fork it is read-only"
                 )
             check_inside(self, at, <size_t>source.len)
             copy_bytes(self.pool.region, self.data + at, <char *>source.buf, <size_t>source.len)

@@ -64,7 +64,7 @@ cdef class SharedRegion:
     cdef int enter(self) except -1
     cdef void leave(self) noexcept
     # For atfork handlers: from now on writes of this process stay private; every address stays
-    # readable. 0, or -1: the kernel refused, nothing has changed.
+    # readable. -1: the kernel has no memory for that, the mapping is read-only instead.
     cdef int remap_private(self) noexcept nogil
     # Ways to a mapping and its end; not for other modules.
     cdef int adopt(self, str what) except -1

@@ -253,13 +253,18 @@ cdef class SharedRegion:
         self.unmap()
 
     cdef int remap_private(self) noexcept nogil:
+        cdef char *at
         if self.base == NULL:
             return 0
-        if mmap(self.base - HEADER_BYTES, self.reserved, PROT_READ | PROT_WRITE,
-                MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE, self._fd, 0) == MAP_FAILED:
-            return -1
+        at = self.base - HEADER_BYTES
         self.private = True
-        return 0
+        if mmap(at, self.reserved, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE,
+                self._fd, 0) != MAP_FAILED:
+            return 0
+        # The kernel promises no memory for private pages (vm.overcommit_memory=2), and some versions have
+        # taken the old mapping away by now.
+        mmap(at, self.reserved, PROT_READ, MAP_SHARED | MAP_FIXED, self._fd, 0)
+        return -1
 
     # ---- guards ----
 
@@ -406,7 +411,7 @@ cdef class SharedRegion:
         if self.calls and self.calls_pid == getpid():
             raise BufferError("another thread is using the region at this moment")
         if not ours:
-            self._fd = -1       # somebody closed our descriptor; the number is another file's now, or nobody's
+            self._fd = -1       # somebody closed our descriptor, and the number may be another file's
         self.unmap()
 
     def unlink(self):

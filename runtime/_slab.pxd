@@ -4,7 +4,8 @@
 What lies in the region, from a 64-byte boundary at its high end:
 
     pool_header     geometry, futex, owner table
-    words           one a64_t per block: the only truth about it
+    words           one a64_t per block: the only truth about it. Packed, because a search reads them all;
+                    processes begin to search in different lines
     blocks          `stride` bytes each
 
 A block's word is {owned 1 | row 12 | tag 51}:
@@ -86,7 +87,9 @@ cdef enum pool_status:
 cdef pool_status pool_enroll(pool_t *p) noexcept nogil
 # What pool_take does when its hint fails. -1 means: at one moment of the search no block was free.
 cdef int64_t pool_search(pool_t *p, uint64_t *held) noexcept nogil
-# Like pool_take, and on exhaustion frees the blocks of dead processes first. Makes system calls then.
+# After a take that found none: free the blocks of dead processes, and look again. Makes system calls.
+cdef int64_t pool_recover(pool_t *p, uint64_t *held) noexcept nogil
+# pool_take, then pool_recover.
 cdef int64_t pool_take_or_sweep(pool_t *p, uint64_t *held) noexcept nogil
 # Free the blocks of dead processes; True if a search may now find a block. May run in several processes at
 # once, may be killed anywhere.

@@ -67,6 +67,9 @@ cdef pool_status pool_enroll(pool_t *p) noexcept nogil:
         row = claim_row(p, me)
     if row < 0:
         return POOL_FULL
+    # Begin at words that others do not touch, and on pages that we have mapped ourselves.
+    a32_store_relaxed(&p.depth, 0)
+    a32_store_relaxed(&p.cursor, <uint32_t>(<uint64_t>(9 * row) % p.capacity))
     # Two threads that come here at once may claim two rows. Both name this process: a block taken under
     # either is ours, and both are swept when we are dead.
     a64_store_relaxed(&p.row, OWNED | (<uint64_t>row << 51))
@@ -89,8 +92,9 @@ cdef int claim_row(pool_t *p, uint64_t me) noexcept nogil:
     for i in range(OWNER_ROWS):
         row = (identity_pid(me) + i) % OWNER_ROWS
         # A2 pairs with S2 in sweep_batch: every word with our row in it is written after this.
-        if a64_load_relaxed(&p.head.owners[row]) == 0 and a64_cas_acq_rel(&p.head.owners[row], 0, me):     # A2
-            return row
+        if a64_load_relaxed(&p.head.owners[row]) == 0:
+            if a64_cas_acq_rel(&p.head.owners[row], 0, me):                     # A2
+                return row
     return -1
 
 
@@ -143,7 +147,12 @@ cdef int sweep_batch(pool_t *p, uint64_t *suspects) noexcept nogil:
     cdef uint64_t i, w, name, freed = 0
     cdef int r, k, count = 0
     memset(marked, 0, sizeof(marked))
-    for r in range(OWNER_ROWS):
+    r = -1
+    while r < OWNER_ROWS - 1 and count < BATCH:
+        r += 1
+        if suspects[r >> 6] >> (r & 63) == 0:
+            r |= 63                         # no bit is left in this word
+            continue
         if not (suspects[r >> 6] >> (r & 63)) & 1:
             continue
         name = a64_load_acquire(&p.head.owners[r])
@@ -154,8 +163,6 @@ cdef int sweep_batch(pool_t *p, uint64_t *suspects) noexcept nogil:
         names[count] = name
         marked[r >> 6] |= <uint64_t>1 << (r & 63)
         count += 1
-        if count == BATCH:
-            break
     if count == 0:
         return 0
     for i in range(p.capacity):
@@ -208,11 +215,16 @@ cdef int64_t pool_search(pool_t *p, uint64_t *held) noexcept nogil:
     return -1           # never still, never free: somebody scribbles on the words; better than to spin
 
 
-cdef int64_t pool_take_or_sweep(pool_t *p, uint64_t *held) noexcept nogil:
-    cdef int64_t i = pool_take(p, held)
+cdef int64_t pool_recover(pool_t *p, uint64_t *held) noexcept nogil:
+    cdef int64_t i = -1
     while i < 0 and pool_sweep(p):
         i = pool_search(p, held)
     return i
+
+
+cdef int64_t pool_take_or_sweep(pool_t *p, uint64_t *held) noexcept nogil:
+    cdef int64_t i = pool_take(p, held)
+    return i if i >= 0 else pool_recover(p, held)
 
 
 # ---- waiting ---------------------------------------------------------------------------------------

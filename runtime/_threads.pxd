@@ -32,12 +32,13 @@ cdef class DeadlineKeeper:
     """Ends tasks that run longer than their timeout, also while user code holds the GIL."""
     cdef Arena arena
     cdef guard_t *guards        # one per slot
+    cdef int64_t *timeouts      # per slot and entry, ns, 0: none. The host's own: a worker may run wild
     cdef a32_t bell             # futex: moves when a lease with a timeout was made
     cdef a32_t stopped          # 1: the thread shall end
     cdef a32_t timed            # leases with a timeout that are out
     cdef readonly int eventfd   # written when a lease was killed, so that the supervisor looks
 
     cdef void look(self, int64_t now) noexcept nogil
-    cdef bint overdue(self, uint32_t i, lease_t *lease, int64_t now) noexcept nogil
+    cdef bint overdue(self, uint32_t i, uint32_t entry, int64_t now) noexcept nogil
     cdef void arm(self) noexcept nogil
     cdef void disarm(self) noexcept nogil

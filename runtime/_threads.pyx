@@ -7,7 +7,7 @@ from libc.stdio cimport snprintf
 from libc.stdlib cimport strtol
 from posix.fcntl cimport O_RDONLY, open
 from posix.signal cimport kill
-from posix.unistd cimport _exit, close, getpid, read, write
+from posix.unistd cimport _exit, close, read, rmdir, unlink, write
 
 cdef extern from "<poll.h>" nogil:
     struct pollfd:
@@ -57,13 +57,15 @@ cdef class DeadlineKeeper:
         self.arena = arena
         self.eventfd = eventfd
         self.guards = <guard_t *>PyMem_Calloc(arena.slots, sizeof(guard_t))
-        if self.guards == NULL:
+        self.timeouts = <int64_t *>PyMem_Calloc(arena.slots * arena.leases, sizeof(int64_t))
+        if self.guards == NULL or self.timeouts == NULL:
             raise MemoryError("no memory for the table of guards")
         for i in range(arena.slots):
             self.guards[i].pidfd = -1
 
     def __dealloc__(self):
         PyMem_Free(self.guards)
+        PyMem_Free(self.timeouts)
 
     cdef void arm(self) noexcept nogil:
         """A lease with a timeout goes out."""
@@ -101,19 +103,21 @@ cdef class DeadlineKeeper:
             if not self.guards[i].armed:
                 continue
             running = a32_load_acquire(&self.arena.slot(i).running)
-            if 0 < running <= self.arena.leases and self.overdue(i, self.arena.lease(i, running - 1), now):
+            if 0 < running <= self.arena.leases and self.overdue(i, running - 1, now):
                 killed = True
         if killed:
             write(self.eventfd, &one, sizeof(one))
 
-    cdef bint overdue(self, uint32_t i, lease_t *lease, int64_t now) noexcept nogil:
+    cdef bint overdue(self, uint32_t i, uint32_t entry, int64_t now) noexcept nogil:
+        cdef lease_t *lease = self.arena.lease(i, entry)
+        cdef int64_t timeout = self.timeouts[i * self.arena.leases + entry]
         # The word is read before the clock: a worker stops the clock of item n before it moves the word
         # to n + 1, so whoever sees n + 1 cannot see n's start, and the CAS in kill_lease fails if the
         # word has moved since.
         cdef uint64_t word = a64_load_acquire(&lease.word)
         cdef int64_t started = <int64_t>a64_load_acquire(&lease.started)
         cdef bint killed
-        if l_state(word) != L_RUNNING or started == 0 or lease.timeout == 0 or now - started < lease.timeout:
+        if l_state(word) != L_RUNNING or started == 0 or timeout == 0 or now - started < timeout:
             return False
         guard_acquire(&self.guards[i])
         killed = kill_lease(&self.guards[i], lease, word)
@@ -211,22 +215,44 @@ def kill_descendants():
         end_descendants()
 
 
-def watch_host(int pidfd, int exit_code):
-    """A worker's watch thread: when the host is gone, end our descendants, then ourselves.
+cdef void remove_folder(const char *path) noexcept nogil:
+    """Remove a folder of sockets and what is in it."""
+    cdef DIR *folder = opendir(path)
+    cdef dirent *entry
+    cdef char name[4352]
+    if folder == NULL:
+        return
+    while True:
+        entry = readdir(folder)
+        if entry == NULL:
+            break
+        if entry.d_name[0] != c'.':
+            snprintf(name, sizeof(name), b"%s/%s", path, entry.d_name)
+            unlink(name)
+    closedir(folder)
+    rmdir(path)
 
-    It needs no GIL, so it works while a task holds it in C. It returns only when a task has closed the
-    descriptor under it; the worker's loop sees that too and retires.
+
+def watch_host(int pidfd, int stop, int exit_code, bytes folder):
+    """A watch thread: when the host is gone, end our descendants, remove the socket folder, end ourselves.
+
+    It needs no GIL, so it works while a task, or an import, holds it in C. It returns when `stop` (a
+    descriptor, or -1) is readable, or when a task has closed the descriptors under it; the worker's loop
+    sees that too and retires.
     """
-    cdef pollfd fds
-    fds.fd = pidfd
-    fds.events = POLLIN
+    cdef pollfd fds[2]
+    cdef const char *path = folder
+    fds[0].fd = pidfd
+    fds[1].fd = stop            # a negative one is ignored
+    fds[0].events = fds[1].events = POLLIN
     with nogil:
         while True:
-            fds.revents = 0
-            if poll(&fds, 1, -1) < 0 and errno == EINTR:
+            fds[0].revents = fds[1].revents = 0
+            if poll(fds, 2, -1) < 0 and errno == EINTR:
                 continue
-            if fds.revents & POLLIN:
+            if fds[0].revents & POLLIN:
                 end_descendants()
+                remove_folder(path)
                 _exit(exit_code)
-            if fds.revents:
+            if fds[0].revents or fds[1].revents:
                 break

@@ -7,19 +7,19 @@ everything itself: a hint may be lost, a result may not.
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
 import logging
 import time
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 from runtime import _core, serializer
 from runtime.errors import BrokenRuntime, RuntimeFailure, TaskCancelled, TaskTimeout, WorkerDied
 from runtime.sockets import HostLink
 from runtime.wire import Hint, HintKind
 
-if TYPE_CHECKING:
-    from concurrent.futures import Future
-
-__all__ = ["Collector", "Death", "Sink"]
+__all__ = ["Collector", "Death", "Sink", "again"]
 
 _RESCAN = 0.1  # seconds between two looks at everything while work is out
 _ROOM = 0.05  # the same, while a task waits for room in the region
@@ -67,6 +67,13 @@ class Death(RuntimeFailure):
         )
 
 
+def again(error: BrokenRuntime) -> BrokenRuntime:
+    """The same failure for one more caller: raising one object twice would tie their frames together."""
+    copy = BrokenRuntime(str(error))
+    copy.__cause__ = error.__cause__
+    return copy
+
+
 class Lifecycle(Protocol):
     """What the collector tells the supervisor."""
 
@@ -87,7 +94,7 @@ class Collector:
         self.dispatcher = dispatcher
         self.link = link
         self.lifecycle = lifecycle
-        self.broken: str | None = None  # set when the runtime was ended by force: what tasks are told
+        self.broken: BrokenRuntime | None = None  # set when no task can run any more: what they are told
         self.stopped = False
         self._half = dispatcher.arena.data_bytes // 2
         self._hello: dict[int, set[int]] = {}  # slot -> kinds of greeting that came
@@ -109,7 +116,6 @@ class Collector:
             self.announce()
             for slot in list(self._welcome):
                 self.welcome(slot)
-        self.complete()
 
     def patience(self) -> float:
         """Seconds to wait for a hint."""
@@ -159,18 +165,18 @@ class Collector:
     # ---- outcomes ------------------------------------------------------------------------------------
 
     def complete(self) -> None:
-        """Complete everything that has come in."""
+        """Complete everything that has come in. Whatever user code raises here, no outcome is left out."""
         while outcomes := self.dispatcher.take_outcomes():
             outcomes.reverse()
             while outcomes:  # popped one by one, so that no reference outlives its completion
                 try:
                     self.settle(*outcomes.pop())
-                except Exception:
-                    log.exception("a completion failed")
+                except BaseException:
+                    log.exception("an outcome could not be delivered")
             self.announce()
             self.lifecycle.wake()
 
-    def settle(self, kind: int, task: _core.Task, *rest: Any) -> None:
+    def settle(self, kind: int, task: Any, *rest: Any) -> None:
         """Act on one outcome."""
         if kind == _core.OUTCOME_FRAME:
             self.deliver(task, *rest)
@@ -178,11 +184,13 @@ class Collector:
             self.died(task, *rest)
         elif kind == _core.OUTCOME_KILLED:
             item, reason = rest
-            self.finish(task, item, False, self.killed(task, reason))
+            self.fail_or_retry(task, item, self.killed(task, reason))
+        elif kind == _core.OUTCOME_ABANDONED:
+            self.abandoned(task, *rest)
         else:
             first, what = rest
             for item in range(first, 1 if task.batch is None else len(task.entries)):
-                self.finish(task, item, False, RuntimeFailure(f"the task's result was lost: {what}"))
+                self.finish(task, item, False, RuntimeFailure(f"the task was lost: {what}"))
 
     def deliver(self, task: _core.Task, first: int, count: int, exporter: Any, ran: int) -> None:
         """Results of items first .. first+count-1, in a frame."""
@@ -201,55 +209,82 @@ class Collector:
         del exporter
         items.reverse()
         while items:
-            status, data, views = items.pop()
-            if status:
-                self.raised(task, first, serializer.load_exception(data, views))
-            else:
-                try:
-                    value = serializer.loads(data, views)
-                except BaseException as error:
-                    error.add_note("The task ended, but its result could not be unpickled in the host.")
-                    self.finish(task, first, False, error)
-                else:
-                    self.finish(task, first, True, value)
-                    del value
-            del data, views
+            self.arrived(task, first, *items.pop())
             first += 1
 
-    def raised(self, task: _core.Task, item: int, error: BaseException) -> None:
-        """The task's own exception: its outcome, unless it is one to retry on."""
-        if task.batch is None:
-            future: Any = task.future
-            if task.retries and isinstance(error, future.retry_on):
-                task.retries -= 1
-                self.dispatcher.retry(task)
-                return
-        elif isinstance(error, task.batch.sink.retry_on) and task.entries[item][2] <= task.batch.sink.retries:
-            self.dispatcher.retry_item(task.batch, task.entries[item])
+    def arrived(self, task: _core.Task, item: int, status: int, data: memoryview, views: Any) -> None:
+        """One result, still pickled."""
+        if status:
+            self.fail_or_retry(task, item, serializer.load_exception(data, views))
             return
-        self.finish(task, item, False, error)
+        try:
+            ok, value = True, serializer.loads(data, views)
+        except BaseException as error:
+            ok, value = (
+                False,
+                _noted(error, "The task ended, but its result could not be unpickled in the host."),
+            )
+        self.finish(task, item, ok, value)
+
+    def fail_or_retry(self, task: _core.Task, item: int, error: BaseException) -> None:
+        """An exception: the outcome, unless it is one to retry on."""
+        try:
+            retry = isinstance(
+                error, task.future.retry_on if task.batch is None else task.batch.sink.retry_on
+            )
+        except BaseException:  # a metaclass of the user's
+            log.exception("retry_on could not be compared with %s", type(error))
+            retry = False
+        if not (retry and self.retried(task, item)):
+            self.finish(task, item, False, error)
+
+    def retried(self, task: _core.Task, item: int) -> bool:
+        """Run it once more, if an attempt is left."""
+        if self.broken is not None:
+            return False
+        if task.batch is None:
+            if not task.retries:
+                return False
+            task.retries -= 1
+            self.dispatcher.retry(task)
+        else:
+            entry = task.entries[item]
+            if entry[2] > task.batch.sink.retries:
+                return False
+            self.dispatcher.retry_item(task.batch, entry)
+        return True
 
     def died(self, task: _core.Task, item: int, death: Death) -> None:
         """Its worker died while it ran this: again, or WorkerDied."""
-        if self.broken is not None:
-            self.finish(task, item, False, BrokenRuntime(self.broken))
-        elif task.batch is None:
-            if task.retries:
-                task.retries -= 1
-                self.dispatcher.retry(task)
-            else:
-                self.finish(task, 0, False, death.blamed(task.attempt))
+        if self.retried(task, item):
+            return
+        attempts = task.attempt if task.batch is None else task.entries[item][2]
+        error = death.blamed(attempts) if self.broken is None else again(self.broken)
+        self.finish(task, item, False, error)
+
+    def abandoned(self, task: Any, batch: Any, entries: Any, cancelled: bool) -> None:
+        """It never started, and never will."""
+        if cancelled:
+            self.dispatcher.vanish(1 if batch is None else len(entries))
         else:
-            entry = task.entries[item]
-            if entry[2] <= task.batch.sink.retries:
-                self.dispatcher.retry_item(task.batch, entry)
-            else:
-                self.finish(task, item, False, death.blamed(entry[2]))
+            self.dispatcher.note(0, 1 if batch is None else len(entries))
+        if batch is None and cancelled:
+            self.guarded(task.future.withdraw)
+        elif batch is None:
+            self.resolve(task.future, False, self.ended())
+        else:
+            for entry in entries:
+                error = concurrent.futures.CancelledError() if cancelled else self.ended()
+                batch.sink.deliver(entry[0], False, error)
+
+    def ended(self) -> BrokenRuntime:
+        """What a task is told that will not run."""
+        return again(self.broken) if self.broken is not None else BrokenRuntime("the runtime has ended")
 
     def killed(self, task: _core.Task, reason: str) -> BaseException:
         """What a killed task is told."""
         if self.broken is not None:
-            return BrokenRuntime(self.broken)
+            return again(self.broken)
         if reason:
             return TaskCancelled()
         return TaskTimeout(
@@ -257,32 +292,29 @@ class Collector:
         )
 
     def finish(self, task: _core.Task, item: int, ok: bool, value: Any) -> None:
-        """The final outcome of a task or an item."""
+        """The final outcome of a task or an item. Nothing that user code does keeps it from being counted."""
         self.dispatcher.note(int(ok), int(not ok))
         if task.batch is not None:
             task.batch.sink.deliver(task.entries[item][0], ok, value)
             return
-        future = task.future
-        assert future is not None
-        self.resolve(future, ok, value)
+        self.resolve(task.future, ok, value)
+
+    def resolve(self, future: Any, ok: bool, value: Any) -> None:
+        """Set a future; one that was settled before keeps its outcome."""
+        if not future.done():
+            self.guarded(future.set_result if ok else future.set_exception, value)
+        future._task = None  # its task knows the future: without this the two would keep each other
 
     @staticmethod
-    def resolve(future: Future[Any], ok: bool, value: Any) -> None:
-        """Set a future; one that was settled before keeps its outcome."""
-        if future.done():
-            return
-        if ok:
-            future.set_result(value)
-        else:
-            future.set_exception(value)
+    def guarded(function: Callable[..., object], *args: Any) -> None:
+        """Call what runs callbacks of the user's: the stdlib guards against Exception, not SystemExit."""
+        try:
+            function(*args)
+        except BaseException:
+            log.exception("a callback of a future raised")
 
-    def fail_rest(self, rest: list[tuple[Any, Any]], error: BaseException) -> None:
-        """Fail what the dispatcher has abandoned."""
-        for entry, items in rest:
-            if items is None:
-                self.dispatcher.note(0, 1)
-                self.resolve(entry.future, False, error)
-            else:
-                self.dispatcher.note(0, len(items))
-                for item in items:
-                    entry.sink.deliver(item[0], False, error)
+
+def _noted(error: BaseException, note: str) -> BaseException:
+    with contextlib.suppress(BaseException):
+        error.add_note(note)
+    return error

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, Final
 
+from runtime.errors import TaskTimeout
 from runtime.limits import available_cpus, cpu_quota, memory_limit, memory_total
 
 __all__ = [
@@ -94,6 +95,11 @@ class TaskOptions:
     retries: int
     retry_on: tuple[type[BaseException], ...]
     priority: int  # larger first
+
+    @property
+    def retries_timeouts(self) -> bool:
+        """Whether an attempt that was ended by its timeout may be followed by another."""
+        return self.retries > 0 and issubclass(TaskTimeout, self.retry_on)
 
 
 def settings(

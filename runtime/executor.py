@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from runtime import _core, config, serializer
-from runtime.collector import Collector
+from runtime.collector import again
 from runtime.config import INHERIT, TaskOptions
 from runtime.mapping import Results, Run, check_sizes
 from runtime.supervisor import Supervisor, WorkerStatus
@@ -87,8 +87,13 @@ class Future(concurrent.futures.Future[T]):
                 return False
             core.collector.announce()
             core.wake()
+        return self.withdraw()
+
+    def withdraw(self) -> bool:
+        """The call never runs: tell those who wait. For the runtime itself; users call `cancel`."""
         if not super().cancel():
             return False
+        self._task = None
         with self._condition:
             notified = self._state == "CANCELLED_AND_NOTIFIED"
         if not notified:
@@ -163,8 +168,8 @@ class Runtime(concurrent.futures.Executor):
         self._table = serializer.FunctionTable()
         self._shutdown = False
         self._core = Supervisor(self._settings, self._table)
-        _supervisors.add(self._core)
         self._core.start()
+        _supervisors.add(self._core)
         self._finalizer = weakref.finalize(self, _stop, self._core)
         self._finalizer.atexit = False  # _at_exit waits for it, in the right order
 
@@ -193,14 +198,13 @@ class Runtime(concurrent.futures.Executor):
             return future
         task = _core.Task(
             ref, future, [(0, payload.data, payload.buffers, payload.readonly)],
-            int((options.timeout or 0) * 1e9), options.priority, options.retries, options.retries > 0,
+            int((options.timeout or 0) * 1e9), options.priority, options.retries, options.retries_timeouts,
         )  # fmt: skip
         future.retry_on = options.retry_on
         future._task, future._core = task, core
-        core.dispatcher.submit(task)
-        if core.broken is not None:  # it broke while we were submitting, and may have missed this one
-            core.collector.fail_rest(core.dispatcher.abandon(True), core.broken)
-        _after(core.collector, core)
+        if not core.dispatcher.submit(task):
+            raise self._ended()
+        _after(core)
         return future
 
     def map(
@@ -255,10 +259,9 @@ class Runtime(concurrent.futures.Executor):
 
         def submit(batch: _core.Batch, items: list[Any]) -> None:
             self._usable()
-            core.dispatcher.add_items(batch, items)
-            if core.broken is not None:
-                core.collector.fail_rest(core.dispatcher.abandon(True), core.broken)
-            _after(core.collector, core)
+            if not core.dispatcher.add_items(batch, items):
+                raise self._ended()
+            _after(core)
 
         def drop(batch: _core.Batch) -> None:
             core.dispatcher.drop(batch)
@@ -363,23 +366,11 @@ class Runtime(concurrent.futures.Executor):
             return
         self._shutdown = True
         if cancel_futures:
-            self._cancel_waiting()
+            core.dispatcher.abandon(True)
+            core.link.wake()
         core.stop()
-        if wait and threading.current_thread() not in core.threads:
-            core.ended.wait()
-
-    def _cancel_waiting(self) -> None:
-        """Cancel everything that no worker has claimed."""
-        core = self._core
-        for entry, items in core.dispatcher.abandon(False):
-            if items is None:
-                core.dispatcher.vanish(1)
-                if concurrent.futures.Future.cancel(entry.future):
-                    entry.future.set_running_or_notify_cancel()
-            else:
-                core.dispatcher.vanish(len(items))
-                for item in items:
-                    entry.sink.deliver(item[0], False, concurrent.futures.CancelledError())
+        if wait:
+            core.join()
 
     def terminate_workers(self) -> None:
         """End the runtime now: SIGTERM to every worker. What has no result yet fails with BrokenRuntime."""
@@ -393,8 +384,7 @@ class Runtime(concurrent.futures.Executor):
         if self._core.pid == os.getpid():
             self._shutdown = True
             self._core.end(reason, number)
-            if threading.current_thread() not in self._core.threads:
-                self._core.ended.wait()
+            self._core.join()
 
     # ---- small things --------------------------------------------------------------------------------
 
@@ -405,13 +395,17 @@ class Runtime(concurrent.futures.Executor):
                 f"this Runtime belongs to process {core.pid}; this is process {os.getpid()}, a fork of it: "
                 "make a Runtime here"
             )
-        if core.broken is not None:
-            raise core.broken
-        if self._shutdown:
-            raise RuntimeError("cannot schedule new futures after shutdown")
+        if core.broken is not None or self._shutdown:
+            raise self._ended()
         if _exiting:
             raise RuntimeError("cannot schedule new futures after interpreter shutdown")
         return core
+
+    def _ended(self) -> Exception:
+        """Why nothing can be submitted any more."""
+        if self._core.broken is not None:
+            return again(self._core.broken)
+        return RuntimeError("cannot schedule new futures after shutdown")
 
     def __reduce__(self) -> Any:
         raise TypeError(
@@ -468,9 +462,9 @@ class Options(concurrent.futures.Executor):
         """Ends nothing: the Runtime is its owner's to shut down."""
 
 
-def _after(collector: Collector, core: Supervisor) -> None:
+def _after(core: Supervisor) -> None:
     """After the dispatcher was called: tell workers of new leases, and the collector of outcomes."""
-    collector.announce()
+    core.collector.announce()
     if core.dispatcher.has_outcomes:
         core.link.wake()
 
@@ -505,7 +499,7 @@ def _at_exit() -> None:
     for core in mine:
         core.stop()
     for core in mine:
-        core.ended.wait()
+        core.join()
 
 
 def _after_fork() -> None:

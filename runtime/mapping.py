@@ -43,7 +43,7 @@ class Run:
         self._ordered = ordered
         self._ready: dict[int, tuple[bool, Any]] = {}  # results that were not taken yet, by index
         self._arrived: deque[int] = deque()  # their order of arrival
-        self._changed = threading.Condition(threading.Lock())
+        self._changed = threading.Condition()  # re-entrant: a destructor may come in
         self._next = 0
         self._settled: set[int] = set()  # indices above _next whose outcome has come
 
@@ -125,8 +125,14 @@ class Results(Iterator[Any]):
 
     def _feed(self) -> None:
         """Take items from the input, up to the window."""
-        run = self._run
         group: list[Any] = []
+        try:
+            self._fill(group)
+        finally:
+            self._flush(group)
+
+    def _fill(self, group: list[Any]) -> None:
+        run = self._run
         while self._input is not None:
             out = self._fed - self._taken
             if self._window is not None and (out >= self._window or (out and run.bytes_out > _WINDOW_BYTES)):
@@ -143,7 +149,6 @@ class Results(Iterator[Any]):
             self._pack(args, group)
             if len(group) >= _GROUP:
                 self._flush(group)
-        self._flush(group)
 
     def _pack(self, args: tuple[Any, ...], group: list[Any]) -> None:
         index = self._fed
@@ -165,19 +170,28 @@ class Results(Iterator[Any]):
             self._batches.append(
                 _core.Batch(
                     ref, run, int((self._options.timeout or 0) * 1e9), self._options.priority,
-                    self._options.retries > 0, self._chunksize,
+                    self._options.retries > 0, self._options.retries_timeouts, self._chunksize,
                 )
             )  # fmt: skip
         group.append((index, (0, payload.data, payload.buffers, payload.readonly)))
 
     def _flush(self, group: list[Any]) -> None:
-        if group:
-            self._submit(self._batches[-1], group[:])
-            group.clear()
+        if not group:
+            return
+        items = group[:]
+        group.clear()
+        try:
+            self._submit(self._batches[-1], items)
+        except BaseException as error:  # the runtime has ended meanwhile: nobody else will answer for these
+            self._input = None
+            for index, _ in items:
+                self._run.deliver(index, False, error)
+            if not isinstance(error, Exception):
+                raise
 
     def __next__(self) -> Any:
         self._begun = True
-        if self._taken == self._fed:
+        if self._window is not None and (self._fed - self._taken) * 4 <= self._window * 3:
             self._feed()
         if self._taken == self._fed:
             failure, self._failure = self._failure, None
@@ -191,8 +205,6 @@ class Results(Iterator[Any]):
             raise
         self._taken += 1
         shown = self._run.reprs.pop(index, "")
-        if self._window is not None and (self._fed - self._taken) * 4 <= self._window * 3:
-            self._feed()
         if ok:
             return value
         assert isinstance(value, BaseException)

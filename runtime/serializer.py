@@ -304,10 +304,11 @@ def _search(name: str, module: object) -> bool:
 def _resolve(module: str, qualname: str) -> Any:
     """The object that this name stands for, or _MISSING."""
     found: Any = _modules.get(module, _MISSING)
-    for part in qualname.split("."):
-        found = getattr(found, part, _MISSING)
-        if found is _MISSING:
-            return _MISSING
+    try:
+        for part in qualname.split("."):
+            found = getattr(found, part)
+    except Exception:  # a module's own __getattr__ may raise anything
+        return _MISSING
     return found
 
 
@@ -506,17 +507,22 @@ class _Session:
         return root
 
     def assemble(self, root: bytes, taken: _Taken | None) -> bytes:
+        """The message. Buffers of the root may stay outside; those of globals never do: globals outlive
+        the call that brought them, and would keep its memory.
+        """
         if not self.records:
             return root
         views = [pickle.PickleBuffer(view) for view in taken or ()]
-        if taken:
-            taken.clear()
-        linked = _Linked((tuple(self.records), root, views))
-        return _c_dumps(linked, 5, buffer_callback=None if taken is None else taken.keep)
+        if taken is None:
+            return _c_dumps(_Linked((tuple(self.records), root, views)), 5)
+        taken.clear()
+        records = [(*r[:5], tuple(map(_copied, r[5]))) if r[0] == "G" else r for r in self.records]
+        return _c_dumps(_Linked((tuple(records), root, views)), 5, buffer_callback=taken.keep)
 
     def digest(self, root: bytes) -> bytes:
-        """Of what `assemble` would make; versions stand for the values of globals."""
-        parts = [repr(r[:4] if r[0] == "G" else r).encode("utf-8", "surrogatepass") for r in self.records]
+        """Of what `assemble` would make; versions stand for contents."""
+        upto = {"N": 3, "C": 3, "S": 3, "G": 4}
+        parts = [repr(r[: upto[r[0]]]).encode("utf-8", "surrogatepass") for r in self.records]
         return _digest(root, *parts)
 
     def blob(
@@ -532,13 +538,8 @@ class _Session:
         """
         file = io.BytesIO()
         pickler = _pickler_class()(file, 5, callback)
-        pickler.session, pickler.scope, pickler.target, pickler.code, pickler.cells = (
-            self,
-            scope,
-            target,
-            code,
-            set(),
-        )
+        pickler.session, pickler.cells = self, set()
+        pickler.scope, pickler.target, pickler.code = scope, target, code
         pickler.dump(obj)
         return file.getvalue()
 
@@ -651,7 +652,7 @@ class _Session:
 def _complete(cls: type, args: tuple[Any, ...], contents: dict[str, Any]) -> tuple[Any, ...]:
     """Puts right what cloudpickle leaves out: slots must be there when a class is made, not set later."""
     contents.pop("__slotnames__", None)  # copyreg's cache: comes and goes
-    for name in [k for k, v in contents.items() if isinstance(v, types.MemberDescriptorType)]:
+    for name in [k for k, v in contents.items() if type(v) is types.MemberDescriptorType]:
         del contents[name]
     if "__slots__" not in contents or not isinstance(args[3], dict):
         return args
@@ -851,6 +852,11 @@ def _reduce_lru(self: Any, cached: Any) -> Any:
     return _make_lru, (inner, parameters["maxsize"], parameters["typed"])
 
 
+def _copied(buffer: pickle.PickleBuffer) -> bytes | bytearray:
+    view = buffer.raw()
+    return bytes(view) if view.readonly else bytearray(view)
+
+
 class _Linked(tuple[Any, ...]):
     """(records, root, buffers), pickled as the call that links them."""
 
@@ -938,9 +944,7 @@ def adopt_main() -> types.ModuleType:
 
 _in_spaces: dict[str, _InSpace] = {}  # of modules
 _anonymous: weakref.WeakValueDictionary[str, _InSpace] = weakref.WeakValueDictionary()  # of other dicts
-_foreign_classes: weakref.WeakKeyDictionary[type, Any] = (
-    weakref.WeakKeyDictionary()
-)  # -> version of its contents
+_foreign_classes: weakref.WeakKeyDictionary[type, Any] = weakref.WeakKeyDictionary()  # -> their version
 _recent_classes: deque[type] = deque(maxlen=256)  # not to make the classes of arguments anew for each task
 _at_import: dict[str, dict[str, int]] = {}  # module -> name -> id of the value that the import left there
 
@@ -948,7 +952,7 @@ _at_import: dict[str, dict[str, int]] = {}  # module -> name -> id of the value 
 class _Links(threading.local):
     """What the message that this thread is loading has brought."""
 
-    stamp = 0  # on the class, for all threads: how often any global moved to another version
+    stamp = 0  # on the class, for all threads: how often a global or class moved to another version
     spaces: dict[str, _InSpace] | None = None
     log: list[_Record] | None = None
 
@@ -972,7 +976,7 @@ def _link(records: Sequence[_Record], root: bytes, buffers: Sequence[Any]) -> An
         for record in records:
             _take(record, keep)
         if _links.log is not None and outer is None:
-            _links.log += [r for r in records if r[0] == "G" and r[1][0] != "~"]
+            _links.log += records
         return loads(root, buffers)
     finally:
         _links.spaces = outer
@@ -998,6 +1002,7 @@ def _take(record: _Record, keep: list[Any]) -> None:
         if _foreign_classes.get(cls, rest[0]) != rest[0]:  # a class of this process keeps its own contents
             setter, state = loads(rest[1])
             setter(cls, state)
+            _Links.stamp += _foreign_classes[cls] is not None
             _foreign_classes[cls] = rest[0]
 
 
@@ -1016,14 +1021,13 @@ def _open_space(key: str, base: Mapping[str, Any]) -> _InSpace:
 
 
 def _relink(records: Sequence[_Record]) -> None:
-    """Moves the globals of a function back to the versions it was sent with, where others came since."""
+    """Moves what a function refers to back to the versions it was sent with, where others came since."""
     outer = _links.spaces
     _links.spaces = dict(outer or ())
+    keep: list[Any] = []
     try:
         for record in records:
-            space = _in_spaces.get(record[1]) or _anonymous.get(record[1])
-            if space is not None:  # else nothing refers to it any more
-                space.deliver(*record[2:])
+            _take(record, keep)
     finally:
         _links.spaces = outer
 
@@ -1089,26 +1093,24 @@ def _set_function(fn: Any, state: tuple[Any, ...]) -> None:
 # (identity), a weak reference, or _Parts: the type of a container and an expectation per element. Small
 # lists, dicts and sets can be compared that way faster than pickled.
 
-_IMMUTABLE = frozenset(
-    """
-    builtins.object re.Pattern logging.Logger logging.RootLogger decimal.Decimal uuid.UUID
-    datetime.date datetime.datetime datetime.time datetime.timedelta datetime.timezone
-    pathlib.PosixPath pathlib.PurePosixPath pathlib.PureWindowsPath
-    pathlib._local.PosixPath pathlib._local.PurePosixPath pathlib._local.PureWindowsPath
-    dataclasses._HAS_DEFAULT_FACTORY_CLASS dataclasses._MISSING_TYPE
-    numpy.ufunc numpy.bool numpy.float32 numpy.float64 numpy.int32 numpy.int64
-    """.split()
-)
-_CLASS_BOOKKEEPING = (
-    frozenset(  # in a class's __dict__: made by the interpreter or a decorator, not for users
-        """
-    __dict__ __weakref__ __annotations__ __annotate__ __annotate_func__ __annotations_cache__ __slotnames__
-    __dataclass_fields__ __dataclass_params__ __orig_bases__ __parameters__ __type_params__ __firstlineno__
-    __static_attributes__ __abstractmethods__ _abc_impl _field_defaults _is_protocol
-    """.split()
-    )
-)
-_DESCRIPTORS: tuple[type, ...] = (types.GetSetDescriptorType, types.MemberDescriptorType)
+# fmt: off
+_IMMUTABLE = frozenset([
+    "builtins.object", "re.Pattern", "logging.Logger", "logging.RootLogger", "decimal.Decimal", "uuid.UUID",
+    "datetime.date", "datetime.datetime", "datetime.time", "datetime.timedelta", "datetime.timezone",
+    "pathlib.PosixPath", "pathlib.PurePosixPath", "pathlib.PureWindowsPath",
+    "pathlib._local.PosixPath", "pathlib._local.PurePosixPath", "pathlib._local.PureWindowsPath",
+    "dataclasses._HAS_DEFAULT_FACTORY_CLASS", "dataclasses._MISSING_TYPE",
+    "numpy.ufunc", "numpy.bool", "numpy.float32", "numpy.float64", "numpy.int32", "numpy.int64",
+])
+# What the interpreter, dataclasses, abc … put into a class's __dict__: not changed by users.
+_CLASS_BOOKKEEPING = frozenset([
+    "__dict__", "__weakref__", "__annotations__", "__annotate__", "__annotate_func__", "__slotnames__",
+    "__annotations_cache__", "__dataclass_fields__", "__dataclass_params__", "__orig_bases__",
+    "__parameters__", "__type_params__", "__firstlineno__", "__static_attributes__",
+    "__abstractmethods__", "_abc_impl", "_field_defaults", "_is_protocol",
+])
+# fmt: on
+_DESCRIPTORS = frozenset([types.GetSetDescriptorType, types.MemberDescriptorType])
 _TAKEN_APART: dict[type, Callable[[Any], Sequence[Any]]] = {
     tuple: lambda t: t,
     list: list,
@@ -1120,17 +1122,18 @@ _TAKEN_APART: dict[type, Callable[[Any], Sequence[Any]]] = {
     classmethod: lambda c: (c.__func__,),
     functools.cached_property: lambda c: (c.func, c.attrname),
 }
+_CONTAINERS = frozenset([tuple, list, set, frozenset, dict])
 _MUTABLE = frozenset([list, set, dict])
 _Guard = tuple[Any, ...]
 
 
 class _Parts:
-    """id: of the container, if it is a mutable one; else 0."""
+    """id: of the container, if it is a mutable one; else 0. size: its length, 0 for a wrapper."""
 
-    __slots__ = ("id", "kind", "parts")
+    __slots__ = ("id", "kind", "parts", "size")
 
-    def __init__(self, kind: type, id: int, parts: list[Any]) -> None:
-        self.kind, self.id, self.parts = kind, id, parts
+    def __init__(self, kind: type, id: int, size: int, parts: list[Any]) -> None:
+        self.kind, self.id, self.size, self.parts = kind, id, size, parts
 
 
 class _UnstableError(Exception):
@@ -1179,10 +1182,10 @@ class _Watch:
     def _class(self, cls: type) -> _Guard:
         items = []
         for name, value in cls.__dict__.items():
-            if name in _CLASS_BOOKKEEPING or isinstance(value, _DESCRIPTORS) or _is_field(value):
+            if name in _CLASS_BOOKKEEPING or type(value) in _DESCRIPTORS or _is_field(value):
                 continue
             items.append((name, self.expect(value)))
-        bases = _Parts(tuple, 0, [self.expect(base) for base in cls.__bases__])
+        bases = _Parts(tuple, 0, len(cls.__bases__), [self.expect(base) for base in cls.__bases__])
         return weakref.ref(cls), _same_class, bases, len(cls.__dict__), items
 
     def expect(self, value: Any) -> Any:
@@ -1190,13 +1193,14 @@ class _Watch:
         if kind in _ATOMS or value is _Empty:
             return value
         if kind in _TAKEN_APART:
-            elements = _TAKEN_APART[kind](value)
-            self._budget -= len(elements)
+            size = len(value) if kind in _CONTAINERS else 0
+            self._budget -= size
             if self._budget >= 0:
+                elements = _TAKEN_APART[kind](value)
                 parts = [self.expect(element) for element in elements]
                 if kind is tuple and all(map(operator.is_, parts, elements)):
                     return value
-                return _Parts(kind, id(value) if kind in _MUTABLE else 0, parts)
+                return _Parts(kind, id(value) if kind in _MUTABLE else 0, size, parts)
         elif kind is types.FunctionType or kind is _lru_type or issubclass(kind, type):
             if _locate(value) is None and value is not type(None):
                 self._queue.append(value)
@@ -1234,8 +1238,9 @@ def _meets(value: Any, expected: Any) -> bool:
     if kind is weakref.ref:
         return expected() is value
     if kind is _Parts and type(value) is expected.kind and expected.id in (0, id(value)):
-        elements = _TAKEN_APART[expected.kind](value)
-        return len(elements) == len(expected.parts) and all(map(_meets, elements, expected.parts))
+        if expected.kind in _CONTAINERS and len(value) != expected.size:
+            return False
+        return all(map(_meets, _TAKEN_APART[expected.kind](value), expected.parts))
     return False
 
 
@@ -1469,8 +1474,7 @@ class FunctionCache:
             fn = loads(data)
         finally:
             _links.log = None
-        if not log:
-            _note_import(fn)
+        _note_import(fn)
         self._loaded[id] = loaded = _Loaded(fn, tuple(log), len(data))
         self._held += loaded.nbytes
         while len(self._loaded) > self._size or (self._held > self._limit and len(self._loaded) > 1):

@@ -18,7 +18,7 @@ import os
 import select
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import zmq
@@ -29,6 +29,7 @@ __all__ = ["HostLink", "Paths", "WorkerLink", "make_folder"]
 
 MAX_PATH = 107  # bytes of a socket's path: sun_path less its end
 _LONGEST_NAME = len("/65535-ffffffff.up")
+_GREETING = 100  # milliseconds between two looks whether a welcome may still come
 _COMMAND = 32  # bytes that zmq puts around a topic when it subscribes
 _QUEUE = 100_000  # hints that may wait for a peer that does not read
 
@@ -107,11 +108,14 @@ class HostLink:
     Fork-safety: none; a fork must not call it. Blocking: only `poll`.
     """
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, slots: int) -> None:
         self.folder = folder
         self.strangers = 0  # messages that were malformed, or of a process that is gone
-        self._lock = threading.Lock()
+        self.inert = False  # in a fork of the host: everything here is the parent's
+        # Re-entrant: a destructor that the garbage collector runs inside may submit.
+        self._lock = threading.RLock()
         self._context = _new_context()
+        self._context.set(zmq.MAX_SOCKETS, 16 + 2 * slots)
         self._pull = self._context.socket(zmq.PULL)
         self._control = self._context.socket(zmq.XPUB)
         for socket in (self._pull, self._control):
@@ -125,22 +129,27 @@ class HostLink:
             self._poller.register(fd, select.POLLIN)
 
     def open(self, slot: int) -> Paths:
-        """Bind fresh paths for a new worker in `slot`."""
+        """Bind fresh paths for a new worker in `slot`. Raises: OSError, and nothing is left bound."""
         with self._lock:
             self._count += 1
             stem = f"{self.folder}/{slot}-{self._count:x}"
             paths = Paths(f"{stem}.up", f"{stem}.down", f"{stem}.ctl")
+            if not os.path.isdir(self.folder):  # a cleaner of temporary files has been here
+                os.mkdir(self.folder, 0o700)
             for path in paths:
                 if os.path.lexists(path):
                     raise FileExistsError(f"{path} exists already: somebody else writes into {self.folder}")
-            push = self._context.socket(zmq.PUSH)
-            push.setsockopt(zmq.IPC_FILTER_UID, os.getuid())
-            with _umask(0o177):
-                self._pull.bind(f"ipc://{paths.up}")
-                push.bind(f"ipc://{paths.down}")
-                self._control.bind(f"ipc://{paths.control}")
-            self._push[slot] = push
-            self._bound[slot] = paths
+            try:
+                self._push[slot] = self._context.socket(zmq.PUSH)
+                self._bound[slot] = paths
+                self._push[slot].setsockopt(zmq.IPC_FILTER_UID, os.getuid())
+                with _umask(0o177):
+                    self._pull.bind(f"ipc://{paths.up}")
+                    self._push[slot].bind(f"ipc://{paths.down}")
+                    self._control.bind(f"ipc://{paths.control}")
+            except zmq.ZMQError as error:
+                self.close_slot(slot)
+                raise OSError(error.errno, f"sockets in {self.folder} cannot be made: {error}") from error
         self.wake()
         return paths
 
@@ -163,7 +172,9 @@ class HostLink:
             for socket, path in ((self._pull, paths.up), (self._control, paths.control)):
                 with contextlib.suppress(zmq.ZMQError):
                     socket.unbind(f"ipc://{path}")
-            self._push.pop(slot).close(0)
+            push = self._push.pop(slot, None)
+            if push is not None:
+                push.close(0)
         self.wake()
 
     def is_open(self, slot: int) -> bool:
@@ -172,6 +183,8 @@ class HostLink:
 
     def send(self, kind: HintKind, slot: int, incarnation: int) -> bool:
         """Send a hint to the worker in `slot`. False: it is not connected, or does not read."""
+        if self.inert:
+            return False
         with self._lock:
             push = self._push.get(slot)
             if push is None:
@@ -191,6 +204,8 @@ class HostLink:
 
     def wake(self) -> None:
         """Make `poll` return. Harmless after `close`."""
+        if self.inert:
+            return
         with self._lock:
             if not self._context.closed:
                 with contextlib.suppress(BlockingIOError):
@@ -230,9 +245,7 @@ class HostLink:
         with self._lock:
             if self._context.closed:
                 return
-            self._pull.close(0)
-            self._control.close(0)
-            self._context.term()
+            self._context.destroy(0)
             os.close(self._wake)
         with contextlib.suppress(OSError):
             os.rmdir(self.folder)
@@ -257,12 +270,14 @@ class WorkerLink:
         self._poller.register(self._pull, zmq.POLLIN)
         self._poller.register(self._control, zmq.POLLIN)
 
-    def greet(self) -> None:
-        """Say hello and wait until the host is connected on all three sockets."""
+    def greet(self, give_up: Callable[[], bool]) -> bool:
+        """Say hello and wait until the host is connected on all three sockets. False: gave up."""
         self._push.send(self._hello)
-        while not self._pull.poll(1000):
-            pass
+        while not self._pull.poll(_GREETING):
+            if give_up():
+                return False
         self._pull.recv()
+        return True
 
     def notify(self) -> None:
         """Tell the host to look at the outbox and the phase."""

@@ -45,6 +45,7 @@ from runtime.zygote import Zygote
 __all__ = ["Supervisor", "WorkerStatus", "geometry", "raise_descriptor_limit"]
 
 _REPORT_WAIT = 0.1  # seconds to wait for the zygote's word on how a worker ended
+_ORPHAN_WAIT = 1.0  # seconds for a worker to see that it lost its zygote before it was ready
 _WINDOW = 30.0  # seconds in which …
 _FAILURES = 5  # … so many deaths before ready make a slot give up
 _BACKOFF = 0.05  # seconds before the second attempt; doubled each time
@@ -82,6 +83,8 @@ class Worker:
     ready: bool = False
     stopping: bool = False
     died: float = 0.0  # monotonic seconds, 0: alive
+    patience: float = _REPORT_WAIT  # seconds from its death until its slot is swept without a report
+    leave_by: float = 0.0  # monotonic time at which it is killed, 0: not leaving
     reported: bool = False  # the zygote has said how it ended, and that its descendants are gone
     status: int | None = None  # exit code, negative for a signal
     rss: int | None = None
@@ -109,13 +112,13 @@ class Supervisor:
     def __init__(self, settings: config.Settings, table: serializer.FunctionTable) -> None:
         self.settings = settings
         self.pid = os.getpid()
-        self.broken: BaseException | None = None
+        self.broken: BrokenRuntime | None = None
         self.ended = threading.Event()
         raise_descriptor_limit(settings.max_workers)
         self._zygote_settings = _zygote_settings(settings, table)
         self._environment = {**os.environ, **config.thread_caps(settings.max_workers)}
         self.arena = _core.Arena.create(settings.region_size, *geometry(settings.max_workers))
-        self.link = HostLink(make_folder())
+        self.link = HostLink(make_folder(), self.arena.slots)
         self._zygote_settings["folder"] = self.link.folder
         self._bell = Bell()
         self.keeper = _core.DeadlineKeeper(self.arena, self._bell.fd)
@@ -143,8 +146,24 @@ class Supervisor:
 
     def start(self) -> None:
         """Start the threads; they do the rest."""
-        for thread in self.threads:
-            thread.start()
+        try:
+            for thread in self.threads:
+                thread.start()
+        except BaseException:  # no memory or no right for a thread: leave nothing half-made
+            self.dispatcher.close()
+            self._drained = self.collector.stopped = True
+            self.keeper.stop()
+            self.link.wake()
+            self.link.close()
+            self.ended.set()
+            raise
+
+    def join(self) -> None:
+        """Until everything has ended. Returns at once in a thread of the runtime's own."""
+        if threading.current_thread() in self.threads:
+            return
+        while not self.ended.wait(1.0) and self.threads[-1].is_alive():
+            pass
 
     def _guarded(self, target: Callable[[], None]) -> Callable[[], None]:
         """A thread of ours must not end unseen by an exception: nobody would complete the futures."""
@@ -186,16 +205,20 @@ class Supervisor:
             self.dispatcher.signal(worker.slot, number)
         self.wake()
 
-    def fail(self, error: BaseException) -> None:
+    def fail(self, error: BrokenRuntime) -> None:
         """No task can run any more: all without an outcome get this error, and later ones too."""
         self.broken = self.broken or error
-        self.collector.broken = self.collector.broken or str(error)
+        self.collector.broken = self.broken
         self._stopping = True
-        self.collector.fail_rest(self.dispatcher.abandon(True), self.broken)
+        self.dispatcher.close()
+        self.dispatcher.abandon(False)
+        self.link.wake()
         self.wake()
 
     def forked(self) -> None:
         """In a child that the user forked: what it does to the region stays its own."""
+        self.dispatcher.disown()
+        self.link.inert = self._bell.inert = True
         self.arena.make_private()
 
     def workers(self) -> list[tuple[int, WorkerStatus, Worker | None, int]]:
@@ -242,7 +265,10 @@ class Supervisor:
         poller = select.poll()
         poller.register(self._bell.fd, select.POLLIN)
         if self._zygote is not None:
-            poller.register(self._zygote.socket, select.POLLIN)
+            self._zygote.send()
+            poller.register(
+                self._zygote.socket, select.POLLIN | (select.POLLOUT if self._zygote.unsent else 0)
+            )
         for worker in self._slots.values():
             if worker.pidfd >= 0 and not worker.died:
                 poller.register(worker.pidfd, select.POLLIN)
@@ -255,7 +281,9 @@ class Supervisor:
         due = time.monotonic() + 60.0
         for worker in self._slots.values():
             if worker.died and not worker.reported:
-                due = min(due, worker.died + _REPORT_WAIT)
+                due = min(due, worker.died + worker.patience)
+            elif worker.leave_by:
+                due = min(due, worker.leave_by)
         if not self._drained:
             due = min(
                 [
@@ -293,8 +321,10 @@ class Supervisor:
             except OSError as error:
                 self._refused(worker, f"no sockets for a new worker: {error}")
                 continue
-            if not self._zygote.order("fork", slot=slot, number=n, generation=1, paths=paths):
-                return  # it is gone: its end is noticed in a moment
+            incarnation = self.dispatcher.incarnation(slot)
+            self._zygote.order(
+                "fork", slot=slot, incarnation=incarnation, number=n, generation=1, paths=paths
+            )
 
     def _new_zygote(self) -> bool:
         try:
@@ -312,11 +342,12 @@ class Supervisor:
         for report in zygote.reports() if zygote is not None else ():
             assert zygote is not None
             worker = self._slots.get(report.fields.get("slot", -1))
-            if report.what == "forked" and worker is not None:
-                worker.pid, worker.pidfd = report.fields["pid"], report.fd
-                self.dispatcher.occupy(worker.slot, worker.pidfd)
-                if self.broken is not None or self._drained:
-                    self.dispatcher.signal(worker.slot, signal.SIGKILL)
+            if worker is not None and report.fields["incarnation"] != self.dispatcher.incarnation(
+                worker.slot
+            ):
+                worker = None  # it is about an earlier process of this slot
+            if report.what == "forked":
+                self._forked(worker, report.fields["pid"], report.fd)
             elif report.what == "exited" and worker is not None:
                 worker.status, worker.rss = report.fields["status"], report.fields["rss"]
                 worker.reported = True
@@ -334,6 +365,22 @@ class Supervisor:
                 self._preload_failed(report.fields)
             elif report.what == "":
                 self._zygote_died(zygote)
+
+    def _forked(self, worker: Worker | None, pid: int, pidfd: int) -> None:
+        """A process was made for a slot."""
+        if pidfd < 0:  # the descriptor got lost, for want of one; the zygote has not reaped it yet
+            with contextlib.suppress(OSError):
+                pidfd = os.pidfd_open(pid)
+        if worker is None or worker.died:
+            if pidfd >= 0:  # nobody waits for it any more
+                with contextlib.suppress(OSError):
+                    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+                os.close(pidfd)
+            return
+        worker.pid, worker.pidfd = pid, pidfd
+        self.dispatcher.occupy(worker.slot, pidfd)
+        if self.broken is not None or self._drained:
+            self.dispatcher.signal(worker.slot, signal.SIGKILL)
 
     def _import_in_workers(self, module: str) -> None:
         """A fork would leave a module's threads behind, so each worker imports it for itself."""
@@ -359,12 +406,14 @@ class Supervisor:
 
     def _zygote_died(self, zygote: Zygote) -> None:
         """A new one takes over; workers of the old one are replaced, one by one."""
+        zygote.kill()  # it may have closed its end without ending
         code = zygote.process.wait()
         self._zygote = None
         for worker in list(self._slots.values()):
-            if worker.zygote is zygote and worker.pid is None:
-                worker.reported = True  # it was never forked, or we shall never hear of it
+            if worker.zygote is zygote and worker.pid is None and not worker.died:
+                # Never forked, or never heard of: such a one ends when it sees that its parent is gone.
                 worker.died = time.monotonic()
+                worker.patience = _ORPHAN_WAIT
                 self._numbers[worker.number].worker = None
         self._old.append(zygote)
         if self._drained or self.broken is not None:
@@ -408,9 +457,14 @@ class Supervisor:
                     continue
                 self.dispatcher.make_ready(worker.slot)
                 self.collector.announce()
-            elif phase == _core.PHASE_LEAVING:
+            elif phase == _core.PHASE_LEAVING and not worker.leave_by:
+                # It runs nothing any more; threads of a task's may keep it from ending. Its successor starts now.
                 worker.stopping = True
+                worker.leave_by = time.monotonic() + self.settings.drain_timeout
                 self.dispatcher.stop_slot(worker.slot)
+                self.collector.announce()
+                if self._numbers[worker.number].worker is worker:
+                    self._numbers[worker.number].worker = None
 
     def _reap(self, ready: set[int]) -> None:
         """Workers whose pidfd says that they are dead."""
@@ -424,21 +478,17 @@ class Supervisor:
             return
         worker.died = now = time.monotonic()
         number = self._numbers[worker.number]
-        number.worker = None
-        phase = self.dispatcher.phase(worker.slot)
-        _, _, tasks, running, _ = self.dispatcher.look(worker.slot)
+        if number.worker is worker:
+            number.worker = None
+        worked = self.dispatcher.worked(worker.slot)
         self.dispatcher.vacate(worker.slot)
-        if (
-            phase == _core.PHASE_LEAVING
-            or worker.stopping
-            or (phase == _core.PHASE_READY and (tasks or running is not None))
-        ):
+        if worked or worker.stopping:
             number.failures.clear()
             number.not_before = 0.0
         else:
             self._failed_before_ready(number, now, self._start_failure(worker))
 
-    def _start_failure(self, worker: Worker) -> BaseException:
+    def _start_failure(self, worker: Worker) -> BrokenRuntime:
         """Why a worker did not become ready."""
         if self.dispatcher.phase(worker.slot) == _core.PHASE_FAILED:
             try:
@@ -453,7 +503,7 @@ class Supervisor:
             f"worker {worker.number} (pid {worker.pid}) ended before it was ready: {_how(worker)}"
         )
 
-    def _failed_before_ready(self, number: Number, now: float, failure: BaseException) -> None:
+    def _failed_before_ready(self, number: Number, now: float, failure: BrokenRuntime) -> None:
         """Back off; give up when no slot has any attempt left, or at once when the very first one raised."""
         number.failures.append(now)
         while number.failures[0] < now - _WINDOW:
@@ -486,7 +536,7 @@ class Supervisor:
         """Sweep the slots of the dead whose descendants are dead too."""
         now = time.monotonic()
         for worker in list(self._slots.values()):
-            if not worker.died or not (worker.reported or now >= worker.died + _REPORT_WAIT):
+            if not worker.died or not (worker.reported or now >= worker.died + worker.patience):
                 continue
             slot = worker.slot
             self._numbers[worker.number].tasks_done += self.dispatcher.look(slot)[2]
@@ -538,7 +588,11 @@ class Supervisor:
     def _drain(self) -> None:
         """When asked to end and nothing is left to do: let the workers go."""
         now = time.monotonic()
-        if self._stopping and not self._drained and (self.broken is not None or self.dispatcher.idle):
+        for worker in self._slots.values():
+            if worker.leave_by and now >= worker.leave_by and not worker.died:
+                self.dispatcher.signal(worker.slot, signal.SIGKILL)
+                worker.leave_by = now + 1.0
+        if self._stopping and not self._drained and self.dispatcher.close_if_idle():
             self._drained = True
             self._stop_by = now + (_END_WAIT if self.broken is not None else self.settings.drain_timeout)
             for worker in self._slots.values():
@@ -575,7 +629,9 @@ class Supervisor:
         self.threads[0].join()
         self.keeper.stop()
         self.threads[1].join()
-        self.collector.fail_rest(self.dispatcher.abandon(True), self.broken or BrokenRuntime())
+        self.dispatcher.close()
+        self.dispatcher.abandon(False)
+        self.collector.complete()
         self.link.close()
         self._bell.close()
         self.ended.set()
@@ -586,10 +642,13 @@ class Bell:
 
     def __init__(self) -> None:
         self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._lock = threading.Lock()
+        self.inert = False  # in a fork of the host
+        self._lock = threading.RLock()  # a destructor that is run inside may ring again
 
     def ring(self) -> None:
         """Make a poll on the descriptor return."""
+        if self.inert:
+            return
         with self._lock:
             if self.fd >= 0:
                 with contextlib.suppress(BlockingIOError):
@@ -654,13 +713,22 @@ def _zygote_settings(settings: config.Settings, table: serializer.FunctionTable)
     return {
         "path": [entry or os.getcwd() for entry in sys.path],
         "argv": list(sys.argv),
-        "warnings": [(a, m, pickle.dumps(c), mod, line) for a, m, c, mod, line in warnings.filters],
+        "warnings": _warning_filters(),
         "preload": list(settings.preload),
         "imports": [],
         "initializer": initializer,
         "max_tasks": settings.max_tasks_per_child,
         "max_rss": settings.max_worker_rss,
     }
+
+
+def _warning_filters() -> list[tuple[Any, ...]]:
+    """The filters whose category another process can import."""
+    filters = []
+    for action, message, category, module, lineno in warnings.filters:
+        with contextlib.suppress(Exception):
+            filters.append((action, message, pickle.dumps(category), module, lineno))
+    return filters
 
 
 def _how(worker: Worker) -> str:

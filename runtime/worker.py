@@ -31,6 +31,7 @@ __all__ = [
     "EXIT_FAILED",
     "EXIT_HOST_GONE",
     "EXIT_KILLED",
+    "EXIT_ORPHANED",
     "Context",
     "Orders",
     "current",
@@ -40,6 +41,7 @@ __all__ = [
 EXIT_FAILED = 70  # the initializer raised; the exception is in the bounce block
 EXIT_KILLED = 71  # the host killed the lease that this worker was finishing
 EXIT_HOST_GONE = 72  # the host has ended
+EXIT_ORPHANED = 74  # the zygote died before this worker was ready; another one is started
 EXIT_DESCRIPTORS = 73  # a task closed descriptors that were not its own
 
 _IDLE_WAIT = 2.0  # seconds between two looks without a hint; the host's rescan is what finds a lost one
@@ -55,9 +57,11 @@ class Orders(NamedTuple):
     generation: int
     paths: Paths
     host_pidfd: int
+    zygote_pid: int
     initializer: tuple[int, bytes, bytes, tuple[bytes, ...], tuple[bool, ...]] | None
     max_tasks: int | None
     max_rss: int | None
+    folder: bytes  # of the sockets: who ends last removes it
     imports: tuple[str, ...]
 
 
@@ -122,7 +126,8 @@ class Worker:
 
     def start(self) -> None:
         """Connect, import, initialise, and say so."""
-        self.link.greet()
+        if not self.link.greet(self.orphaned):
+            os._exit(EXIT_ORPHANED)
         try:
             for name in self.orders.imports:
                 __import__(name)
@@ -132,8 +137,14 @@ class Worker:
             self.notify()
             self.link.close()
             os._exit(EXIT_FAILED)
+        if self.orphaned():
+            os._exit(EXIT_ORPHANED)
         self.port.ready()
         self.notify()
+
+    def orphaned(self) -> bool:
+        """Whether the zygote died before the host can have heard of this process from it."""
+        return os.getppid() != self.orders.zygote_pid
 
     def initialise(self) -> None:
         """Run the initializer, if there is one."""
@@ -152,7 +163,7 @@ class Worker:
         limit = self.port.arena.bounce_bytes
         frame = _core.Frame([_item(1, serializer.dump_exception(error))])
         if frame.nbytes > limit:
-            short = RuntimeError(f"{type(error).__name__}: {str(error)[: limit // 8]} …")
+            short = RuntimeError(f"{type(error).__name__}: {ascii(error)[: limit // 64]} ...")
             frame = _core.Frame([_item(1, serializer.dump_exception(short))])
         return bytes(frame.tobytes())
 
@@ -253,11 +264,18 @@ class Worker:
             self.left -= 1
             if not items or self.left == 0 or self.leaving or self.port.stopping:
                 break
-            if (took >= _SLOW_ITEM_NS or since >= _COMMIT_NS) and self.port.commit(entry, done):
+            if (took >= _SLOW_ITEM_NS or since >= _COMMIT_NS) and self.commit(entry, done):
                 done = []
                 since = 0
         items.clear()
         return self.deliver(entry, done, ran, exporter)
+
+    def commit(self, entry: int, items: list[Any]) -> bool:
+        """Deliver finished items ahead of the rest. False: they go with the last ones."""
+        try:
+            return bool(self.port.commit(entry, items))
+        except (BufferError, MemoryError):
+            return False
 
     def run_item(self, fn_id: int, fn_data: bytes | None, data: Any, views: list[Any]) -> tuple[Any, ...]:
         """Load and run one item of a map."""
@@ -297,6 +315,7 @@ class Worker:
 
     def check(self) -> None:
         """Between tasks: is this process still fit for the next one?"""
+        self.port.flush()
         if self.left == 0:
             self.leaving = True
         try:
@@ -333,11 +352,10 @@ def main(arena: _core.Arena, orders: Orders) -> None:
         _reseed()
         _prefer_for_oom()
         _core.become_subreaper()
-        watch = threading.Thread(
-            target=_core.watch_host, args=(orders.host_pidfd, EXIT_HOST_GONE), daemon=True
-        )
-        watch.name = "runtime-host-watch"
-        watch.start()
+        arguments = (orders.host_pidfd, -1, EXIT_HOST_GONE, orders.folder)
+        threading.Thread(
+            target=_core.watch_host, args=arguments, name="runtime-host-watch", daemon=True
+        ).start()
         os.register_at_fork(after_in_child=lambda: _after_fork(arena))
         _context = Context(orders)
         serializer.adopt_main()

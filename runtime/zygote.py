@@ -27,8 +27,10 @@ import select
 import signal
 import socket
 import sys
+import threading
 import traceback
 import warnings
+from collections import deque
 from typing import Any, NamedTuple
 
 from runtime import _core, worker
@@ -38,6 +40,7 @@ from runtime.wire import WireError, decode_report, encode_report
 __all__ = ["Report", "Zygote", "main"]
 
 _MESSAGE = 1 << 16  # bytes of an order or a report, at most
+_HOST_END = 1.0  # seconds for a host that has closed its end to be gone
 _STACK_AFTER = 9.0  # seconds after which a module that is still being imported leaves its stack
 
 
@@ -90,17 +93,24 @@ class Zygote:
         self.socket.setblocking(False)
         self.pid = self.process.pid
         self.pidfd = os.pidfd_open(self.pid)
-        self.started = False
-        self.importing = ""
-        self.workers = 0  # forked and not reported as exited
+        self.importing = ""  # the preload module that is being imported now
+        self.unsent: deque[bytes] = deque()
 
-    def order(self, what: str, **fields: Any) -> bool:
-        """Send an order. False: the zygote is gone."""
+    def order(self, what: str, **fields: Any) -> None:
+        """Send an order, or queue it while the zygote has too many unread. If it is gone, that is reported."""
+        self.unsent.append(encode_report(what, **fields))
+        self.send()
+
+    def send(self) -> None:
+        """Send what is queued, as far as there is room."""
         try:
-            self.socket.send(encode_report(what, **fields), socket.MSG_NOSIGNAL)
+            while self.unsent:
+                self.socket.send(self.unsent[0], socket.MSG_NOSIGNAL)
+                self.unsent.popleft()
+        except BlockingIOError:
+            pass
         except OSError:
-            return False
-        return True
+            self.unsent.clear()
 
     def reports(self) -> list[Report]:
         """What has come; an empty what: the zygote has closed its end."""
@@ -110,6 +120,8 @@ class Zygote:
                 data, fds, _, _ = socket.recv_fds(self.socket, _MESSAGE, 4)
             except BlockingIOError:
                 return found
+            except ConnectionResetError:  # it died with orders unread; what it had reported comes next
+                continue
             except OSError:
                 data, fds = b"", []
             fd = fds[0] if fds else -1
@@ -156,6 +168,21 @@ def _written(name: str, data: bytes) -> int:
 # ---- the process -------------------------------------------------------------------------------------
 
 
+class _Watch:
+    """While a module is imported nobody polls: a native thread watches the host. Gone before any fork."""
+
+    def __init__(self, host_pidfd: int, folder: bytes) -> None:
+        self._stop = os.eventfd(0, os.EFD_CLOEXEC)
+        arguments = (host_pidfd, self._stop, worker.EXIT_HOST_GONE, folder)
+        self._thread = threading.Thread(target=_core.watch_host, args=arguments, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        os.eventfd_write(self._stop, 1)
+        self._thread.join()
+        os.close(self._stop)
+
+
 class _Process:
     """The zygote's state: its children by slot, and who asks."""
 
@@ -166,7 +193,8 @@ class _Process:
         self.arena = arena
         self.host_pidfd = host_pidfd
         self.settings = settings
-        self.children: dict[int, tuple[int, int]] = {}  # pidfd -> (pid, slot)
+        self.children: dict[int, tuple[int, int, int]] = {}  # pidfd -> (pid, slot, incarnation)
+        self.quitting = False  # the host said so
         self.own: set[int] = set()  # children that a preloaded module made
         self.poller = select.poll()
         self.poller.register(connection, select.POLLIN)
@@ -181,6 +209,7 @@ class _Process:
     def preload(self, stack_fd: int) -> None:
         """Import the user's modules. Never returns if one fails or leaves a thread behind."""
         for name in self.settings["preload"]:
+            watch = _Watch(self.host_pidfd, os.fsencode(self.settings["folder"]))
             self.report("importing", module=name)
             faulthandler.dump_traceback_later(_STACK_AFTER, repeat=True, file=stack_fd)
             try:
@@ -196,6 +225,7 @@ class _Process:
                 )
                 os._exit(1)
             faulthandler.cancel_dump_traceback_later()
+            watch.stop()
             if len(os.listdir("/proc/self/task")) > 1:
                 self.report("threads", module=name)
                 os._exit(1)
@@ -208,11 +238,8 @@ class _Process:
             for fd, _ in self.poller.poll():
                 if fd in self.children:
                     self.reap(fd)
-                elif fd == self.host_pidfd:
-                    with contextlib.suppress(OSError):
-                        self.leave(remove=True)
-                elif not self.obey():
-                    self.leave(remove=False)
+                elif fd == self.host_pidfd or not self.obey():
+                    self.leave()
 
     def obey(self) -> bool:
         """One order. False: quit."""
@@ -222,24 +249,26 @@ class _Process:
         order = decode_report(data)
         if order["what"] == "fork":
             self.fork(order)
-        return bool(order["what"] != "quit")
+        self.quitting = bool(order["what"] == "quit")
+        return not self.quitting
 
     def fork(self, order: dict[str, Any]) -> None:
         """Fork a worker and send its pidfd."""
         _flush()
+        parent = os.getpid()
         try:
             pid = os.fork()
         except OSError as error:
-            self.report("refused", slot=order["slot"], error=str(error))
+            self.report("refused", slot=order["slot"], incarnation=order["incarnation"], error=str(error))
             return
         if pid == 0:
-            self.become_worker(order)
+            self.become_worker(order, parent)
         pidfd = os.pidfd_open(pid)
-        self.children[pidfd] = (pid, order["slot"])
+        self.children[pidfd] = (pid, order["slot"], order["incarnation"])
         self.poller.register(pidfd, select.POLLIN)
-        self.report("forked", fd=pidfd, slot=order["slot"], pid=pid)
+        self.report("forked", fd=pidfd, slot=order["slot"], incarnation=order["incarnation"], pid=pid)
 
-    def become_worker(self, order: dict[str, Any]) -> None:
+    def become_worker(self, order: dict[str, Any], parent: int) -> None:
         """In the child. Never returns."""
         try:
             self.connection.close()
@@ -247,9 +276,10 @@ class _Process:
                 os.close(pidfd)
             orders = worker.Orders(
                 slot=order["slot"], number=order["number"], generation=order["generation"],
-                paths=Paths(*order["paths"]), host_pidfd=self.host_pidfd,
+                paths=Paths(*order["paths"]), host_pidfd=self.host_pidfd, zygote_pid=parent,
                 initializer=self.settings["initializer"], max_tasks=self.settings["max_tasks"],
-                max_rss=self.settings["max_rss"], imports=tuple(self.settings["imports"]),
+                max_rss=self.settings["max_rss"], folder=os.fsencode(self.settings["folder"]),
+                imports=tuple(self.settings["imports"]),
             )  # fmt: skip
             worker.main(self.arena, orders)
         finally:
@@ -257,7 +287,7 @@ class _Process:
 
     def reap(self, pidfd: int) -> None:
         """A worker has ended: end what it left behind, then say how it ended."""
-        pid, slot = self.children.pop(pidfd)
+        pid, slot, incarnation = self.children.pop(pidfd)
         self.poller.unregister(pidfd)
         os.close(pidfd)
         exitcode = rss = None
@@ -265,12 +295,12 @@ class _Process:
             _, status, usage = os.wait4(pid, 0)
             exitcode, rss = os.waitstatus_to_exitcode(status), usage.ru_maxrss * 1024
         self.end_strays()
-        self.report("exited", slot=slot, pid=pid, status=exitcode, rss=rss)
+        self.report("exited", slot=slot, incarnation=incarnation, pid=pid, status=exitcode, rss=rss)
 
     def end_strays(self) -> None:
         """Children that we did not fork belonged to a dead worker."""
         while True:
-            ours = {pid for pid, _ in self.children.values()} | self.own
+            ours = {pid for pid, _, _ in self.children.values()} | self.own
             strays = [pid for pid in _children() if pid not in ours]
             if not strays:
                 return
@@ -280,10 +310,13 @@ class _Process:
                 with contextlib.suppress(ChildProcessError):
                     os.waitpid(pid, 0)
 
-    def leave(self, remove: bool) -> None:
-        """End every descendant, then this process."""
+    def leave(self) -> None:
+        """End every descendant, then this process; if the host is gone, remove its folder too.
+
+        When the host is killed, its end of the connection is closed a moment before its pidfd says so.
+        """
         _core.kill_descendants()
-        if remove:
+        if select.select([self.host_pidfd], [], [], 0 if self.quitting else _HOST_END)[0]:
             folder = self.settings["folder"]
             with contextlib.suppress(OSError):
                 for name in os.listdir(folder):

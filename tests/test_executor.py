@@ -407,7 +407,7 @@ def test_cancel_in_each_state(factory: Callable[..., Runtime], gate: Gate, tmp_p
     assert held.result() == "held"
     assert [f.result() for f in line[1:-1]] == list(range(1, 199))
     assert not held.cancel() and not line[5].cancel()
-    ran = [int(x) for x in Path(log).read_text().split() if x != "early"]
+    ran = sorted(int(x) for x in Path(log).read_text().split() if x != "early")
     assert ran == list(range(1, 199))
     assert rt.stats().cancelled == 2 + early.cancelled()
 
@@ -559,6 +559,7 @@ def test_asyncio_exceptions_and_cancellation(pool: Runtime, gate: Gate) -> None:
         future = pool.submit(abs, -1)
         wrapped = asyncio.wrap_future(future)
         wrapped.cancel()
+        await asyncio.sleep(0)  # asyncio passes it on in the loop's next round
         with pytest.raises(asyncio.CancelledError):
             await wrapped
         assert future.cancelled()
@@ -1002,8 +1003,8 @@ def test_timeout_kills_and_replaces(factory: Callable[..., Runtime]) -> None:
     assert "0.2" in str(error)
     assert 0.2 <= took < 0.2 + 10 * 0.1
     assert not future.running() and future.done() and not future.cancelled()
-    ready(rt)
-    assert len(before & pids(rt)) == 1 and len(pids(rt)) == 2
+    until(lambda: len(before & pids(rt)) == 1, "the worker that hung is gone")
+    assert len(pids(ready(rt))) == 2
     assert rt.stats().failed == 1
 
 
@@ -1389,12 +1390,12 @@ def main():
     future = rt.submit(time.sleep, 1000)
     while not future.running():
         time.sleep(0.001)
-    print("running", flush=True)
     try:
+        print("running", flush=True)
         {wait}
     except KeyboardInterrupt:
         print("interrupted", flush=True)
-    print(rt.submit(abs, -7).result(), flush=True)
+    {then}
     print(future.running(), flush=True)
     {end}
 main()
@@ -1424,12 +1425,13 @@ def interrupt(folder: Path, text: str, *, group: bool = False) -> tuple[int, str
 @pytest.mark.parametrize("group", [False, True], ids=["the host", "the whole group"])
 @pytest.mark.parametrize("wait", ["future.result()", "list(rt.map(time.sleep, [1000]))"], ids=["result", "map"])
 def test_ctrl_c_interrupts_what_waits(tmp_path: Path, group: bool, wait: str) -> None:
-    text = INTERRUPTED.format(wait=wait, end="rt.kill_workers()")
+    # With map both workers may sleep by then.
+    then = "print(rt.submit(abs, -7).result(), flush=True)" if "result" in wait else "pass"
+    text = INTERRUPTED.format(wait=wait, then=then, end="rt.kill_workers()")
     code, out, err, _ = interrupt(tmp_path, text, group=group)
     assert (code, err) == (0, "")
     lines = out.splitlines()
-    assert lines[:2] == ["interrupted", "7"] if wait == "future.result()" else lines[0] == "interrupted"
-    assert lines[-1] == "True"  # workers let it pass
+    assert lines == ["interrupted", *(["7"] if "result" in wait else []), "True"]  # True: workers let it pass
 
 
 def test_ctrl_c_that_nobody_catches(tmp_path: Path) -> None:

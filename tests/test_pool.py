@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 import math
 import os
 import pickle
@@ -28,6 +29,9 @@ from runtime import Block, MemoryPool, RegionFull, SharedRegion, StaleBlock
 
 ROOT = Path(sys.modules["runtime"].__file__ or "").resolve().parent.parent
 HEAD = 128 + 8 * 4096  # bytes of a pool before its words: two lines and the owner table
+
+# Children that fork() makes here touch nothing of the other threads; Python 3.12 and later warn anyway.
+pytestmark = pytest.mark.filterwarnings("ignore:This process.*multi-threaded:DeprecationWarning")
 
 
 # ---- tools ---------------------------------------------------------------------------------------
@@ -140,7 +144,7 @@ def test_capacity_is_exact_and_blocks_do_not_overlap(capacity: int, size: int) -
     assert pool.available == 0
     assert pool.acquire() is None
     ranges = sorted((block.offset, block.offset + block.size) for block in blocks)
-    assert all(end <= start for (_, end), (start, _) in zip(ranges, ranges[1:], strict=False))
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(ranges))
     assert ranges[-1][1] <= pool.region.size
     assert all(block.offset % (4096 if size == 4096 else 64) == 0 for block in blocks)
     for number, block in enumerate(blocks):
@@ -656,7 +660,9 @@ def test_the_low_offsets_stay_the_callers() -> None:
 
 def test_a_region_that_is_too_small() -> None:
     with SharedRegion.create(40_000) as region:
-        with pytest.raises(ValueError, match=r"has 40000 bytes; 1024 blocks of 64 bytes need (\d+)") as caught:
+        with pytest.raises(
+            ValueError, match=r"has 40000 bytes; 1024 blocks of 64 bytes need (\d+)"
+        ) as caught:
             MemoryPool(1024, 64, region=region)
         assert region.read_at(0, 40_000) == bytes(40_000)
         needed = int(str(caught.value).split()[-1])
@@ -818,8 +824,7 @@ def test_an_inherited_block_is_inert(board: SharedRegion) -> None:
     holder[0].write(0, b"parent")
     old_view = memoryview(holder[0])
 
-    def child() -> None:
-        nonlocal old_view
+    def look() -> None:
         block = holder[0]
         assert block.read(0, 6) == b"parent"
         assert len(block.read()) == block.size
@@ -832,8 +837,13 @@ def test_an_inherited_block_is_inert(board: SharedRegion) -> None:
             assert not isinstance(caught.value, StaleBlock)
         with block:
             pass  # leaving does nothing either
-        del view, block, old_view
+
+    def child() -> None:
+        nonlocal old_view
+        look()
+        del old_view
         holder.clear()
+        gc.collect()
         assert pool.available == 1, "dropping did nothing"
         board.store_u64(0, 1)
 
@@ -852,7 +862,7 @@ def test_an_inherited_block_that_the_parent_releases(board: SharedRegion) -> Non
     def child() -> None:
         reach(board, 0, 1)
         for call in (block.read, lambda: memoryview(block), lambda: block.offset):
-            with pytest.raises(StaleBlock, match="has released it"):
+            with pytest.raises(StaleBlock, match="has released"):
                 call()
 
     pid = fork(child)
@@ -975,7 +985,9 @@ threading.Thread(target=rest).start()
 ctypes.CDLL(None).pthread_exit(None)
 """
     fds = (pool.region.fd, board.fd)
-    process = subprocess.Popen([sys.executable, "-c", code], pass_fds=fds, cwd=ROOT, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], pass_fds=fds, cwd=ROOT, stderr=subprocess.DEVNULL
+    )
     reach(board, 0, 1)
     assert pool.acquire(0.06) is None
     board.store_u64(0, 2)
@@ -990,7 +1002,7 @@ def test_hundreds_of_kills_lose_no_block() -> None:
     """Each child is killed somewhere among its takes, releases, sweeps and waits; survivors go on."""
     pool = MemoryPool(12, 64)
     choose = random.Random(1)
-    for round in range(70):
+    for round in range(60):
         children = [fork(lambda seed=seed: churn(pool, seed)) for seed in range(5)]
         pause = choose.random() * 0.01
         end = time.monotonic() + pause
@@ -1065,8 +1077,9 @@ def test_a_reused_pid_is_another_process() -> None:
 
 
 def test_nothing_leaks() -> None:
-    def resident() -> int:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+    def in_use() -> tuple[int, int]:
+        gc.collect()
+        return sys.getallocatedblocks(), len(Path("/proc/self/maps").read_text().splitlines())
 
     def everything() -> None:
         with SharedRegion.create(1 << 17) as region:
@@ -1082,11 +1095,11 @@ def test_nothing_leaks() -> None:
                 MemoryPool(9, 64, region=region)
         MemoryPool(3, 64).acquire()
 
-    for _ in range(50):
+    for _ in range(20):
         everything()
-    gc.collect()
-    before = resident()
+    blocks, mappings = in_use()
     for _ in range(300):
         everything()
-    gc.collect()
-    assert resident() - before < 1 << 20
+    more_blocks, more_mappings = in_use()
+    assert more_blocks - blocks < 100
+    assert more_mappings - mappings < 10

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import errno
 import os
 import pickle
 import signal
@@ -23,6 +24,9 @@ from runtime.memory import available_memory, memory_room
 HEADER = 4096
 SHM = Path("/dev/shm")
 ROOT = Path(sys.modules["runtime"].__file__ or "").resolve().parent.parent
+
+# Children that fork() makes here touch nothing of the other threads; Python 3.12 and later warn anyway.
+pytestmark = pytest.mark.filterwarnings("ignore:This process.*multi-threaded:DeprecationWarning")
 
 
 # ---- tools ---------------------------------------------------------------------------------------
@@ -50,6 +54,11 @@ def mappings() -> list[str]:
     """The mapped regions of this process."""
     lines = Path("/proc/self/maps").read_text().splitlines()
     return [line for line in lines if "runtime-region" in line or "/dev/shm" in line]
+
+
+def entries() -> set[Path]:
+    """What this package may have put into /dev/shm; others use that folder, too."""
+    return {path for path in SHM.iterdir() if "runtime" in path.name}
 
 
 @pytest.fixture
@@ -99,8 +108,16 @@ def test_a_region_has_exactly_the_size_asked_for(size: int) -> None:
 
 @pytest.mark.parametrize(
     ("size", "error"),
-    [(0, ValueError), (-1, ValueError), (2**64, ValueError), (2**63, ValueError), (True, TypeError)]
-    + [(1.5, TypeError), ("4MiB", TypeError), (None, TypeError)],
+    [
+        (0, ValueError),
+        (-1, ValueError),
+        (2**63, ValueError),
+        (2**64, ValueError),
+        (True, TypeError),
+        (1.5, TypeError),
+        ("4MiB", TypeError),
+        (None, TypeError),
+    ],
 )
 def test_bad_sizes(size: object, error: type[Exception]) -> None:
     with pytest.raises(error):
@@ -387,22 +404,23 @@ def test_close_leaves_a_foreign_descriptor_alone() -> None:
 
 def test_close_while_threads_copy() -> None:
     """Whatever the order: a whole copy, an error that says closed, or close() is refused. Never a crash."""
+    data = b"\x55" * (1 << 20)
+
+    def work(region: SharedRegion, started: threading.Barrier, outcomes: list[str]) -> None:
+        started.wait()
+        try:
+            for _ in range(20):
+                assert region.read_at(0, 1 << 20) == data
+        except ValueError as error:
+            assert str(error) == "the region is closed"
+        outcomes.append("fine")
+
     for _ in range(20):
         region = SharedRegion.create(1 << 20)
-        region.write_at(0, b"\x55" * (1 << 20))
-        outcomes: list[object] = []
+        region.write_at(0, data)
+        outcomes: list[str] = []
         started = threading.Barrier(3)
-
-        def work(region: SharedRegion = region, outcomes: list[object] = outcomes) -> None:
-            started.wait()
-            try:
-                for _ in range(20):
-                    assert region.read_at(0, 1 << 20) == b"\x55" * (1 << 20)
-            except ValueError as error:
-                assert str(error) == "the region is closed"
-            outcomes.append("fine")
-
-        threads = [threading.Thread(target=work) for _ in range(2)]
+        threads = [threading.Thread(target=work, args=(region, started, outcomes)) for _ in range(2)]
         for thread in threads:
             thread.start()
         started.wait()
@@ -414,7 +432,7 @@ def test_close_while_threads_copy() -> None:
                 assert "thread" in str(error)
         for thread in threads:
             thread.join()
-        assert outcomes == ["fine"] * 2
+        assert outcomes == ["fine", "fine"]
 
 
 def test_no_pickle_no_copy(region: SharedRegion) -> None:
@@ -542,7 +560,7 @@ def test_named(name: str) -> None:
 
 def test_named_from_a_fresh_interpreter(name: str) -> None:
     with SharedRegion.create(10_000, name=name, max_size=1 << 20) as region:
-        code = f"from runtime import SharedRegion; r = SharedRegion.open({name!r}); r.write_at(9, b'exec'); r.close()"
+        code = f"from runtime import SharedRegion\nSharedRegion.open({name!r}).write_at(9, b'exec')"
         subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
         assert region.read_at(9, 4) == b"exec"
         region.unlink()
@@ -561,11 +579,11 @@ def test_unlink_leaves_a_successor_alone(name: str) -> None:
 
 @pytest.mark.parametrize("bad", ["", "a/b", "/abs", ".", "..", "nul\0", "x" * 256, "ä" * 200])
 def test_bad_names(bad: str) -> None:
-    before = sorted(SHM.iterdir())
+    before = entries()
     for make in (lambda: SharedRegion.create(4096, name=bad), lambda: SharedRegion.open(bad)):
         with pytest.raises(ValueError):
             make()
-    assert sorted(SHM.iterdir()) == before
+    assert entries() == before
 
 
 @pytest.mark.parametrize("bad", [7, b"bytes", Path("x")])
@@ -621,7 +639,7 @@ def test_a_killed_creator_leaves_nothing_behind(name: str) -> None:
             region.unlink()
             region.close()
 
-    before = set(SHM.iterdir())
+    before = entries()
     with SharedRegion.create(4096) as tally:
         for round in range(40):
             pid = fork(maker)
@@ -630,10 +648,41 @@ def test_a_killed_creator_leaves_nothing_behind(name: str) -> None:
                 pass
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
-            assert set(SHM.iterdir()) - before <= {SHM / name}
+            assert entries() - before <= {SHM / name}
             if (SHM / name).exists():  # killed between the two: whole, then
                 with SharedRegion.open(name) as region:
                     region.unlink()
+
+
+def test_a_file_system_without_unnamed_files(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = entries()
+    really_open = os.open
+
+    def open_without(path: str, flags: int, *rest: int) -> int:
+        if flags & os.O_TMPFILE == os.O_TMPFILE:
+            raise OSError(errno.EOPNOTSUPP, "not supported")
+        return really_open(path, flags, *rest)
+
+    monkeypatch.setattr(os, "open", open_without)
+    with SharedRegion.create(10_000, name=name) as region:
+        assert entries() - before == {SHM / name}
+        assert os.fstat(region.fd).st_nlink == 1
+        assert os.fstat(region.fd).st_mode & 0o777 == 0o600
+        with pytest.raises(FileExistsError):
+            SharedRegion.create(10_000, name=name)
+        with pytest.raises(RegionFull):
+            SharedRegion.create(1 << 46, name=name + "-large")
+        region.unlink()
+    assert entries() == before
+
+
+def test_no_dev_shm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runtime.segment.FOLDER", "/nowhere/shm")
+    with pytest.raises(FileNotFoundError, match="create the region without a name"):
+        SharedRegion.create(4096, name="x")
+    with pytest.raises(FileNotFoundError, match="no region"):
+        SharedRegion.open("x")
+    SharedRegion.create(4096).close()
 
 
 def test_from_fd(region: SharedRegion) -> None:
@@ -648,7 +697,13 @@ def test_from_fd(region: SharedRegion) -> None:
 
 
 def test_from_fd_bad_descriptors() -> None:
-    for bad, error in ((-1, ValueError), (2**31, ValueError), (2**70, ValueError), ("3", TypeError), (True, TypeError)):
+    for bad, error in (
+        (-1, ValueError),
+        (2**31, ValueError),
+        (2**70, ValueError),
+        ("3", TypeError),
+        (True, TypeError),
+    ):
         with pytest.raises(error):
             SharedRegion.from_fd(bad)  # type: ignore[arg-type]
     ours, theirs = os.pipe()
@@ -739,7 +794,7 @@ def test_a_file_of_another_user(file: Path) -> None:
     if os.geteuid() != 0:
         pytest.skip("only root can give a file away")
     os.chown(file, 12345, -1)
-    with pytest.raises(PermissionError, match="another user|12345"):
+    with pytest.raises(PermissionError, match="user 12345"):
         SharedRegion.open(file.name)
 
 
@@ -753,7 +808,9 @@ def test_a_larger_file_is_room_to_grow(file: Path) -> None:
 
 
 def test_more_memory_than_there_is() -> None:
-    with pytest.raises(RegionFull, match=r"needs \d+ bytes more, but \d+ bytes of memory are available") as caught:
+    with pytest.raises(
+        RegionFull, match=r"needs \d+ bytes more, but \d+ bytes of memory are available"
+    ) as caught:
         SharedRegion.create(1 << 46)
     assert isinstance(caught.value, MemoryError)
     assert mappings() == []
@@ -861,7 +918,8 @@ def test_available_memory_in_cgroup_v2(tmp_path: Path) -> None:
             "sys/fs/cgroup/a/b/memory.current": "5000\n",
             "sys/fs/cgroup/a/memory.max": "1000000\n",
             "sys/fs/cgroup/a/memory.current": "900000\n",
-            "sys/fs/cgroup/a/memory.stat": "anon 1\nfile 500000\nshmem 200000\ninactive_file 200000\nactive_file 100000\n",
+            "sys/fs/cgroup/a/memory.stat": "anon 1\nfile 500000\nshmem 200000\n"
+            "inactive_file 200000\nactive_file 100000\n",
         },
     )
     assert available_memory(root) == 400_000, "the ancestor's limit, less what cannot be dropped"

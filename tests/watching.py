@@ -1,4 +1,4 @@
-"""How tests of processes look at the world: conditions with deadlines, families of processes, hosts as scripts.
+"""How tests of processes look at the world: conditions with deadlines, families, hosts as scripts.
 
 Nothing here sleeps to synchronise: `until` polls a condition, and fails with its words at the deadline.
 """
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = str(Path(__file__).resolve().parent.parent)
+SESSION = "PYTEST_LEFTOVER_MARK"  # in the environment of all that this session starts: conftest.py
 FAMILY = "RUNTIME_TEST_FAMILY"  # in the environment of a script and of all that it starts
 
 
@@ -65,24 +66,28 @@ def parent(pid: int) -> int:
 
 
 def send(pid: int, number: int) -> None:
-    """A signal to a process that a test has started, directly or not, and that is known to live."""
+    """A signal to a process that this session has started, directly or not; never to any other."""
     fd = os.pidfd_open(pid)
     try:
+        if f"{SESSION}={os.environ[SESSION]}" not in environment_of(pid):
+            raise ProcessLookupError(f"{pid} has ended, or was never ours")
         signal.pidfd_send_signal(fd, number)
     finally:
         os.close(fd)
 
 
+def environment_of(pid: int) -> list[str]:
+    """NAME=value of a process as it was started; a fork keeps it. [] when it has ended."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
+    return []
+
+
 def family(mark: str) -> set[int]:
     """Live processes with this mark in their environment (a fork keeps it, and so does exec)."""
-    wanted = f"{FAMILY}={mark}".encode()
-    found = set()
-    for name in os.listdir("/proc"):
-        if name.isdecimal():
-            with contextlib.suppress(OSError), open(f"/proc/{name}/environ", "rb") as file:
-                if wanted in file.read().split(b"\0") and alive(int(name)):
-                    found.add(int(name))
-    return found
+    wanted = f"{FAMILY}={mark}"
+    pids = [int(name) for name in os.listdir("/proc") if name.isdecimal()]
+    return {pid for pid in pids if wanted in environment_of(pid) and alive(pid)}
 
 
 # ---- a runtime's processes -----------------------------------------------------------------------
@@ -99,9 +104,12 @@ def all_ready(rt: Any) -> dict[int, int]:
     return until(ready, "all workers are ready")
 
 
-def zygote_of(pid: int) -> int:
-    """The process that has forked this worker."""
-    return parent(pid)
+def zygote_of(worker: int) -> int:
+    """The process that has forked this worker of ours; 0 if that has ended."""
+    with contextlib.suppress(IndexError):
+        pid = parent(worker)
+        return pid if parent(pid) == os.getpid() else 0
+    return 0
 
 
 def settled(rt: Any) -> None:
@@ -125,7 +133,9 @@ def shut_down_clean(rt: Any) -> None:
 
 
 def environment(mark: str = "", **more: str) -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": os.pathsep.join((ROOT, os.path.join(ROOT, "tests"))), FAMILY: mark, **more}
+    environ = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    path = os.pathsep.join((ROOT, os.path.join(ROOT, "tests")))
+    return {**environ, "PYTHONPATH": path, FAMILY: mark, **more}
 
 
 class Host:
@@ -159,7 +169,9 @@ class Host:
         """Fails if something of the script's lives longer than that."""
         until(
             lambda: not family(self.mark) - spare,
-            lambda: "\n".join(["the end of all that the script started:", *describe(family(self.mark) - spare)]),
+            lambda: "\n".join(
+                ["the end of all that the script started:", *describe(family(self.mark) - spare)]
+            ),
             seconds,
         )
 
@@ -185,7 +197,9 @@ def host(code: str, *args: str, **options: Any) -> Iterator[Host]:
         one.close()
 
 
-def run(argv: list[str], code: str | None = None, environ: dict[str, str] | None = None, **options: Any) -> Any:
+def run(
+    argv: list[str], code: str | None = None, environ: dict[str, str] | None = None, **options: Any
+) -> Any:
     """A script to its end: CompletedProcess with text. `code` is its standard input."""
     return subprocess.run(
         [sys.executable, *argv],
