@@ -7,22 +7,12 @@
     _frame     Frame, read_frame                     how pickles and their buffers lie in a block
     _lease     WorkerPort                            a worker's end of its slot
     _threads   DeadlineKeeper, watch_host, ...       native threads that need no GIL
-    _dispatch  Dispatcher, Task, Batch               the host's queue, leases and sweep
+    _leasing   Task, Batch                           what waits, and how it is leased
+    _harvest                                         what came back, and what the dead leave
+    _dispatch  Dispatcher                            the door to the three above; slots
 """
 
-from runtime._dispatch import (
-    CANCEL_DONE,
-    CANCEL_KILLED,
-    CANCEL_NO,
-    OUTCOME_ABANDONED,
-    OUTCOME_DIED,
-    OUTCOME_FRAME,
-    OUTCOME_KILLED,
-    OUTCOME_LOST,
-    Batch,
-    Dispatcher,
-    Task,
-)
+from runtime._dispatch import CANCEL_DONE, CANCEL_KILLED, CANCEL_NO, Dispatcher
 from runtime._extent import Arena, HostBlock
 from runtime._frame import Frame, read_frame
 from runtime._layout cimport (
@@ -35,6 +25,15 @@ from runtime._layout cimport (
     KIND_CHUNK as _CHUNK,
 )
 from runtime._lease import WorkerPort
+from runtime._leasing import (
+    OUTCOME_ABANDONED,
+    OUTCOME_DIED,
+    OUTCOME_FRAME,
+    OUTCOME_KILLED,
+    OUTCOME_LOST,
+    Batch,
+    Task,
+)
 from runtime._pool import Block, MemoryPool
 from runtime._region import SharedRegion
 from runtime._threads import DeadlineKeeper, become_subreaper, kill_descendants, watch_host

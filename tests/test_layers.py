@@ -28,6 +28,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("_extent", "_frame"),
     ("_pool", "_lease"),
     ("_state", "_threads"),
+    ("_leasing",),
+    ("_harvest",),
     ("_dispatch",),
     ("_core",),  # the compiled door
     ("wire", "serializer"),

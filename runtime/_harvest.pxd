@@ -1,0 +1,22 @@
+# cython: language_level=3
+"""What came back, and what the dead leave. See _harvest.pyx."""
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+
+from runtime._layout cimport record_t
+from runtime._leasing cimport Leasing, Task
+
+
+cdef class Harvest(Leasing):
+    cdef int drain_now(self, uint32_t index) except -1
+    cdef int process(self, uint32_t index, record_t *record) except -1
+    cdef int strange(self) noexcept
+    cdef object adopted(self, uint32_t index, uint64_t body, uint64_t tag, uint64_t nbytes)
+    cdef int partial(self, uint32_t index, Task task, record_t *record) except -1
+    cdef int harvest(self, uint32_t index, Task task) except -1
+    cdef int serve(self, uint32_t index, Task task, record_t *record) except -1
+    cdef int accept(self, uint32_t index, Task task, record_t *record) except -1
+    cdef int settle_now(self, uint32_t index, information) except -1
+    cdef int settle_task(self, uint32_t index, Task task, information) except -1
+    cdef int blame(self, Task task, uint64_t word, information) except -1
+    cdef int unload_now(self, uint32_t index) except -1
+    cdef int kill_process(self, uint32_t index) noexcept

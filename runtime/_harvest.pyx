@@ -1,0 +1,261 @@
+# cython: language_level=3
+"""What came back from workers, and what the dead leave: outboxes, results, the sweep of a slot.
+
+A worker is not trusted: what is read from shared memory is copied once, then checked, and the host's own
+records (Task, SlotTable) decide. A record that makes no sense is counted and dropped.
+"""
+from cpython.bytearray cimport PyByteArray_AS_STRING
+from cpython.bytes cimport PyBytes_FromStringAndSize
+from libc.signal cimport SIGKILL
+from libc.string cimport memcpy
+
+from runtime._atomics cimport *
+from runtime._extent cimport HostBlock, heap_adopt, heap_run, heap_sweep
+from runtime._layout cimport *
+from runtime._lease cimport outbox_take, outbox_waiting
+from runtime._leasing cimport T_LEASED, T_OVER, T_WAITING, Batch, SlotTable
+from runtime._leasing import OUTCOME_DIED, OUTCOME_FRAME, OUTCOME_KILLED, OUTCOME_LOST
+from runtime._threads cimport guard_acquire, guard_release, guard_t
+
+
+cdef class Harvest(Leasing):
+    """Takes in what workers leave in their outboxes and lease tables."""
+
+    cdef int drain_now(self, uint32_t index) except -1:
+        cdef record_t record
+        cdef slot_t *slot = self.arena.slot(index)
+        cdef SlotTable table = self.slots[index]
+        cdef uint64_t waiting = outbox_waiting(slot, table.outbox_head)
+        if waiting > self.arena.outbox:             # no outbox holds so many: the worker has run wild
+            self.strange()
+            self.kill_process(index)
+            return 0
+        while waiting:
+            outbox_take(slot, self.arena.records(index), &table.outbox_head, self.arena.outbox - 1, &record)
+            self.process(index, &record)
+            waiting -= 1
+        self.stuck.pop(index, None)
+        return 0
+
+    cdef int process(self, uint32_t index, record_t *record) except -1:
+        cdef SlotTable table = self.slots[index]
+        cdef Task task
+        if record.kind == R_UNKEEP:
+            key = (record.body, record.tag)
+            if table.kept.pop(key, None) is None:
+                table.early.add(key)
+            return 0
+        if record.entry >= self.arena.leases or table.tasks[record.entry] is None:
+            return self.strange()
+        task = <Task>table.tasks[record.entry]
+        if l_tag(record.word) != task.tag:
+            return self.strange()
+        if record.kind == R_DONE:
+            self.harvest(index, task)
+        elif record.kind == R_PARTIAL:
+            self.partial(index, task, record)
+        elif record.kind == R_ASK:
+            self.serve(index, task, record)
+        elif record.kind == R_OFFER:
+            self.accept(index, task, record)
+        else:
+            self.strange()
+        return 0
+
+    cdef int strange(self) noexcept:
+        """A record that makes no sense: counted, dropped."""
+        self.malformed += 1
+        return 0
+
+    cdef object adopted(self, uint32_t index, uint64_t body, uint64_t tag, uint64_t nbytes):
+        """The block that a record names, now the host's; or None: it is not what the record says."""
+        cdef uint64_t at
+        if body < self.arena.extents_at or (body - self.arena.extents_at) % EXTENT:
+            return None
+        at = (body - self.arena.extents_at) // EXTENT
+        if not heap_adopt(&self.arena.heap, at, tag, index):
+            return None
+        block = HostBlock.wrap(self.arena, at, tag, nbytes)
+        if nbytes > heap_run(&self.arena.heap, at) * EXTENT:
+            return None                             # its destructor frees it
+        return block
+
+    cdef int partial(self, uint32_t index, Task task, record_t *record) except -1:
+        """Items of a chunk that are finished ahead of the rest."""
+        exporter = self.adopted(index, record.body, record.tag, record.bytes)
+        if task.state != T_LEASED:
+            return 0                                # killed before this came: after that nothing is an answer
+        if exporter is None or task.batch is None or record.count > len(task.entries) - task.delivered:
+            return self.strange()
+        self.outcomes.append((OUTCOME_FRAME, task, task.delivered, record.count, exporter, -1))
+        task.delivered += record.count
+        self.leased -= record.count
+        return 0
+
+    cdef int harvest(self, uint32_t index, Task task) except -1:
+        """DONE -> FREE: take the result, keep what a view still needs, give the entry back."""
+        cdef SlotTable table = self.slots[index]
+        cdef lease_t *lease = self.arena.lease(index, task.entry)
+        cdef uint64_t word = a64_load_acquire(&lease.word)      # pairs with D1
+        cdef lease_t copy                       # the worker may scribble: look once, use the copy
+        cdef uint64_t ran, items, delivered = task.delivered
+        cdef object exporter = None
+        if l_state(word) != L_DONE or l_tag(word) != task.tag or task.state != T_LEASED:
+            return 0
+        memcpy(&copy, lease, sizeof(lease_t))
+        ran = l_item(word)
+        items = <uint64_t>len(task.entries) if task.batch is not None else 1
+        if copy.out_where == AT_INLINE and copy.out_bytes <= INLINE_BYTES:
+            exporter = PyBytes_FromStringAndSize(copy.inline_, <Py_ssize_t>copy.out_bytes)
+        elif copy.out_where == AT_BLOCK:
+            exporter = self.adopted(index, copy.out_body, copy.out_tag, copy.out_bytes)
+        elif copy.out_where == AT_BOUNCE and task.inbound is not None and task.inbound_got == <uint64_t>len(task.inbound):
+            exporter = task.inbound
+        if copy.out_flags & F_KEPT and task.block is not None:
+            key = (task.block.offset, task.block.tag)
+            if key in table.early:
+                table.early.discard(key)
+            else:
+                table.kept[key] = task.block
+        task.state = T_OVER
+        a64_store_release(&lease.word, lease_word(L_FREE, 0, task.tag))
+        if exporter is None or ran > items or ran < delivered:
+            self.outcomes.append((OUTCOME_LOST, task, delivered, "its worker wrote a malformed result"))
+            self.release(task)
+            return self.strange()
+        if task.batch is not None:
+            task.batch.measured(copy.out_ns, ran)
+            self.outcomes.append((OUTCOME_FRAME, task, delivered, ran - delivered, exporter, ran))
+            self.put_back(task, ran, -1)
+        else:
+            self.outcomes.append((OUTCOME_FRAME, task, 0, 1, exporter, 1))
+        self.release(task)
+        return 0
+
+    cdef int serve(self, uint32_t index, Task task, record_t *record) except -1:
+        """The worker waits for a piece of the arguments' frame."""
+        cdef slot_t *slot = self.arena.slot(index)
+        if (task.by_value is None or record.bytes > self.arena.bounce_bytes or record.count > task.by_value.nbytes
+                or record.bytes > task.by_value.nbytes - record.count):
+            return self.strange()
+        task.by_value.copy(self.arena.bounce(index), record.count, record.bytes)
+        a32_fetch_add_acq_rel(&slot.turn, 1)
+        futex_wake(&slot.turn, 1)
+        return 0
+
+    cdef int accept(self, uint32_t index, Task task, record_t *record) except -1:
+        """The worker has put a piece of the result's frame into the bounce block."""
+        cdef slot_t *slot = self.arena.slot(index)
+        cdef lease_t *lease = self.arena.lease(index, task.entry)
+        if record.bytes > self.arena.bounce_bytes:
+            return self.strange()
+        if record.count == 0:
+            try:
+                task.inbound = bytearray(lease.out_bytes)
+            except (MemoryError, OverflowError):
+                task.inbound = bytearray()          # the harvest finds it incomplete and fails the task
+            task.inbound_got = 0
+        if task.inbound is None:
+            return self.strange()
+        if record.count == task.inbound_got and record.bytes <= <uint64_t>len(task.inbound) - task.inbound_got:
+            memcpy(PyByteArray_AS_STRING(task.inbound) + record.count, self.arena.bounce(index), record.bytes)
+            task.inbound_got += record.bytes
+        a32_fetch_add_acq_rel(&slot.turn, 1)
+        futex_wake(&slot.turn, 1)
+        return 0
+
+    cdef int settle_now(self, uint32_t index, information) except -1:
+        cdef SlotTable table = self.slots[index]
+        cdef slot_t *slot = self.arena.slot(index)
+        cdef record_t record
+        cdef Task task
+        cdef uint64_t waiting = outbox_waiting(slot, table.outbox_head)
+        table.ready = False
+        while 0 < waiting <= self.arena.outbox:
+            outbox_take(slot, self.arena.records(index), &table.outbox_head, self.arena.outbox - 1, &record)
+            if record.kind == R_DONE or record.kind == R_PARTIAL:
+                self.process(index, &record)
+            waiting -= 1
+        held = [pair[1] for pair in sorted([(<Task>t).number, t] for t in table.tasks if t is not None)]
+        for entry in held:
+            task = <Task>entry
+            if l_state(a64_load_acquire(&self.arena.lease(index, task.entry).word)) == L_DONE:
+                self.harvest(index, task)
+        for entry in reversed(held):                # the oldest ends up at the very front of the queue
+            task = <Task>entry
+            if table.tasks[task.entry] is task:
+                self.settle_task(index, task, information)
+        table.kept.clear()
+        table.early.clear()
+        table.draining = False
+        heap_sweep(&self.arena.heap, index)
+        self.announce.discard(index)
+        self.stuck.pop(index, None)
+        a32_store_release(&slot.state, S_FREE)
+        table.state = S_FREE
+        return 0
+
+    cdef int settle_task(self, uint32_t index, Task task, information) except -1:
+        """What becomes of a lease that a dead worker has not finished."""
+        cdef lease_t *lease = self.arena.lease(index, task.entry)
+        cdef uint64_t word = a64_load_acquire(&lease.word)
+        a64_store_release(&lease.word, lease_word(L_FREE, 0, task.tag))
+        if task.state != T_LEASED:                  # its outcome is known: killed, or cancelled just now
+            if l_state(word) == L_KILLED and task.batch is not None:
+                self.put_back(task, task.delivered, <int64_t>l_item(word))
+            self.release(task)
+        elif l_state(word) == L_LEASED:
+            task.state = T_WAITING
+            self.waiting += <uint64_t>len(task.entries) if task.batch is not None else 1
+            self.release(task)
+            self.requeue(task)
+        else:
+            self.blame(task, word, information)
+        return 0
+
+    cdef int blame(self, Task task, uint64_t word, information) except -1:
+        """The process died, or was killed, while it ran this: only the item that ran answers for it."""
+        cdef uint64_t item = l_item(word) if task.batch is not None else 0
+        cdef bint killed = l_state(word) == L_KILLED
+        task.state = T_OVER
+        if task.batch is not None:
+            self.put_back(task, task.delivered, <int64_t>item)
+        if task.batch is None or task.delivered <= item < <uint64_t>len(task.entries):
+            if killed:
+                self.outcomes.append((OUTCOME_KILLED, task, item, task.reason))
+            else:
+                self.outcomes.append((OUTCOME_DIED, task, item, information))
+        self.release(task)
+        return 0
+
+    cdef int unload_now(self, uint32_t index) except -1:
+        """Give the leases of a slot that have not started to other workers, and resolve those that were killed."""
+        cdef SlotTable table = self.slots[index]
+        cdef uint64_t word, item
+        cdef Task task
+        self.drain_now(index)
+        for entry in reversed(self.take_back(index, self.arena.leases)):
+            self.requeue(<Task>entry)
+        for entry in table.tasks:
+            if entry is None or (<Task>entry).state != T_LEASED:
+                continue
+            task = <Task>entry
+            word = a64_load_acquire(&self.arena.lease(index, task.entry).word)
+            if l_state(word) != L_KILLED or l_tag(word) != task.tag:
+                continue
+            if task.retry_timeouts and not task.reason:
+                continue                            # the next attempt waits until this process is dead
+            item = l_item(word) if task.batch is not None else 0
+            task.state = T_OVER
+            if task.batch is None or task.delivered <= item < <uint64_t>len(task.entries):
+                self.outcomes.append((OUTCOME_KILLED, task, item, task.reason))
+        return 0
+
+    cdef int kill_process(self, uint32_t index) noexcept:
+        """SIGKILL to the process in a slot that has run wild; its death then takes the usual way."""
+        cdef guard_t *guard = &self.keeper.guards[index]
+        guard_acquire(guard)
+        if guard.armed and guard.pidfd >= 0:
+            sys_pidfd_send_signal(guard.pidfd, SIGKILL)
+        guard_release(guard)
+        return 0

@@ -1,0 +1,484 @@
+# cython: language_level=3
+"""What waits, and how it is leased to workers, taken back, and put back. All of it is the host's own.
+
+A queue entry is a Task (a call) or a Batch (the items of a map that are not leased). `pump` leases from the
+head of the queue while a worker has credit; a Batch gives off a chunk at a time, sized by how long its items
+take. When nothing waits, an idle worker gets half of what the fullest one has not started.
+
+Rules for all that runs here, see _dispatch.pyx: no Python code, no waiting; and since a destructor may run at
+any allocation, an entry is popped before it is worked on and looked at again before it is published.
+"""
+cimport cython
+from collections import deque
+from cpython.mem cimport PyMem_Calloc, PyMem_Free
+from libc.string cimport memcpy
+
+from runtime._atomics cimport *
+from runtime._layout cimport *
+from runtime._lease cimport ring_place, ring_put, ring_room
+
+cdef int64_t ROOM_PATIENCE = 50_000_000     # ns a task waits for room before it travels by value
+cdef int64_t CHUNK_NS = 2_000_000           # ns of work that a chunk aims at
+cdef uint32_t MAX_CHUNK = 1024              # items of a chunk, at most
+cdef uint32_t DEPTH = 64                    # leases ahead per worker, at most
+cdef uint32_t CHUNK_DEPTH = 2               # chunks ahead per worker: one runs, one waits
+cdef uint32_t FUNCTIONS = 256               # function pickles kept in the region
+
+# what an outcome tuple begins with
+OUTCOME_FRAME = 0           # (.., task, first item, items, exporter of the frame, how many items ran or -1)
+OUTCOME_DIED = 1            # (.., task, item or -1, information that settle() was given)
+OUTCOME_KILLED = 2          # (.., task, item, reason)
+OUTCOME_LOST = 3            # (.., task, item, what went wrong)
+OUTCOME_ABANDONED = 4       # (.., task or None, batch or None, its entries, whether they count as cancelled)
+
+CANCEL_NO = 0               # it has started, or is over
+CANCEL_DONE = 1             # it never started and never will
+CANCEL_KILLED = 2           # it had started; its worker is being killed
+
+
+cdef class Batch:
+    """The items of one map that are not leased yet, with what all of them share."""
+
+    def __init__(self, fn, sink, int64_t timeout=0, int priority=0, bint retryable=False,
+                 bint retry_timeouts=False, uint32_t chunksize=0):
+        self.fn = fn
+        self.sink = sink
+        self.timeout = timeout
+        self.priority = priority
+        self.retryable = retryable
+        self.retry_timeouts = retry_timeouts
+        self.fixed = chunksize
+        self.pending = deque()
+
+    @property
+    def waiting(self):
+        """Items that are not leased."""
+        return len(self.pending)
+
+    cdef uint32_t chunk(self, uint32_t workers):
+        """Items for the next chunk: about 2 ms of work, and towards the end a fair share of what is left."""
+        cdef uint32_t left = <uint32_t>len(self.pending)
+        cdef uint32_t n
+        if self.fixed:
+            return min(self.fixed, left)
+        if self.item_ns <= 0:
+            return 1
+        n = MAX_CHUNK if self.item_ns * MAX_CHUNK < CHUNK_NS else <uint32_t>(CHUNK_NS / self.item_ns)
+        return max(1, min(n, left, max(1, left // (2 * workers))))
+
+    cdef void measured(self, int64_t ns, uint64_t items):
+        cdef double each = <double>ns / items if items else 0
+        if each > 0:
+            self.item_ns = each if self.item_ns <= 0 else 0.7 * self.item_ns + 0.3 * each
+
+
+cdef class Task:
+    """One lease's worth of work: a call, or a chunk of a batch. Host-private."""
+
+    def __init__(self, fn, future, list items, int64_t timeout=0, int priority=0, uint32_t retries=0,
+                 bint retry_timeouts=False, HostBlock block=None):
+        self.fn = fn
+        self.future = future
+        self.items = items
+        self.timeout = timeout
+        self.priority = priority
+        self.retries = retries
+        self.private_view = retries > 0
+        self.retry_timeouts = retry_timeouts
+        self.block = block
+        self.attempt = 1
+        self.reason = ""
+
+
+@cython.final
+cdef class SlotTable:
+    """Host-private bookkeeping of one slot."""
+    # What the host writes into the slot is decided from these, never read back: a worker may run wild.
+
+    def __init__(self, uint32_t leases):
+        self.tasks = [None] * leases
+        self.free = list(range(leases - 1, -1, -1))
+        self.kept = {}
+        self.early = set()
+
+
+cdef class Leasing:
+    """Queue and leases of one runtime; the base of Harvest and Dispatcher."""
+
+    def __init__(self, Arena arena, DeadlineKeeper keeper):
+        self.arena = arena
+        self.keeper = keeper
+        self.slots = [SlotTable(arena.leases) for _ in range(arena.slots)]
+        self.levels = {}
+        self.order = []
+        self.inbox = deque()
+        self.functions = {}
+        self.announce = set()
+        self.outcomes = []
+        self.stuck = {}
+        self.tags = <uint64_t *>PyMem_Calloc(arena.slots * arena.leases, sizeof(uint64_t))
+        if self.tags == NULL:
+            raise MemoryError("no memory for the table of tags")
+
+    def __dealloc__(self):
+        PyMem_Free(self.tags)
+
+    cdef int enqueue(self, entry, bint front) except -1:
+        """Put a task or a batch into the queue of its priority."""
+        cdef int priority
+        if isinstance(entry, Batch):
+            if (<Batch>entry).queued or not (<Batch>entry).pending:
+                return 0
+            (<Batch>entry).queued = True
+            priority = (<Batch>entry).priority
+        else:
+            priority = (<Task>entry).priority
+        queue = self.levels.get(priority)
+        if queue is None:
+            queue = self.levels[priority] = deque()
+            self.order = sorted(self.levels, reverse=True)
+        if front:
+            queue.appendleft(entry)
+        else:
+            queue.append(entry)
+        return 0
+
+    cdef int forget(self, Task task) except -1:
+        """Let go of what a task holds; its blocks are freed unless a view still needs them."""
+        task.items = None
+        task.block = None
+        task.fn_block = None
+        task.by_value = None
+        task.inbound = None
+        return 0
+
+    cdef int release(self, Task task) except -1:
+        """The lease word is FREE: give the entry back."""
+        cdef SlotTable table = self.slots[task.slot]
+        if table.tasks[task.entry] is not task:
+            return 0                                # done before: a wish that came twice
+        table.tasks[task.entry] = None
+        table.free.append(task.entry)
+        table.inflight -= 1
+        self.leased -= len(task.entries) - task.delivered if task.batch is not None else 1
+        if task.batch is not None:
+            table.chunks -= 1
+        if task.timeout:
+            self.keeper.disarm()
+        task.by_value = None
+        task.inbound = None
+        if task.state == T_CANCELLED or (task.state == T_OVER and task.retries == 0):
+            self.forget(task)                       # else the collector may want it once more
+        return 0
+
+    cdef int64_t pick(self, uint32_t depth) except -2:
+        """The ready slot with the fewest leases, below `depth`; -1: none has credit."""
+        cdef SlotTable table
+        cdef int64_t best = -1
+        cdef uint32_t i, least = depth
+        for i in range(self.arena.slots):
+            table = self.slots[i]
+            if (table.ready and not table.draining and table.inflight < least
+                    and not self.keeper.guards[i].killing and self.room(i) > 0):
+                if table.suspect and a64_load_relaxed(&self.arena.slot(i).ring_head) == table.suspect_at:
+                    continue                        # it has not moved since leases were taken back from it
+                table.suspect = False
+                best = i
+                least = table.inflight
+                if least == 0:
+                    break
+        return best
+
+    cdef int pump(self) except -1:
+        """Lease from the head of the queue while a worker has credit."""
+        cdef int64_t slot
+        cdef Task task
+        cdef Batch batch
+        cdef uint32_t workers = 0
+        cdef SlotTable table
+        for table in self.slots:
+            workers += table.ready and not table.draining
+        if workers == 0 or self.closed:
+            return 0
+        for priority in self.order:
+            queue = self.levels[priority]
+            while queue:
+                entry = queue.popleft()             # first: a destructor may look at the queue at any time
+                if isinstance(entry, Task):
+                    task = <Task>entry
+                    if task.state != T_WAITING:
+                        continue
+                    slot = self.pick(min(DEPTH, self.arena.leases))
+                    if slot < 0 or not self.lease(task, <uint32_t>slot):
+                        queue.appendleft(task)
+                        return 0
+                else:
+                    batch = <Batch>entry
+                    if not batch.pending:
+                        batch.queued = False
+                        continue
+                    queue.appendleft(batch)         # it stays at the front until it is empty
+                    slot = self.pick(CHUNK_DEPTH)
+                    if slot < 0:
+                        return 0
+                    task = self.cut(batch, workers)
+                    if task is not None and not self.lease(task, <uint32_t>slot):
+                        self.uncut(task)
+                        return 0
+        self.balance()
+        return 0
+
+    cdef Task cut(self, Batch batch, uint32_t workers):
+        """Make a chunk of a batch's next items."""
+        cdef Task task = Task.__new__(Task)
+        cdef uint32_t n = batch.chunk(workers)
+        cdef list entries = []
+        cdef list items = []
+        self.numbers += 1
+        task.number = self.numbers
+        task.fn = batch.fn
+        task.batch = batch
+        task.timeout = batch.timeout
+        task.priority = batch.priority
+        task.state = T_WAITING
+        task.private_view = batch.retryable
+        task.retry_timeouts = batch.retry_timeouts
+        task.reason = ""
+        while n and batch.pending:
+            entry = batch.pending[0]
+            if (<tuple>entry)[3] and entries:
+                break                               # an item that must be alone ends the chunk before it
+            batch.pending.popleft()
+            entries.append(entry)
+            items.append((<tuple>entry)[1])
+            n -= 1
+            if (<tuple>entry)[3]:
+                break
+        if not entries:
+            return None                             # a destructor has dropped the batch meanwhile
+        task.entries = entries
+        task.items = items
+        task.attempt = (<tuple>entries[0])[2]
+        return task
+
+    cdef int uncut(self, Task task) except -1:
+        """Put the items of a chunk that did not start back to the front."""
+        cdef Batch batch = task.batch
+        if batch.dropped:
+            self.waiting -= <uint64_t>len(task.entries)
+            self.vanished += <uint64_t>len(task.entries)
+        else:
+            batch.pending.extendleft(reversed(task.entries))
+        self.forget(task)
+        return 0
+
+    cdef HostBlock function_block(self, fn):
+        """The block that holds a function's pickle, or None when there is no room for it."""
+        cdef HostBlock block = self.functions.pop(fn.id, None)
+        cdef bytes data
+        if block is None:
+            if len(self.functions) >= FUNCTIONS:
+                self.functions.pop(next(iter(self.functions)))
+            data = fn.data
+            if len(data) * 16 > self.arena.data_bytes:
+                return None                         # it would crowd out the arguments: leads the frame
+            block = HostBlock.take(self.arena, <uint64_t>len(data))
+            if block is None:
+                return None
+            memcpy(block.data, <char *>data, <size_t>len(data))
+        self.functions[fn.id] = block               # last in the order of use
+        return block
+
+    cdef bint starved(self):
+        """Whether a frame that found no room shall wait for some: then nothing is leased now."""
+        cdef int64_t now = now_ns()
+        cdef uint64_t frees = a64_load_relaxed(self.arena.heap.frees)
+        if self.was_full and frees == self.full_at or self.leased == 0:
+            return False                            # nothing was freed since, or nothing can be
+        if self.starved_since == 0:
+            self.starved_since = now
+        if now - self.starved_since < ROOM_PATIENCE:
+            return True
+        self.was_full = True
+        self.full_at = frees
+        self.starved_since = 0
+        return False
+
+    cdef bint lease(self, Task task, uint32_t index) except -1:
+        """Lease a task to a slot. False: it waits for room. What cannot be laid out fails, and is done with."""
+        try:
+            return self.publish(task, index)
+        except Exception as error:
+            self.waiting -= <uint64_t>len(task.entries) if task.batch is not None else 1
+            task.state = T_OVER
+            self.outcomes.append((OUTCOME_LOST, task, 0, f"it could not be laid out: {type(error).__name__}: {error}"))
+            return True
+
+    cdef uint32_t room(self, uint32_t index) except? 0xFFFFFFFF:
+        """Leases that a slot can take."""
+        cdef SlotTable table = self.slots[index]
+        cdef uint32_t places = ring_room(self.arena.slot(index), table.ring_tail, self.arena.leases - 1)
+        return min(places, <uint32_t>len(table.free))
+
+    cdef bint publish(self, Task task, uint32_t index) except -1:
+        """Fill a lease entry of a slot with a task and move its word to LEASED."""
+        cdef SlotTable table = self.slots[index]
+        cdef slot_t *slot = self.arena.slot(index)
+        cdef uint32_t number
+        cdef lease_t *lease
+        cdef Frame frame = None
+        cdef HostBlock block = task.block
+        cdef uint32_t where = AT_BLOCK
+        cdef uint64_t items = <uint64_t>len(task.entries) if task.batch is not None else 1
+        if task.fn_block is None:
+            task.fn_block = self.function_block(task.fn)
+        if block is None:
+            if task.fn_block is None:
+                frame = Frame([(0, task.fn.data, (), ())] + task.items)
+            else:
+                frame = Frame(task.items)
+            if frame.nbytes <= INLINE_BYTES:
+                where = AT_INLINE
+            else:
+                block = HostBlock.take(self.arena, frame.nbytes)
+                if block is not None:
+                    frame.copy(block.data, 0, frame.nbytes)
+                elif frame.nbytes <= self.arena.data_bytes and self.starved():
+                    return False
+                else:
+                    where = AT_BOUNCE
+        if where != AT_BOUNCE:
+            self.starved_since = 0
+        if self.room(index) == 0:
+            return False
+        if task.state != T_WAITING or (task.batch is not None and task.batch.dropped):
+            return self.skipped(task, items)        # cancelled by a destructor while we allocated
+
+        # From here on nothing can fail or be interrupted. The entry is FREE, so the worker does not look.
+        number = <uint32_t>table.free.pop()
+        lease = self.arena.lease(index, number)
+        a64_store_relaxed(&lease.started, 0)
+        lease.task = task.number
+        lease.fn = <uint64_t>task.fn.id
+        lease.kind = KIND_CHUNK if task.batch is not None else KIND_CALL
+        lease.attempt = task.attempt
+        lease.flags = F_PRIVATE_VIEW if task.private_view else 0
+        lease.where = where
+        lease.out_where = AT_NOWHERE
+        lease.out_flags = 0
+        lease.out_ns = 0
+        if task.fn_block is not None:
+            lease.fn_body = task.fn_block.offset
+            lease.fn_bytes = task.fn_block.nbytes
+        else:
+            lease.fn_body = 0
+            lease.fn_bytes = 0
+        if where == AT_BLOCK:
+            task.block = block
+            lease.body = block.offset
+            lease.body_tag = block.tag
+            lease.body_bytes = block.nbytes
+        else:
+            lease.body = 0
+            lease.body_bytes = frame.nbytes
+            if where == AT_INLINE:
+                frame.copy(lease.inline_, 0, frame.nbytes)
+            else:
+                task.by_value = frame
+        task.slot = index
+        task.entry = number
+        self.tags[index * self.arena.leases + number] += 1
+        task.tag = self.tags[index * self.arena.leases + number] & 0xFFFFFFFFFFULL
+        task.state = T_LEASED
+        task.delivered = 0
+        table.tasks[number] = task
+        table.inflight += 1
+        if task.batch is not None:
+            table.chunks += 1
+        self.waiting -= items
+        self.leased += items
+        self.keeper.timeouts[index * self.arena.leases + number] = task.timeout
+        if task.timeout:
+            self.keeper.arm()
+        a64_store_release(&lease.word, lease_word(L_LEASED, 0, task.tag))
+        ring_put(slot, self.arena.ring(index), &table.ring_tail, self.arena.leases - 1,
+                 ring_place(number, task.tag))
+        self.by_message += items
+        self.announce.add(index)
+        return True
+
+    cdef bint skipped(self, Task task, uint64_t items) except -1:
+        """A task that is not wanted any more is not leased."""
+        if task.state == T_WAITING:                 # its batch was dropped
+            task.state = T_CANCELLED
+            self.waiting -= items
+            self.vanished += items
+        self.forget(task)
+        return True
+
+    cdef int balance(self) except -1:
+        """Nothing waits: an idle worker gets half of what the fullest one has not started."""
+        cdef SlotTable table
+        cdef int64_t idle, full
+        cdef uint32_t i, most
+        cdef Task task
+        cdef list back
+        while True:
+            idle = self.pick(1)
+            if idle < 0:
+                return 0
+            full = -1
+            most = 1
+            for i in range(self.arena.slots):
+                table = self.slots[i]
+                if table.ready and table.inflight > most:
+                    most = table.inflight
+                    full = i
+            if full < 0:
+                return 0
+            back = self.take_back(<uint32_t>full, min(most // 2, self.room(<uint32_t>idle)))
+            if not back:
+                return 0
+            for task in back:
+                if not self.lease(task, <uint32_t>idle):
+                    self.requeue(task)
+
+    cdef list take_back(self, uint32_t index, uint32_t most):
+        """Leases of a slot that have not started, the youngest first, back to WAITING; in order of age."""
+        cdef SlotTable table = self.slots[index]
+        cdef Task task
+        cdef lease_t *lease
+        cdef list back = []
+        held = sorted([(<Task>t).number, t] for t in table.tasks if t is not None)
+        while held and <uint32_t>len(back) < most:
+            task = <Task>held.pop()[1]
+            lease = self.arena.lease(index, task.entry)
+            if task.state == T_LEASED and a64_cas_acq_rel(
+                    &lease.word, lease_word(L_LEASED, 0, task.tag), lease_word(L_FREE, 0, task.tag)):
+                task.state = T_WAITING
+                self.waiting += <uint64_t>len(task.entries) if task.batch is not None else 1
+                self.release(task)
+                back.append(task)
+        back.reverse()
+        return back
+
+    cdef int requeue(self, Task task) except -1:
+        """A task that never started goes back to the front of the queue."""
+        if task.batch is not None:
+            self.uncut(task)
+            self.enqueue(task.batch, True)
+        else:
+            self.enqueue(task, True)
+        return 0
+
+    cdef int put_back(self, Task task, uint64_t first, int64_t without) except -1:
+        """Items of a chunk from `first` on, but for `without`, go back to the front of their batch."""
+        cdef Batch batch = task.batch
+        cdef list rest = [entry for i, entry in enumerate(task.entries) if i >= first and i != without]
+        if batch.dropped:
+            self.vanished += <uint64_t>len(rest)
+        elif rest:
+            batch.pending.extendleft(reversed(rest))
+            self.waiting += <uint64_t>len(rest)
+            self.enqueue(batch, True)
+        return 0
