@@ -28,6 +28,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 import traceback
 import warnings
 from collections import deque
@@ -41,6 +42,7 @@ __all__ = ["Report", "Zygote", "main"]
 
 _MESSAGE = 1 << 16  # bytes of an order or a report, at most
 _HOST_END = 1.0  # seconds for a host that has closed its end to be gone
+_THREAD_END = 0.25  # seconds for a thread that was joined to vanish
 _STACK_AFTER = 9.0  # seconds after which a module that is still being imported leaves its stack
 
 
@@ -226,7 +228,7 @@ class _Process:
                 os._exit(1)
             faulthandler.cancel_dump_traceback_later()
             watch.stop()
-            if len(os.listdir("/proc/self/task")) > 1:
+            if _has_threads():
                 self.report("threads", module=name)
                 os._exit(1)
         os.close(stack_fd)
@@ -342,6 +344,16 @@ def main() -> None:
     gc.freeze()  # what is here by now is shared with every worker; do not touch it to count references
     process.report("started")
     process.loop()
+
+
+def _has_threads() -> bool:
+    """Whether there is a thread beside this one. A thread that was joined may take a moment to be gone."""
+    deadline = time.monotonic() + _THREAD_END
+    while len(os.listdir("/proc/self/task")) > 1:
+        if time.monotonic() > deadline:
+            return True
+        time.sleep(0.001)
+    return False
 
 
 def _read(fd: int) -> bytes:

@@ -58,9 +58,9 @@ class Gate:
         self._ends = []
 
 
-def until(condition: Callable[[], Any], what: str = "") -> Any:
+def until(condition: Callable[[], Any], what: str = "", *, patience: float = PATIENCE) -> Any:
     """Wait until condition() is true; its value. For what has no event to wait for."""
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + patience
     while not (value := condition()):
         if time.monotonic() > deadline:
             raise AssertionError(f"never came true: {what or condition}")

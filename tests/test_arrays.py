@@ -64,7 +64,7 @@ def assert_blocks_are_back(rt: Runtime) -> None:
         owners = rt._core.arena.owners()
         return set(owners) <= {"host"} and rt._core.arena.used_bytes <= FUNCTION_BYTES and rt.stats().pinned == 0
 
-    until(back, f"blocks are back: {rt._core.arena.owners()}, {rt._core.arena.used_bytes} bytes, {rt.stats()}")
+    until(back, f"blocks are back: {rt._core.arena.owners()}, {rt.stats()}", patience=5.0)
 
 
 FUNCTION_BYTES = 64 * 4096  # more than the functions of this file need, less than any leaked series
@@ -159,12 +159,15 @@ def test_array_in_a_closure(pool: Runtime) -> None:
     del array
 
 
-def test_array_in_an_exception(pool: Runtime) -> None:
+def test_array_in_an_exception(factory: Callable[..., Runtime]) -> None:
+    """Its traceback must not keep the frame, and so the argument's block, in the worker."""
+    rt = factory(1)
     array = pattern(MIB)
-    error = pool.submit(tasks.throw, ValueError(array)).exception()
+    error = rt.submit(tasks.throw, ValueError(array)).exception()
     assert isinstance(error, ValueError)
     assert numpy.array_equal(error.args[0], array)
     del error
+    assert_blocks_are_back(rt)
 
 
 # ---- who may write, and who sees it --------------------------------------------------------------------

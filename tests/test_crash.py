@@ -507,7 +507,7 @@ def test_an_idle_stopped_worker_holds_nothing_back(rt):
     send(numbers[0], signal.SIGSTOP)
     until(lambda: stopped(numbers[0]), "it has stopped")
     futures = [rt.submit(os.getpid) for _ in range(200)]
-    assert {f.result(30) for f in futures} == {numbers[1]}
+    assert {f.result(15) for f in futures} == {numbers[1]}
     assert {i.number: i.pid for i in rt.workers()} == numbers
     send(numbers[0], signal.SIGCONT)
     assert all_ready(rt) == numbers

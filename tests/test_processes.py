@@ -372,8 +372,8 @@ def test_views_of_a_forked_child_outlive_the_parents(runtime_factory):
         os._exit(0)
     try:
         del array
-        for value in range(6):
-            assert rt.submit(numpy.full, 100_000, float(value)).result(30)[0] == value
+        others = [rt.submit(numpy.full, 100_000, float(i)).result(30) for i in range(6)]  # more than fits
+        assert [other[0] for other in others] == list(range(6))
     finally:
         os.write(tell, b"x")
         os.waitpid(child, 0)
