@@ -21,7 +21,7 @@ from runtime.errors import (
     WorkerDied,
 )
 from runtime.executor import Future, Runtime, Stats, WorkerInfo
-from runtime.supervisor import WorkerStatus
+from runtime.lifecycle import WorkerStatus
 from runtime.worker import current
 
 __version__ = "0.1.0"

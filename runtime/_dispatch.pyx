@@ -318,7 +318,10 @@ cdef class Dispatcher(Harvest):
 
     def phase(self, uint32_t index):
         """What the worker in a slot says of itself: P_*; anything else reads as P_BOOT."""
-        cdef uint32_t phase = a32_load_acquire(&self.arena.slot(index).phase)
+        cdef uint32_t phase
+        if index >= self.arena.slots:               # the runtime has ended
+            return P_LEAVING
+        phase = a32_load_acquire(&self.arena.slot(index).phase)
         return phase if phase <= P_LEAVING else P_BOOT
 
     def failure(self, uint32_t index):
@@ -475,9 +478,14 @@ cdef class Dispatcher(Harvest):
 
     def close_if_idle(self):
         """Close, if everything that was accepted has ended. Whether it is closed."""
-        if not self.closed and self.accepted <= self.done + self.failed + self.vanished:
+        if not self.closed and self.idle:
             self.close()
         return self.closed
+
+    @property
+    def idle(self):
+        """Whether everything that was accepted has ended."""
+        return self.accepted <= self.done + self.failed + self.vanished
 
     def disown(self):
         """In a fork of the host: nothing done here may reach a process of the parent's."""
@@ -493,10 +501,14 @@ cdef class Dispatcher(Harvest):
 
     def look(self, uint32_t index):
         """What is to be seen of a slot: (incarnation, phase, tasks done, task number that runs or None, leases)."""
-        cdef slot_t *slot = self.arena.slot(index)
+        cdef slot_t *slot
         cdef SlotTable table = self.slots[index]
-        cdef uint32_t running = a32_load_acquire(&slot.running)
+        cdef uint32_t running
         number = None
+        if index >= self.arena.slots:               # the runtime has ended
+            return table.incarnation, P_BOOT, 0, None, 0
+        slot = self.arena.slot(index)
+        running = a32_load_acquire(&slot.running)
         if 0 < running <= self.arena.leases and table.tasks[running - 1] is not None:
             if self.running(<Task>table.tasks[running - 1]):
                 number = (<Task>table.tasks[running - 1]).number

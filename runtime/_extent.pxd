@@ -28,6 +28,7 @@ cdef class Arena:
     cdef readonly uint64_t bounce_bytes
     cdef uint64_t slots_at, slot_stride, extents_at
     cdef readonly uint64_t held  # bytes of blocks that the host owns; host-private, under the GIL
+    cdef bint ending        # release() was called
     cdef readonly int pid   # the process this mapping serves; in a user's fork it is inert
 
     cdef attach(self, SharedRegion region)

@@ -254,7 +254,21 @@ cdef class Arena:
 
     def make_private(self):
         """In a user's fork: the same memory, copy on write, so that nothing done here reaches the runtime."""
-        self.region.remap_private()
+        if self.base != NULL:
+            self.region.remap_private()
+
+    def release(self):
+        """The runtime has ended: give the memory back, now or when the last view of it is gone.
+
+        After it the arena has no slots and no room, so whatever looks at it finds nothing.
+        """
+        self.ending = True
+        if self.held == 0 and self.base != NULL and self.pid == getpid():
+            self.slots = 0
+            self.heap.count = 0
+            self.base = NULL
+            self.head = NULL
+            self.region.close()
 
     @property
     def fd(self):
@@ -269,7 +283,7 @@ cdef class Arena:
     @property
     def reserved_bytes(self):
         """Bytes of the whole region."""
-        return self.region.length
+        return self.region.length if self.base != NULL else 0
 
     @property
     def used_bytes(self):
@@ -349,3 +363,5 @@ cdef class HostBlock:
         if self.arena is not None and self.data != NULL and self.arena.pid == getpid():
             self.arena.held -= round_up(self.nbytes, EXTENT)
             heap_free(&self.arena.heap, self.at, self.tag, X_HOST, NO_SLOT)
+            if self.arena.ending and self.arena.held == 0:
+                self.arena.release()

@@ -14,8 +14,9 @@ from typing import Any, TypeVar
 from runtime import _core, config, serializer
 from runtime.collector import again
 from runtime.config import INHERIT, TaskOptions
+from runtime.lifecycle import WorkerStatus
 from runtime.mapping import Results, Run, check_sizes
-from runtime.supervisor import Supervisor, WorkerStatus
+from runtime.supervisor import Supervisor
 
 __all__ = ["Future", "Options", "Runtime", "Stats", "WorkerInfo"]
 

@@ -18,86 +18,46 @@ the replacement starts at once in another slot while the dead one's is swept.
 from __future__ import annotations
 
 import contextlib
-import enum
 import logging
 import os
-import pickle
-import random
-import resource
 import select
 import signal
-import sys
 import threading
 import time
 import warnings
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 from runtime import _core, config, serializer
-from runtime.collector import Collector, Death
+from runtime.collector import Collector
 from runtime.errors import BrokenRuntime, remote_traceback
+from runtime.lifecycle import (
+    Bell,
+    Number,
+    Worker,
+    WorkerStatus,
+    backoff,
+    death_of,
+    geometry,
+    how_it_ended,
+    raise_descriptor_limit,
+    zygote_settings,
+)
 from runtime.sockets import HostLink, make_folder
-from runtime.worker import EXIT_DESCRIPTORS, EXIT_HOST_GONE
 from runtime.zygote import Zygote
 
-__all__ = ["Supervisor", "WorkerStatus", "geometry", "raise_descriptor_limit"]
+__all__ = ["Supervisor"]
 
-_REPORT_WAIT = 0.1  # seconds to wait for the zygote's word on how a worker ended
 _ORPHAN_WAIT = 1.0  # seconds for a worker to see that it lost its zygote before it was ready
 _WINDOW = 30.0  # seconds in which …
 _FAILURES = 5  # … so many deaths before ready make a slot give up
-_BACKOFF = 0.05  # seconds before the second attempt; doubled each time
-_BACKOFF_MAX = 5.0
 _SLOW_START = 10.0  # seconds until the first warning about a slow start
 _SLOW_AGAIN = 60.0  # seconds between the further ones
 _QUIT_WAIT = 2.0  # seconds that a zygote has to end
 _END_WAIT = 2.0  # seconds that workers have to end when the runtime is ended by force
-_FDS_PER_WORKER = 9  # descriptors of the host for a worker at its start: listeners, connections, pidfd
-_FDS_RESERVE = 24  # for zmq's own, the zygote, and what comes and goes
 
 log = logging.getLogger("runtime")
-
-
-class WorkerStatus(enum.Enum):
-    """What a worker number is doing."""
-
-    STARTING = "starting"
-    READY = "ready"
-    RESTARTING = "restarting"  # dead, the next one starting
-    STOPPING = "stopping"
-    RESTING = "resting"  # waiting out a back-off
-
-
-@dataclass(slots=True, eq=False)
-class Worker:
-    """One worker process, from the order to fork it until its slot is swept."""
-
-    number: int
-    slot: int
-    zygote: Zygote
-    started: float  # wall-clock seconds, for people
-    pid: int | None = None
-    pidfd: int = -1
-    ready: bool = False
-    stopping: bool = False
-    died: float = 0.0  # monotonic seconds, 0: alive
-    patience: float = _REPORT_WAIT  # seconds from its death until its slot is swept without a report
-    leave_by: float = 0.0  # monotonic time at which it is killed, 0: not leaving
-    reported: bool = False  # the zygote has said how it ended, and that its descendants are gone
-    status: int | None = None  # exit code, negative for a signal
-    rss: int | None = None
-
-
-@dataclass(slots=True, eq=False)
-class Number:
-    """What is known of a worker number across its processes."""
-
-    worker: Worker | None = None
-    failures: deque[float] = field(default_factory=deque)  # monotonic times of deaths before ready
-    not_before: float = 0.0  # monotonic time of the next attempt
-    tasks_done: int = 0  # by earlier processes
 
 
 class Supervisor:
@@ -115,7 +75,7 @@ class Supervisor:
         self.broken: BrokenRuntime | None = None
         self.ended = threading.Event()
         raise_descriptor_limit(settings.max_workers)
-        self._zygote_settings = _zygote_settings(settings, table)
+        self._zygote_settings = zygote_settings(settings, table)
         self._environment = {**os.environ, **config.thread_caps(settings.max_workers)}
         self.arena = _core.Arena.create(settings.region_size, *geometry(settings.max_workers))
         self.link = HostLink(make_folder(), self.arena.slots)
@@ -436,7 +396,7 @@ class Supervisor:
             return
         if self._zygote_failures > 0:
             log.warning("%s; starting another", reason)
-            wait = time.monotonic() + _backoff(self._zygote_failures)
+            wait = time.monotonic() + backoff(self._zygote_failures)
             for number in self._numbers.values():
                 if number.worker is None:
                     number.not_before = max(number.not_before, wait)
@@ -458,7 +418,7 @@ class Supervisor:
                 self.dispatcher.make_ready(worker.slot)
                 self.collector.announce()
             elif phase == _core.PHASE_LEAVING and not worker.leave_by:
-                # It runs nothing any more; threads of a task's may keep it from ending. Its successor starts now.
+                # It runs nothing any more, but threads of a task's may keep it from ending. The next starts now.
                 worker.stopping = True
                 worker.leave_by = time.monotonic() + self.settings.drain_timeout
                 self.dispatcher.stop_slot(worker.slot)
@@ -500,7 +460,7 @@ class Supervisor:
             failure.__cause__ = cause
             return failure
         return BrokenRuntime(
-            f"worker {worker.number} (pid {worker.pid}) ended before it was ready: {_how(worker)}"
+            f"worker {worker.number} (pid {worker.pid}) ended before it was ready: {how_it_ended(worker)}"
         )
 
     def _failed_before_ready(self, number: Number, now: float, failure: BrokenRuntime) -> None:
@@ -508,7 +468,7 @@ class Supervisor:
         number.failures.append(now)
         while number.failures[0] < now - _WINDOW:
             number.failures.popleft()
-        number.not_before = now + _backoff(len(number.failures))
+        number.not_before = now + backoff(len(number.failures))
         if self.broken is not None or self._drained:
             return
         exhausted = all(len(it.failures) >= _FAILURES for it in self._numbers.values())
@@ -542,7 +502,7 @@ class Supervisor:
             self._numbers[worker.number].tasks_done += self.dispatcher.look(slot)[2]
             self.link.close_slot(slot)
             self.collector.forget(slot)
-            self.dispatcher.settle(slot, _death(worker))
+            self.dispatcher.settle(slot, death_of(worker))
             if worker.pidfd >= 0:
                 os.close(worker.pidfd)
             del self._slots[slot]
@@ -634,123 +594,5 @@ class Supervisor:
         self.collector.complete()
         self.link.close()
         self._bell.close()
+        self.arena.release()
         self.ended.set()
-
-
-class Bell:
-    """An eventfd that any thread may ring, also after it was closed."""
-
-    def __init__(self) -> None:
-        self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self.inert = False  # in a fork of the host
-        self._lock = threading.RLock()  # a destructor that is run inside may ring again
-
-    def ring(self) -> None:
-        """Make a poll on the descriptor return."""
-        if self.inert:
-            return
-        with self._lock:
-            if self.fd >= 0:
-                with contextlib.suppress(BlockingIOError):
-                    os.eventfd_write(self.fd, 1)
-
-    def silence(self) -> None:
-        """Take back what was rung."""
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(self.fd)
-
-    def close(self) -> None:
-        """No ring reaches the descriptor any more, which may be somebody else's soon."""
-        with self._lock:
-            fd, self.fd = self.fd, -1
-        os.close(fd)
-
-
-# ---- small facts -------------------------------------------------------------------------------------
-
-
-def geometry(workers: int) -> tuple[int, int, int, int]:
-    """(slots, leases per slot, outbox records per slot, bytes of a bounce block).
-
-    Twice as many slots as workers, and two more: a dead worker's slot is swept while its successor starts.
-    Many workers get smaller tables each, so that a region stays small.
-    """
-    leases, bounce = (
-        (256, 256 << 10) if workers <= 16 else (64, 64 << 10) if workers <= 128 else (16, 16 << 10)
-    )
-    return 2 * workers + 2, leases, 4 * leases, bounce
-
-
-def raise_descriptor_limit(workers: int) -> None:
-    """libzmq aborts the process when it runs out of descriptors, so make sure beforehand that it does not.
-
-    Raises: OSError when the hard limit is too low.
-    """
-    open_now = len(os.listdir("/proc/self/fd"))
-    need = open_now + _FDS_RESERVE + _FDS_PER_WORKER * workers
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < need:
-        if hard != resource.RLIM_INFINITY and hard < need:
-            raise OSError(
-                f"{workers} workers need about {need} file descriptors ({open_now} are open), and the limit "
-                f"is {hard}: raise it (ulimit -Hn {need}, LimitNOFILE= of a systemd unit) or use fewer workers"
-            )
-        resource.setrlimit(resource.RLIMIT_NOFILE, (need, hard))
-
-
-def _backoff(failures: int) -> float:
-    """Seconds before the next attempt: doubled each time, with jitter so that slots do not march in step."""
-    return float(min(_BACKOFF_MAX, _BACKOFF * 2 ** (failures - 1)) * random.uniform(0.8, 1.2))
-
-
-def _zygote_settings(settings: config.Settings, table: serializer.FunctionTable) -> dict[str, Any]:
-    """What the zygote is told; plain values, so that nothing of the user's is imported to read them."""
-    initializer = None
-    if settings.initializer is not None:
-        ref, payload = serializer.pack_call(table, settings.initializer, settings.initargs, {})
-        buffers = tuple(bytes(buffer) for buffer in payload.buffers)
-        initializer = (ref.id, ref.data, payload.data, buffers, tuple(payload.readonly))
-    return {
-        "path": [entry or os.getcwd() for entry in sys.path],
-        "argv": list(sys.argv),
-        "warnings": _warning_filters(),
-        "preload": list(settings.preload),
-        "imports": [],
-        "initializer": initializer,
-        "max_tasks": settings.max_tasks_per_child,
-        "max_rss": settings.max_worker_rss,
-    }
-
-
-def _warning_filters() -> list[tuple[Any, ...]]:
-    """The filters whose category another process can import."""
-    filters = []
-    for action, message, category, module, lineno in warnings.filters:
-        with contextlib.suppress(Exception):
-            filters.append((action, message, pickle.dumps(category), module, lineno))
-    return filters
-
-
-def _how(worker: Worker) -> str:
-    """How a worker ended, in words."""
-    status = worker.status
-    if status is None:
-        return "its exit code is unknown"
-    if status < 0:
-        try:
-            name = signal.Signals(-status).name
-        except ValueError:
-            name = "?"
-        return f"killed by signal {-status} ({name})"
-    return {
-        EXIT_HOST_GONE: "it believed that the host was gone",
-        EXIT_DESCRIPTORS: "a task had closed file descriptors that the worker needs",
-    }.get(status, f"it exited with code {status}")
-
-
-def _death(worker: Worker) -> Death:
-    """What the tasks of a dead worker are told."""
-    status = worker.status
-    exitcode = status if status is not None and status >= 0 else None
-    number = -status if status is not None and status < 0 else None
-    return Death(worker.pid, worker.number, exitcode, number, _how(worker), worker.rss)

@@ -24,6 +24,7 @@ import time
 from typing import Any, NamedTuple
 
 from runtime import _core, config, serializer
+from runtime.children import Children
 from runtime.sockets import Paths, WorkerLink
 
 __all__ = [
@@ -113,6 +114,7 @@ class Worker:
         self.port = _core.WorkerPort(arena, orders.slot, self.notify)
         self.link = WorkerLink(orders.paths, orders.slot, self.port.incarnation)
         self.functions = serializer.FunctionCache()
+        self.children = Children()
         self.left = orders.max_tasks if orders.max_tasks is not None else -1  # items it may still run
         self.waiting = False
         self.leaving = False
@@ -316,6 +318,7 @@ class Worker:
     def check(self) -> None:
         """Between tasks: is this process still fit for the next one?"""
         self.port.flush()
+        self.children.reap()
         if self.left == 0:
             self.leaving = True
         try:

@@ -99,7 +99,7 @@ class Zygote:
         self.unsent: deque[bytes] = deque()
 
     def order(self, what: str, **fields: Any) -> None:
-        """Send an order, or queue it while the zygote has too many unread. If it is gone, that is reported."""
+        """Send an order, or queue it while the zygote has too many unread. Its end is reported elsewhere."""
         self.unsent.append(encode_report(what, **fields))
         self.send()
 

@@ -73,7 +73,12 @@ def run_script(folder: Path, text: str, *, name: str = "script.py", code: int = 
     path = folder / name
     path.write_text(text)
     done = subprocess.run(
-        [sys.executable, str(path)], cwd=folder, env=script_environment(), timeout=50, capture_output=True, text=True
+        [sys.executable, str(path)],
+        cwd=folder,
+        env=script_environment(),
+        timeout=50,
+        capture_output=True,
+        text=True,
     )
     assert (done.returncode, done.stderr) == (code, ""), f"stdout: {done.stdout}\nstderr: {done.stderr}"
     return done.stdout
@@ -203,7 +208,12 @@ def nested() -> tuple[int, int, int, int]:
     import runtime
 
     with runtime.Runtime() as inner:
-        return inner._max_workers, os.getpid(), inner.submit(os.getpid).result(), inner.submit(add, 20, 22).result()
+        return (
+            inner._max_workers,
+            os.getpid(),
+            inner.submit(os.getpid).result(),
+            inner.submit(add, 20, 22).result(),
+        )
 
 
 def where() -> tuple[Any, ...]:
@@ -232,7 +242,7 @@ class DumpsBadly:
         self.error = error
 
     def __reduce__(self) -> Any:
-        raise self.error
+        raise type(self.error)(*self.error.args)  # a fresh one: its traceback keeps what submits it alive
 
 
 class DumpsBadlyHere:

@@ -1,4 +1,4 @@
-"""Large buffers through the region: in place, writable as promised, kept as long as a view needs them, full or not.
+"""Large buffers through the region: in place, writable as promised, kept as long as needed, full or not.
 
 What crosses is checked by its bytes; what is left in the region, by who owns its blocks.
 """
@@ -57,12 +57,14 @@ def factory(runtime_factory: Callable[..., Runtime]) -> Callable[..., Runtime]:
 
 
 def assert_blocks_are_back(rt: Runtime) -> None:
-    """Only the pickles of functions may still be in the region: at most one block for each of the last 256."""
+    """Only the pickles of functions may still be in the region: they are few in a test."""
 
     def back() -> bool:
         gc.collect()
         owners = rt._core.arena.owners()
-        return set(owners) <= {"host"} and rt._core.arena.used_bytes <= FUNCTION_BYTES and rt.stats().pinned == 0
+        return (
+            set(owners) <= {"host"} and rt._core.arena.used_bytes <= FUNCTION_BYTES and rt.stats().pinned == 0
+        )
 
     until(back, f"blocks are back: {rt._core.arena.owners()}, {rt.stats()}", patience=5.0)
 
@@ -85,7 +87,22 @@ def describe(data: Any) -> tuple[str, int, str, bool]:
     return type(data).__name__, view.nbytes, hashlib.sha256(view.cast("B")).hexdigest(), view.readonly
 
 
-SIZES = [0, 1, 319, 320, 321, 4095, 4096, THRESHOLD - 1, THRESHOLD, THRESHOLD + 1, 65_537, MIB, 4 * MIB - 8192, 5 * MIB]
+SIZES = [
+    0,
+    1,
+    319,
+    320,
+    321,
+    4095,
+    4096,
+    THRESHOLD - 1,
+    THRESHOLD,
+    THRESHOLD + 1,
+    65_537,
+    MIB,
+    4 * MIB - 8192,
+    5 * MIB,
+]
 
 
 # ---- there and back ----------------------------------------------------------------------------------
@@ -156,7 +173,6 @@ def test_keyword_arguments_and_defaults(pool: Runtime) -> None:
 def test_array_in_a_closure(pool: Runtime) -> None:
     array = pattern(300 * KIB)
     assert pool.submit(lambda: digest(array)).result() == digest(array)
-    del array
 
 
 def test_array_in_an_exception(factory: Callable[..., Runtime]) -> None:
@@ -248,7 +264,9 @@ def write_and_raise_until(attempt: int, array: Any) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize("nbytes", [100, THRESHOLD, 3 * MIB])
-def test_next_attempt_after_an_exception_sees_the_original(factory: Callable[..., Runtime], nbytes: int) -> None:
+def test_next_attempt_after_an_exception_sees_the_original(
+    factory: Callable[..., Runtime], nbytes: int
+) -> None:
     rt = factory(1, retries=2, retry_on=ValueError)
     array = pattern(nbytes)
     assert rt.submit(write_and_raise_until, 3, array).result() == (3, digest(array))
@@ -477,6 +495,11 @@ def test_an_argument_of_1_gib(factory: Callable[..., Runtime]) -> None:
     rt = factory(1)
     array = numpy.zeros(1 << 30, numpy.uint8)
     array[[0, 12345, -1]] = 1, 2, 3
-    assert rt.submit(lambda a: (a.nbytes, int(a[0]), int(a[12345]), int(a[-1])), array).result() == (1 << 30, 1, 2, 3)
+    assert rt.submit(lambda a: (a.nbytes, int(a[0]), int(a[12345]), int(a[-1])), array).result() == (
+        1 << 30,
+        1,
+        2,
+        3,
+    )
     assert rt.submit(abs, -1).result() == 1
     assert_blocks_are_back(rt)

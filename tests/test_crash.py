@@ -489,14 +489,16 @@ def test_a_stopped_worker_is_not_dead(rt, tmp_path):
     (pid,) = read_pids(started)
     send(pid, signal.SIGSTOP)
     until(lambda: stopped(pid), "it has stopped")
-    others = [rt.submit(evil.square, i) for i in range(300)]
-    assert [f.result(30) for f in others] == [i * i for i in range(300)]
-    assert list(rt.map(evil.square, range(300))) == [i * i for i in range(300)]
-    assert not future.done()
-    assert future.running()
-    assert {i.number: i.pid for i in rt.workers()} == numbers
-    go.touch()
-    send(pid, signal.SIGCONT)
+    try:
+        others = [rt.submit(evil.square, i) for i in range(300)]
+        assert [f.result(15) for f in others] == [i * i for i in range(300)]
+        assert list(rt.map(evil.square, range(300), timeout=15)) == [i * i for i in range(300)]
+        assert not future.done()
+        assert future.running()
+        assert {i.number: i.pid for i in rt.workers()} == numbers
+    finally:
+        go.touch()
+        send(pid, signal.SIGCONT)
     assert future.result(30) == pid
     assert all_ready(rt) == numbers
     settled(rt)
@@ -507,9 +509,11 @@ def test_an_idle_stopped_worker_holds_nothing_back(rt):
     send(numbers[0], signal.SIGSTOP)
     until(lambda: stopped(numbers[0]), "it has stopped")
     futures = [rt.submit(os.getpid) for _ in range(200)]
-    assert {f.result(15) for f in futures} == {numbers[1]}
-    assert {i.number: i.pid for i in rt.workers()} == numbers
-    send(numbers[0], signal.SIGCONT)
+    try:
+        assert {f.result(15) for f in futures} == {numbers[1]}
+        assert {i.number: i.pid for i in rt.workers()} == numbers
+    finally:
+        send(numbers[0], signal.SIGCONT)
     assert all_ready(rt) == numbers
 
 
@@ -622,3 +626,19 @@ def test_hanging_code_is_stopped(rt, tmp_path, task, how):
     until(lambda: not alive(pid), "its worker is gone")
     until(lambda: pid not in all_ready(rt).values(), "it is replaced")
     settled(rt)
+
+
+@pytest.mark.parametrize("how", ["timeout", "cancel"])
+def test_kills_of_first_tasks_are_no_failed_starts(runtime_factory, tmp_path, how):
+    """Each worker becomes ready and is killed in its first task, by us: the runtime is not broken by that."""
+    rt = runtime_factory(1)
+    for i in range(7):
+        all_ready(rt)
+        view = rt.options(timeout=0.05) if how == "timeout" else rt
+        future = view.submit(evil.hang, str(tmp_path / f"started{i}"))
+        if how == "cancel":
+            read_pids(tmp_path / f"started{i}")
+            assert rt.cancel(future, running=True)
+        with pytest.raises((runtime.TaskTimeout, runtime.TaskCancelled)):
+            future.result(30)
+    assert rt.submit(evil.square, 3).result(30) == 9

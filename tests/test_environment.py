@@ -62,8 +62,7 @@ def test_a_low_soft_limit_is_raised():
 def test_kills_under_the_lowest_limit_that_is_accepted():
     """What the constructor accepts has to be enough for replacements: libzmq aborts without descriptors."""
     code = """if True:
-        import random, re, resource, signal, evil, runtime
-        from watching import all_ready, send
+        import re, resource, runtime
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
             runtime.Runtime(2)
@@ -74,16 +73,16 @@ def test_kills_under_the_lowest_limit_that_is_accepted():
     """
     (need,) = map(int, output(code))
     code = """if True:
-        import random, signal, time, evil, runtime
+        import contextlib, signal, time, evil, runtime
         from watching import all_ready, send
-        draw = random.Random(1)
         with runtime.Runtime(2, retries=50) as rt:
             all_ready(rt)
             futures = [rt.submit(evil.square, i) for i in range(50)]
             for lap in range(8):
                 futures += [rt.submit(time.sleep, 0.01) for _ in range(10)]
                 for pid in all_ready(rt).values():
-                    send(pid, signal.SIGKILL)
+                    with contextlib.suppress(ProcessLookupError):  # killed in the last lap
+                        send(pid, signal.SIGKILL)
             assert all(f.exception(20) is None for f in futures)
             all_ready(rt)
         print("works")
@@ -282,13 +281,13 @@ def test_a_wide_umask_changes_nothing(runtime_factory):
 
 @pytest.mark.parametrize("number", [0, -1, -(2**70)])
 def test_no_workers(number):
-    with pytest.raises(ValueError, match="^max_workers must be greater than 0$"):
+    with pytest.raises(ValueError, match=r"^max_workers must be greater than 0$"):
         runtime.Runtime(number)
 
 
 @pytest.mark.parametrize("number", [2001, 10_000, 2**70])
 def test_too_many_workers(number):
-    with pytest.raises(ValueError, match=r"2,?000"):
+    with pytest.raises(ValueError, match="2,000"):
         runtime.Runtime(number)
 
 
@@ -321,7 +320,7 @@ class Waiting:
         rt = self.rt
         self.go.touch()
         futures = [rt.submit(evil.square, i) for i in range(300)]
-        assert [f.result(30) for f in futures] == [i * i for i in range(300)]
+        assert [f.result(15) for f in futures] == [i * i for i in range(300)]
         assert list(rt.map(evil.square, range(300))) == [i * i for i in range(300)]
         all_ready(rt)
         settled(rt)
@@ -458,9 +457,11 @@ def test_a_stopped_worker_does_not_fill_the_host(rt):
     pids = all_ready(rt)
     send(pids[0], signal.SIGSTOP)
     until(lambda: stopped(pids[0]), "it has stopped")
-    results = rt.map(evil.square, range(5000), timeout=20)
-    assert sum(results) == sum(i * i for i in range(5000))
-    send(pids[0], signal.SIGCONT)
+    try:
+        results = rt.map(evil.square, range(5000), timeout=15)
+        assert sum(results) == sum(i * i for i in range(5000))
+    finally:
+        send(pids[0], signal.SIGCONT)
     assert all_ready(rt) == pids
 
 

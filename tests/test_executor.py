@@ -1,4 +1,4 @@
-"""The executor: submit, futures, options, cancelling, ending; what the stdlib's executors do, and what they do not.
+"""The executor: submit, futures, options, cancelling, ending; what the stdlib's do, and what they do not.
 
 Tests that end no worker share one Runtime, whose workers are ready before the first of them.
 """
@@ -279,7 +279,9 @@ def test_runtime_futures_and_options_cannot_be_pickled(pool: Runtime) -> None:
         ("loads with SystemExit", SystemExit, "could not be unpickled"),
     ],
 )
-def test_result_that_cannot_travel_fails_its_future(pool: Runtime, result: str, kind: type, words: str) -> None:
+def test_result_that_cannot_travel_fails_its_future(
+    pool: Runtime, result: str, kind: type, words: str
+) -> None:
     error = pool.submit(tasks.make, result).exception()
     assert type(error) is kind
     assert words in "\n".join(getattr(error, "__notes__", ()))
@@ -296,10 +298,10 @@ def test_lambda_as_a_result(pool: Runtime) -> None:
 @pytest.mark.parametrize(
     "error",
     [
-        ValueError("text", 5), KeyError("key"), OSError(2, "no such", "file"), StopIteration(3), SystemExit(3),
-        SystemExit("text"), KeyboardInterrupt(), GeneratorExit(), tasks.Odd("odd"), CancelledError(), TimeoutError("t"),
-        MemoryError(), UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bad"), WorkerDied(1, 2, 3, None, "mine"),
-        BrokenRuntime("mine"), TaskTimeout("mine"),
+        ValueError("text", 5), KeyError("key"), OSError(2, "no such", "file"), StopIteration(3),
+        SystemExit(3), SystemExit("text"), KeyboardInterrupt(), GeneratorExit(), tasks.Odd("odd"),
+        CancelledError(), TimeoutError("t"), MemoryError(), UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bad"),
+        WorkerDied(1, 2, 3, None, "mine"), BrokenRuntime("mine"), TaskTimeout("mine"),
     ],
     ids=lambda error: type(error).__name__,
 )  # fmt: skip
@@ -329,7 +331,15 @@ def test_sys_exit_and_interrupt_leave_the_worker_alive(pool: Runtime, gate: Gate
 def test_remote_traceback(pool: Runtime) -> None:
     error = pool.submit(tasks.outer_failure).exception()
     text = str(error.__cause__)
-    for part in ("outer_failure", "inner_failure", "KeyError", "inner text", "outer text", "tasks.py", "direct cause"):
+    for part in (
+        "outer_failure",
+        "inner_failure",
+        "KeyError",
+        "inner text",
+        "outer text",
+        "tasks.py",
+        "direct cause",
+    ):
         assert part in text
     assert isinstance(error.__cause__, _RemoteTraceback)
 
@@ -345,7 +355,9 @@ def test_exception_with_attributes_and_notes(pool: Runtime) -> None:
 
 @pytest.mark.parametrize("how", ["cannot be pickled", "cannot be unpickled"])
 def test_remote_error(pool: Runtime, how: str) -> None:
-    kind, args = (tasks.Locked, ("with a lock",)) if how == "cannot be pickled" else (tasks.NeedsTwo, ("a", "b"))
+    kind, args = (
+        (tasks.Locked, ("with a lock",)) if how == "cannot be pickled" else (tasks.NeedsTwo, ("a", "b"))
+    )
     error = pool.submit(tasks.throw_type, kind, *args).exception()
     assert isinstance(error, RemoteError)
     assert kind.__name__ in error.type_name
@@ -353,7 +365,9 @@ def test_remote_error(pool: Runtime, how: str) -> None:
     assert "throw_type" in error.traceback
     assert kind.__name__ in str(error)
     copies = (pickle.loads(pickle.dumps(error)), copy.deepcopy(error))
-    assert all((x.type_name, x.text, x.traceback) == (error.type_name, error.text, error.traceback) for x in copies)
+    assert all(
+        (x.type_name, x.text, x.traceback) == (error.type_name, error.text, error.traceback) for x in copies
+    )
 
 
 def test_exception_group(pool: Runtime) -> None:
@@ -678,9 +692,15 @@ with runtime.Runtime(2, initializer=load, initargs=(1000,)) as rt:
 
 
 def test_from_the_command_line_without_a_file(tmp_path: Path) -> None:
-    text = "import runtime\ndef f(x): return x * 2\nwith runtime.Runtime(1) as rt: print(rt.submit(f, 21).result())"
+    text = "import runtime\ndef f(x): return x * 2\n"
+    text += "with runtime.Runtime(1) as rt: print(rt.submit(f, 21).result())"
     done = subprocess.run(
-        [sys.executable, "-c", text], cwd=tmp_path, env=script_environment(), timeout=50, capture_output=True, text=True
+        [sys.executable, "-c", text],
+        cwd=tmp_path,
+        env=script_environment(),
+        timeout=50,
+        capture_output=True,
+        text=True,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "42\n", "")
 
@@ -775,7 +795,9 @@ def test_preload_is_imported_once_before_workers_are_forked(
     log = tmp_path / "log"
     name = module(f"import os\nopen({str(log)!r}, 'a').write(f'{{os.getpid()}}\\n')\nPID = os.getpid()\n")
     rt = ready(factory(2, preload=name))
-    seen = {rt.submit(lambda name: (name in sys.modules, sys.modules[name].PID), name).result() for _ in range(10)}
+    seen = {
+        rt.submit(lambda name: (name in sys.modules, sys.modules[name].PID), name).result() for _ in range(10)
+    }
     (imported_in,) = map(int, log.read_text().split())
     assert seen == {(True, imported_in)}
     assert imported_in not in pids(rt) | {os.getpid()}
@@ -784,10 +806,16 @@ def test_preload_is_imported_once_before_workers_are_forked(
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("raise ValueError('not today')", "not today"), ("import os; os._exit(5)", "5"), ("import no_such_module_x", "no_such_module_x")],
+    [
+        ("raise ValueError('not today')", "not today"),
+        ("import os; os._exit(5)", "5"),
+        ("import no_such_module_x", "no_such_module_x"),
+    ],
     ids=["raises", "exits", "missing import"],
 )
-def test_preload_that_fails(factory: Callable[..., Runtime], module: Callable[[str], str], text: str, words: str) -> None:
+def test_preload_that_fails(
+    factory: Callable[..., Runtime], module: Callable[[str], str], text: str, words: str
+) -> None:
     name = module(text)
     rt = factory(2, preload=(name,))
     future = submit_or_error(rt, abs, -1)
@@ -803,7 +831,7 @@ def test_max_tasks_per_child_is_exact(factory: Callable[..., Runtime], share: in
     groups = [ran_in[i : i + share] for i in range(0, 10, share)]
     assert all(len(set(group)) == 1 for group in groups), ran_in
     assert len(set(ran_in)) == len(groups), ran_in
-    assert sum(w.tasks_done for w in rt.workers()) == 10
+    until(lambda: sum(w.tasks_done for w in rt.workers()) == 10, "the count of all tasks")
 
 
 def test_max_tasks_per_child_counts_items_of_a_map(factory: Callable[..., Runtime]) -> None:
@@ -956,7 +984,11 @@ def test_no_reference_to_results_without_the_cycle_collector(pool: Runtime) -> N
         assert isinstance(error, ValueError)
         lost = weakref.ref(failed)
         del future, failed, error
-        until(lambda: result() is None and kept() is None and lost() is None, "futures and results are let go", patience=3.0)
+        until(
+            lambda: result() is None and kept() is None and lost() is None,
+            "futures and results are let go",
+            patience=3.0,
+        )
     finally:
         gc.enable()
 
@@ -1035,7 +1067,11 @@ def test_timeout_counts_from_the_claim(factory: Callable[..., Runtime], gate: Ga
 def test_only_the_task_that_hangs_is_killed(factory: Callable[..., Runtime]) -> None:
     rt = factory(1)
     view = rt.options(timeout=0.2)
-    futures = [rt.submit(tasks.echo, 0), view.submit(tasks.hang), *(view.submit(tasks.echo, i) for i in range(100))]
+    futures = [
+        rt.submit(tasks.echo, 0),
+        view.submit(tasks.hang),
+        *(view.submit(tasks.echo, i) for i in range(100)),
+    ]
     assert futures[0].result() == 0
     assert isinstance(futures[1].exception(), TaskTimeout)
     assert [f.result() for f in futures[2:]] == list(range(100))
@@ -1123,7 +1159,13 @@ def test_worker_that_dies_fails_only_what_it_ran(factory: Callable[..., Runtime]
     os.kill(pid, signal.SIGKILL)
     error = held.exception()
     assert isinstance(error, WorkerDied)
-    assert (error.pid, error.number, error.signal, error.exitcode, error.attempts) == (pid, 0, signal.SIGKILL, None, 1)
+    assert (error.pid, error.number, error.signal, error.exitcode, error.attempts) == (
+        pid,
+        0,
+        signal.SIGKILL,
+        None,
+        1,
+    )
     assert error.reason and str(pid) in str(error)
     assert pickle.loads(pickle.dumps(error)).args == error.args
     assert [f.result() for f in behind] == list(range(300))
@@ -1242,7 +1284,9 @@ def test_shutdown_that_cancels(factory: Callable[..., Runtime], gate: Gate, tmp_
     gate.arrived()
     behind = [rt.submit(tasks.log_line, str(log), i) for i in range(300)]
     rt.shutdown(wait=False, cancel_futures=True)
-    assert concurrent.futures.wait(behind).not_done == set()  # the collector cancels them, as the stdlib's does
+    assert (
+        concurrent.futures.wait(behind).not_done == set()
+    )  # the collector cancels them, as the stdlib's does
     assert all(f.cancelled() for f in behind)
     gate.open()
     rt.shutdown(wait=True)
@@ -1331,7 +1375,12 @@ def test_end_of_the_interpreter_by_an_exception(tmp_path: Path) -> None:
         "raise SystemExit(4)\n"
     )
     done = subprocess.run(
-        [sys.executable, str(path)], cwd=tmp_path, env=script_environment(), timeout=50, capture_output=True, text=True
+        [sys.executable, str(path)],
+        cwd=tmp_path,
+        env=script_environment(),
+        timeout=50,
+        capture_output=True,
+        text=True,
     )
     assert (done.returncode, done.stderr) == (4, "")
     assert sorted(map(int, (tmp_path / "log").read_text().split())) == list(range(50))
@@ -1403,7 +1452,7 @@ main()
 
 
 def interrupt(folder: Path, text: str, *, group: bool = False) -> tuple[int, str, str, float]:
-    """Run a script, send SIGINT when it says "running": (exit code, stdout, stderr, seconds until it ended)."""
+    """Run a script, send SIGINT when it says "running": (exit code, stdout, stderr, seconds to its end)."""
     path = folder / "script.py"
     path.write_text(text)
     with subprocess.Popen(
@@ -1423,7 +1472,9 @@ def interrupt(folder: Path, text: str, *, group: bool = False) -> tuple[int, str
 
 
 @pytest.mark.parametrize("group", [False, True], ids=["the host", "the whole group"])
-@pytest.mark.parametrize("wait", ["future.result()", "list(rt.map(time.sleep, [1000]))"], ids=["result", "map"])
+@pytest.mark.parametrize(
+    "wait", ["future.result()", "list(rt.map(time.sleep, [1000]))"], ids=["result", "map"]
+)
 def test_ctrl_c_interrupts_what_waits(tmp_path: Path, group: bool, wait: str) -> None:
     # With map both workers may sleep by then.
     then = "print(rt.submit(abs, -7).result(), flush=True)" if "result" in wait else "pass"

@@ -33,10 +33,11 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("_dispatch",),
     ("_core",),  # the compiled door
     ("wire", "serializer"),
-    ("sockets",),
+    ("sockets", "children"),
     ("worker",),
     ("zygote",),  # forks, and then calls worker.main
     ("collector", "mapping"),
+    ("lifecycle",),
     ("supervisor",),
     ("executor",),
     ("cli",),

@@ -407,7 +407,9 @@ def test_only_the_item_that_ran_is_blamed(
     assert (stats.done, stats.failed, stats.rescued) == (99, 1, 0)
 
 
-def test_slow_items_of_a_chunk_run_once_although_a_neighbour_dies(factory: Callable[..., Runtime], tmp_path: Path) -> None:
+def test_slow_items_of_a_chunk_run_once_although_a_neighbour_dies(
+    factory: Callable[..., Runtime], tmp_path: Path
+) -> None:
     """Items of more than 50 us are committed one by one, so the death of the last repeats none of them."""
     log = tmp_path / "log"
 

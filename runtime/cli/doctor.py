@@ -156,7 +156,7 @@ def _memory(name: str) -> Check:
 
 
 def _files(name: str) -> Check:
-    from runtime.supervisor import raise_descriptor_limit
+    from runtime.lifecycle import raise_descriptor_limit
 
     soft, hard = (_limit(value) for value in resource.getrlimit(resource.RLIMIT_NOFILE))
     workers = config.default_workers()

@@ -1,0 +1,74 @@
+"""The children of a worker: which of them its tasks made, and which it adopted as their subreaper.
+
+A task that forks twice leaves a grandchild that becomes the worker's child when its parent ends. Nobody
+waits for such a one, so the worker does, between tasks. A child that a task made itself is the task's to
+wait for: its exit status must not be taken from it.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import threading
+import time
+
+__all__ = ["Children"]
+
+_SEARCH_EVERY = 1.0  # seconds between two searches behind a zombie that a task may still wait for
+
+
+class Children:
+    """Thread-safety: `reap` belongs to the worker's main thread."""
+
+    def __init__(self) -> None:
+        self._forked: set[int] = set()  # by os.fork and its kin, in this process
+        self._searched = 0.0
+        self._before: set[int] = set()
+        os.register_at_fork(before=self._look, after_in_parent=self._note)
+
+    def _look(self) -> None:
+        self._before = set(_children(threading.get_native_id()))
+
+    def _note(self) -> None:
+        self._forked |= set(_children(threading.get_native_id())) - self._before
+
+    def reap(self) -> None:
+        """Wait for the adopted ones that have ended. Costs a system call when there is none."""
+        while (pid := _ended(os.P_ALL, 0)) and pid not in self._own():
+            _wait(pid)
+        if pid and time.monotonic() - self._searched > _SEARCH_EVERY:
+            self._searched = time.monotonic()
+            own = self._own()
+            for child in _children(os.getpid()):
+                if child not in own and _ended(os.P_PID, child):
+                    _wait(child)
+
+    def _own(self) -> set[int]:
+        """Children that a task made: forked, or behind a Popen object that lives."""
+        self._forked = {pid for pid in self._forked if os.path.exists(f"/proc/{pid}")}
+        return self._forked | {it.pid for it in gc.get_objects() if isinstance(it, subprocess.Popen)}
+
+
+def _ended(kind: int, pid: int) -> int:
+    """A child that has ended and was not waited for, or 0. It stays as it is."""
+    try:
+        found = os.waitid(kind, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return 0
+    return found.si_pid if found is not None else 0
+
+
+def _wait(pid: int) -> None:
+    try:
+        os.waitpid(pid, os.WNOHANG)
+    except ChildProcessError:
+        pass
+
+
+def _children(thread: int) -> list[int]:
+    try:
+        with open(f"/proc/self/task/{thread}/children") as file:
+            return [int(text) for text in file.read().split()]
+    except OSError:
+        return []

@@ -1,0 +1,199 @@
+"""What the supervisor knows of workers, and the sizes and limits that it starts them with."""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import os
+import pickle
+import random
+import resource
+import signal
+import sys
+import threading
+import warnings
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+from runtime import config, serializer
+from runtime.collector import Death
+from runtime.worker import EXIT_DESCRIPTORS, EXIT_HOST_GONE, EXIT_KILLED, EXIT_ORPHANED
+from runtime.zygote import Zygote
+
+__all__ = [
+    "Bell",
+    "Number",
+    "Worker",
+    "WorkerStatus",
+    "backoff",
+    "death_of",
+    "geometry",
+    "how_it_ended",
+    "raise_descriptor_limit",
+    "zygote_settings",
+]
+
+REPORT_WAIT = 0.1  # seconds to wait for the zygote's word on how a worker ended
+_BACKOFF = 0.05  # seconds before the second attempt; doubled each time
+_BACKOFF_MAX = 5.0
+_FDS_PER_WORKER = 9  # descriptors of the host for a worker: listeners, connections, pidfd
+_FDS_RESERVE = 24  # for zmq's own, the zygote, and what comes and goes
+
+
+class WorkerStatus(enum.Enum):
+    """What a worker number is doing."""
+
+    STARTING = "starting"
+    READY = "ready"
+    RESTARTING = "restarting"  # dead, the next one starting
+    STOPPING = "stopping"
+    RESTING = "resting"  # waiting out a back-off
+
+
+@dataclass(slots=True, eq=False)
+class Worker:
+    """One worker process, from the order to fork it until its slot is swept."""
+
+    number: int
+    slot: int
+    zygote: Zygote
+    started: float  # wall-clock seconds, for people
+    pid: int | None = None
+    pidfd: int = -1
+    ready: bool = False
+    stopping: bool = False
+    died: float = 0.0  # monotonic seconds, 0: alive
+    patience: float = REPORT_WAIT  # seconds from its death until its slot is swept without a report
+    leave_by: float = 0.0  # monotonic time at which it is killed, 0: not leaving
+    reported: bool = False  # the zygote has said how it ended, and that its descendants are gone
+    status: int | None = None  # exit code, negative for a signal
+    rss: int | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Number:
+    """What is known of a worker number across its processes."""
+
+    worker: Worker | None = None
+    failures: deque[float] = field(default_factory=deque)  # monotonic times of deaths before ready
+    not_before: float = 0.0  # monotonic time of the next attempt
+    tasks_done: int = 0  # by earlier processes
+
+
+class Bell:
+    """An eventfd that any thread may ring, also after it was closed."""
+
+    def __init__(self) -> None:
+        self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.inert = False  # in a fork of the host
+        self._lock = threading.RLock()  # a destructor that is run inside may ring again
+
+    def ring(self) -> None:
+        """Make a poll on the descriptor return."""
+        if self.inert:
+            return
+        with self._lock:
+            if self.fd >= 0:
+                with contextlib.suppress(BlockingIOError):
+                    os.eventfd_write(self.fd, 1)
+
+    def silence(self) -> None:
+        """Take back what was rung."""
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self.fd)
+
+    def close(self) -> None:
+        """No ring reaches the descriptor any more, which may be somebody else's soon."""
+        with self._lock:
+            fd, self.fd = self.fd, -1
+        os.close(fd)
+
+
+def geometry(workers: int) -> tuple[int, int, int, int]:
+    """(slots, leases per slot, outbox records per slot, bytes of a bounce block).
+
+    Twice as many slots as workers, and two more: a dead worker's slot is swept while its successor starts.
+    Many workers get smaller tables each, so that a region stays small.
+    """
+    leases, bounce = (
+        (256, 256 << 10) if workers <= 16 else (64, 64 << 10) if workers <= 128 else (16, 16 << 10)
+    )
+    return 2 * workers + 2, leases, 4 * leases, bounce
+
+
+def raise_descriptor_limit(workers: int) -> None:
+    """libzmq aborts the process when it runs out of descriptors, so make sure beforehand that it does not.
+
+    Raises: OSError when the hard limit is too low.
+    """
+    open_now = len(os.listdir("/proc/self/fd"))
+    need = open_now + _FDS_RESERVE + _FDS_PER_WORKER * workers
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < need:
+        if hard != resource.RLIM_INFINITY and hard < need:
+            raise OSError(
+                f"{workers} workers need about {need} file descriptors ({open_now} are open), and the limit is "
+                f"{hard}: raise it (ulimit -Hn {need}, LimitNOFILE= of a systemd unit) or use fewer workers"
+            )
+        resource.setrlimit(resource.RLIMIT_NOFILE, (need, hard))
+
+
+def backoff(failures: int) -> float:
+    """Seconds before the next attempt: doubled each time, with jitter so that slots do not march in step."""
+    return float(min(_BACKOFF_MAX, _BACKOFF * 2 ** (failures - 1)) * random.uniform(0.8, 1.2))
+
+
+def zygote_settings(settings: config.Settings, table: serializer.FunctionTable) -> dict[str, Any]:
+    """What the zygote is told; plain values, so that nothing of the user's is imported to read them."""
+    initializer = None
+    if settings.initializer is not None:
+        ref, payload = serializer.pack_call(table, settings.initializer, settings.initargs, {})
+        buffers = tuple(bytes(buffer) for buffer in payload.buffers)
+        initializer = (ref.id, ref.data, payload.data, buffers, tuple(payload.readonly))
+    return {
+        "path": [entry or os.getcwd() for entry in sys.path],
+        "argv": list(sys.argv),
+        "warnings": _warning_filters(),
+        "preload": list(settings.preload),
+        "imports": [],
+        "initializer": initializer,
+        "max_tasks": settings.max_tasks_per_child,
+        "max_rss": settings.max_worker_rss,
+    }
+
+
+def _warning_filters() -> list[tuple[Any, ...]]:
+    """The filters whose category another process can import."""
+    filters = []
+    for action, message, category, module, lineno in warnings.filters:
+        with contextlib.suppress(Exception):
+            filters.append((action, message, pickle.dumps(category), module, lineno))
+    return filters
+
+
+def how_it_ended(worker: Worker) -> str:
+    """How a worker ended, in words."""
+    status = worker.status
+    if status is None:
+        return "its exit code is unknown"
+    if status < 0:
+        try:
+            name = signal.Signals(-status).name
+        except ValueError:
+            name = "?"
+        return f"killed by signal {-status} ({name})"
+    return {
+        EXIT_KILLED: "the host had ended the task that it was finishing",
+        EXIT_HOST_GONE: "it believed that the host was gone",
+        EXIT_ORPHANED: "its zygote had died before it was ready",
+        EXIT_DESCRIPTORS: "a task had closed file descriptors that the worker needs",
+    }.get(status, f"it exited with code {status}")
+
+
+def death_of(worker: Worker) -> Death:
+    """What the tasks of a dead worker are told."""
+    status = worker.status
+    exitcode = status if status is not None and status >= 0 else None
+    number = -status if status is not None and status < 0 else None
+    return Death(worker.pid, worker.number, exitcode, number, how_it_ended(worker), worker.rss)
