@@ -327,7 +327,8 @@ cdef class Dispatcher(Harvest):
     def failure(self, uint32_t index):
         """The pickled exception that a worker left when it could not start."""
         cdef uint64_t n = self.arena.slot(index).failure_bytes
-        return PyBytes_FromStringAndSize(self.arena.bounce(index), <Py_ssize_t>min(n, self.arena.bounce_bytes))
+        n = min(n, self.arena.bounce_bytes)
+        return PyBytes_FromStringAndSize(self.arena.bounce(index), <Py_ssize_t>n)
 
     def make_ready(self, uint32_t index):
         """Lease to this slot from now on."""
@@ -500,7 +501,7 @@ cdef class Dispatcher(Harvest):
         return l_tag(word) == task.tag and l_state(word) == L_RUNNING
 
     def look(self, uint32_t index):
-        """What is to be seen of a slot: (incarnation, phase, tasks done, task number that runs or None, leases)."""
+        """Of a slot: (incarnation, phase, tasks done, number of the task that runs or None, leases)."""
         cdef slot_t *slot
         cdef SlotTable table = self.slots[index]
         cdef uint32_t running

@@ -54,7 +54,7 @@ cdef int64_t try_run(heap_t *heap, uint64_t at, uint64_t run, uint64_t owner, ui
 cdef int64_t heap_take(heap_t *heap, uint64_t nbytes, uint64_t owner, uint64_t *tag) noexcept nogil:
     """First fit from the hint, then from the start. The head's index, or -1: no room now."""
     cdef uint64_t run = (nbytes + EXTENT - 1) // EXTENT
-    cdef uint64_t at, i, free, lap
+    cdef uint64_t at, free, lap
     cdef int64_t clash
     if run == 0:
         run = 1
@@ -196,7 +196,8 @@ cdef class Arena:
         cdef uint64_t extents_at = round_up(words_at + 8 * extents, PAGE)
         assert leases <= MAX_LEASES and leases & (leases - 1) == 0 and outbox & (outbox - 1) == 0
         if extents >= NO_SLOT:
-            raise ValueError(f"region_size of {size} bytes is over the limit of {<uint64_t>NO_SLOT * EXTENT} bytes")
+            most = <uint64_t>NO_SLOT * EXTENT
+            raise ValueError(f"region_size of {size} bytes is over the limit of {most} bytes")
         region = SharedRegion.create(extents_at + extents * EXTENT)
         self.attach(region)
         self.head.version = LAYOUT_VERSION

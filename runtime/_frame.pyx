@@ -117,8 +117,9 @@ def read_frame(exporter):
     cdef frame_head_t head
     cdef frame_item_t item
     cdef frame_buffer_t buffer
+    cdef uint64_t items_at = sizeof(frame_head_t)
     cdef uint64_t at, data_at, buffer_at, total, fixed
-    cdef uint32_t i, k, used = 0
+    cdef uint32_t i, _k, used = 0
     cdef list out = []
     whole = memoryview(exporter).cast("B")
     PyObject_GetBuffer(whole, &view, PyBUF_SIMPLE)
@@ -131,21 +132,20 @@ def read_frame(exporter):
                  + <uint64_t>head.buffers * sizeof(frame_buffer_t))
         if fixed > total:
             frame_error(f"{head.items} items and {head.buffers} buffers do not fit into {total} bytes")
-        at = sizeof(frame_head_t)
         data_at = fixed
         buffer_at = fixed
         for i in range(head.items):
-            memcpy(&item, <char *>view.buf + at + i * sizeof(frame_item_t), sizeof(frame_item_t))
+            memcpy(&item, <char *>view.buf + items_at + i * sizeof(frame_item_t), sizeof(frame_item_t))
             if item.data_bytes > total - buffer_at:
                 frame_error(f"item {i} claims {item.data_bytes} bytes")
             buffer_at += item.data_bytes
-        at += head.items * sizeof(frame_item_t)
+        at = items_at + head.items * sizeof(frame_item_t)
         for i in range(head.items):
-            memcpy(&item, <char *>view.buf + sizeof(frame_head_t) + i * sizeof(frame_item_t), sizeof(frame_item_t))
+            memcpy(&item, <char *>view.buf + items_at + i * sizeof(frame_item_t), sizeof(frame_item_t))
             if item.data_bytes > total - data_at or item.buffers > head.buffers - used:
                 frame_error(f"item {i} claims {item.data_bytes} bytes and {item.buffers} buffers")
             views = []
-            for k in range(item.buffers):
+            for _k in range(item.buffers):
                 memcpy(&buffer, <char *>view.buf + at + used * sizeof(frame_buffer_t), sizeof(frame_buffer_t))
                 used += 1
                 buffer_at = aligned(buffer_at)

@@ -13,7 +13,7 @@ from runtime._atomics cimport *
 from runtime._extent cimport HostBlock, heap_adopt, heap_run, heap_sweep
 from runtime._layout cimport *
 from runtime._lease cimport outbox_take, outbox_waiting
-from runtime._leasing cimport T_LEASED, T_OVER, T_WAITING, Batch, SlotTable
+from runtime._leasing cimport T_LEASED, T_OVER, T_WAITING, SlotTable
 from runtime._leasing import OUTCOME_DIED, OUTCOME_FRAME, OUTCOME_KILLED, OUTCOME_LOST
 from runtime._threads cimport guard_acquire, guard_release, guard_t
 
@@ -109,8 +109,9 @@ cdef class Harvest(Leasing):
             exporter = PyBytes_FromStringAndSize(copy.inline_, <Py_ssize_t>copy.out_bytes)
         elif copy.out_where == AT_BLOCK:
             exporter = self.adopted(index, copy.out_body, copy.out_tag, copy.out_bytes)
-        elif copy.out_where == AT_BOUNCE and task.inbound is not None and task.inbound_got == <uint64_t>len(task.inbound):
-            exporter = task.inbound
+        elif copy.out_where == AT_BOUNCE and task.inbound is not None:
+            if task.inbound_got == <uint64_t>len(task.inbound):
+                exporter = task.inbound
         if copy.out_flags & F_KEPT and task.block is not None:
             key = (task.block.offset, task.block.tag)
             if key in table.early:
@@ -135,8 +136,8 @@ cdef class Harvest(Leasing):
     cdef int serve(self, uint32_t index, Task task, record_t *record) except -1:
         """The worker waits for a piece of the arguments' frame."""
         cdef slot_t *slot = self.arena.slot(index)
-        if (task.by_value is None or record.bytes > self.arena.bounce_bytes or record.count > task.by_value.nbytes
-                or record.bytes > task.by_value.nbytes - record.count):
+        if (task.by_value is None or record.bytes > self.arena.bounce_bytes
+                or record.count > task.by_value.nbytes or record.bytes > task.by_value.nbytes - record.count):
             return self.strange()
         task.by_value.copy(self.arena.bounce(index), record.count, record.bytes)
         a32_fetch_add_acq_rel(&slot.turn, 1)
@@ -157,7 +158,7 @@ cdef class Harvest(Leasing):
             task.inbound_got = 0
         if task.inbound is None:
             return self.strange()
-        if record.count == task.inbound_got and record.bytes <= <uint64_t>len(task.inbound) - task.inbound_got:
+        if record.count == task.inbound_got and record.count + record.bytes <= <uint64_t>len(task.inbound):
             memcpy(PyByteArray_AS_STRING(task.inbound) + record.count, self.arena.bounce(index), record.bytes)
             task.inbound_got += record.bytes
         a32_fetch_add_acq_rel(&slot.turn, 1)
@@ -229,7 +230,7 @@ cdef class Harvest(Leasing):
         return 0
 
     cdef int unload_now(self, uint32_t index) except -1:
-        """Give the leases of a slot that have not started to other workers, and resolve those that were killed."""
+        """Give leases of a slot that have not started to other workers; resolve those that were killed."""
         cdef SlotTable table = self.slots[index]
         cdef uint64_t word, item
         cdef Task task

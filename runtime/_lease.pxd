@@ -20,7 +20,8 @@ cdef inline uint32_t ring_place(uint32_t entry, uint64_t tag) noexcept nogil:
     return entry | (<uint32_t>(tag & 0xFFFFFF) << 8)
 
 
-cdef inline void ring_put(slot_t *slot, a32_t *ring, uint64_t *tail, uint32_t mask, uint32_t place) noexcept nogil:
+cdef inline void ring_put(slot_t *slot, a32_t *ring, uint64_t *tail, uint32_t mask,
+                          uint32_t place) noexcept nogil:
     """Host: publish a lease; there is room. `tail` is the host's own count, the slot's only its copy."""
     a32_store_relaxed(&ring[tail[0] & mask], place)
     tail[0] += 1

@@ -111,7 +111,7 @@ cdef class WorkerPort:
                 return entry
 
     def describe(self, uint32_t entry):
-        """(kind, task number, attempt, function id, whether the function leads the frame) of a claimed lease."""
+        """(kind, task number, attempt, function id, whether the function leads the frame) of a lease."""
         cdef lease_t *lease = self.lease(entry)
         return lease.kind, lease.task, lease.attempt, lease.fn, lease.fn_body == 0
 
@@ -179,8 +179,8 @@ cdef class WorkerPort:
         if not self.take_room(frame.nbytes, False, &at, &tag):
             return False
         self.fill(frame, at)
-        record = record_t(R_PARTIAL, entry, a64_load_relaxed(&self.lease(entry).word), self.offset_of(at), tag,
-                          frame.nbytes, <uint64_t>len(items))
+        record = record_t(R_PARTIAL, entry, a64_load_relaxed(&self.lease(entry).word), self.offset_of(at),
+                          tag, frame.nbytes, <uint64_t>len(items))
         heap_publish(&self.arena.heap, at, tag, self.index)
         self.put(&record)
         return True

@@ -52,7 +52,7 @@ cdef class Task:
     cdef uint64_t delivered                 # items of the chunk whose results were taken
     cdef int state
     cdef bint private_view                  # another attempt may follow: it must see the original
-    cdef bint retry_timeouts                # a killed attempt may be followed by another, once its process is dead
+    cdef bint retry_timeouts                # after its deadline too, once the killed process is dead
     cdef str reason                         # why it was killed, "" for the deadline
 
 

@@ -305,13 +305,14 @@ cdef class Leasing:
         return False
 
     cdef bint lease(self, Task task, uint32_t index) except -1:
-        """Lease a task to a slot. False: it waits for room. What cannot be laid out fails, and is done with."""
+        """Lease a task to a slot. False: it waits for room. What cannot be laid out has failed by then."""
         try:
             return self.publish(task, index)
         except Exception as error:
             self.waiting -= <uint64_t>len(task.entries) if task.batch is not None else 1
             task.state = T_OVER
-            self.outcomes.append((OUTCOME_LOST, task, 0, f"it could not be laid out: {type(error).__name__}: {error}"))
+            what = f"it could not be laid out: {type(error).__name__}: {error}"
+            self.outcomes.append((OUTCOME_LOST, task, 0, what))
             return True
 
     cdef uint32_t room(self, uint32_t index) except? 0xFFFFFFFF:

@@ -199,9 +199,9 @@ cdef int end_children() noexcept nogil:
 cdef void end_descendants() noexcept nogil:
     """Kill the children; theirs become ours (we are their subreaper); until none is left."""
     cdef int status
-    cdef int lap
+    cdef int _lap
     cdef pollfd none
-    for lap in range(1000):
+    for _lap in range(1000):
         if end_children() == 0:
             return
         while waitpid(-1, &status, WNOHANG) > 0:

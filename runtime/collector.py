@@ -139,7 +139,6 @@ class Collector:
             came = self._hello.setdefault(slot, set())
             came.add(hint.kind)
             if len(came) == 2:
-                del self._hello[slot]
                 self.welcome(slot)
         else:
             self.link.strangers += 1

@@ -271,13 +271,21 @@ class WorkerLink:
         self._poller.register(self._control, zmq.POLLIN)
 
     def greet(self, give_up: Callable[[], bool]) -> bool:
-        """Say hello and wait until the host is connected on all three sockets. False: gave up."""
-        self._push.send(self._hello)
-        while not self._pull.poll(_GREETING):
-            if give_up():
-                return False
-        self._pull.recv()
-        return True
+        """Say hello until the host is connected on all three sockets. False: gave up.
+
+        Again and again: if a stranger has connected to the host's PUSH too, every other welcome is his.
+        """
+        while not give_up():
+            self.hello()
+            if self._pull.poll(_GREETING):
+                self._pull.recv()
+                return True
+        return False
+
+    def hello(self) -> None:
+        """Tell the host that this worker is connected to its PULL."""
+        with contextlib.suppress(zmq.Again):
+            self._push.send(self._hello, zmq.NOBLOCK)
 
     def notify(self) -> None:
         """Tell the host to look at the outbox and the phase."""

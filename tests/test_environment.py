@@ -410,8 +410,8 @@ def test_a_stranger_that_takes_the_hosts_messages_stops_nothing(waiting, context
             thief = context.socket(kind)
             if kind == zmq.SUB:
                 thief.subscribe(b"")
-            thief.connect(f"ipc://{path}")
             monitor = thief.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED)
+            thief.connect(f"ipc://{path}")
             assert monitor.poll(10_000), "connected"
             thief.disable_monitor()
             thieves.append(thief)
