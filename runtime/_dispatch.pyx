@@ -214,8 +214,22 @@ cdef class Dispatcher(Harvest):
         self.announce.clear()
         return told
 
-    def drain(self, uint32_t index):
-        """Process a slot's outbox."""
+    def repetitions(self):
+        """Slots to tell once more; each is returned once."""
+        if not self.repeat:
+            return ()
+        told = tuple(self.repeat)
+        self.repeat.clear()
+        return told
+
+    def drain(self, uint32_t index, bint hinted=False):
+        """Process a slot's outbox. `hinted`: the worker's hint says so."""
+        cdef SlotTable table = self.slots[index]
+        if hinted and table.acted:
+            # The rescan was ahead of this hint. If it left nothing to find, the hint was late, not lost.
+            table.acted = False
+            if outbox_waiting(self.arena.slot(index), table.outbox_head) == 0:
+                self.rescued -= 1
         self.inbox.append((DO_DRAIN, index))
         self.work()
 
@@ -244,6 +258,8 @@ cdef class Dispatcher(Harvest):
                 table.ring_tail = 0
                 table.outbox_head = 0
                 table.suspect = False
+                table.acted = False
+                a64_store_relaxed(&slot.rescued, 0)
                 slot.incarnation = table.incarnation
                 slot.number = number
                 slot.generation = generation
@@ -365,8 +381,9 @@ cdef class Dispatcher(Harvest):
     def rescan(self):
         """The backstop: find what a lost hint would have told. Called every 100 ms while work is out.
 
-        What is seen unchanged for the third time in a row counts as rescued. Leases of a worker that does
-        not look at its ring (it may be stopped) go to another one, if there is one.
+        It acts on what it sees unchanged for the third time in a row: results are taken in; leases that a
+        worker does not look at (it may be stopped) go to another one, or are announced again. What counts as
+        rescued is only what no hint tells of afterwards: the others were late.
         """
         cdef uint32_t i
         cdef uint64_t head, place
@@ -395,16 +412,17 @@ cdef class Dispatcher(Harvest):
             self.stuck[i] = (seen, times)
             if times < 3:
                 continue
-            self.rescued += 1
             if unread:
+                self.rescued += 1
                 self.drain(i)
+                table.acted = True
             elif table.inflight and self.others(i):
                 table.suspect = True
                 table.suspect_at = place
                 self.inbox.append((DO_UNLOAD, i))
                 self.work()
             else:
-                self.announce.add(i)
+                self.repeat.add(i)
 
     cdef bint others(self, uint32_t index) except -1:
         """Whether a worker in another slot could take leases."""
@@ -415,6 +433,15 @@ cdef class Dispatcher(Harvest):
             if i != index and table.ready and not table.draining and not table.suspect and self.room(i):
                 return True
         return False
+
+    @property
+    def rescues(self):
+        """Leases and results that only the rescan found, their hints being lost."""
+        cdef uint64_t total = self.rescued
+        cdef uint32_t i
+        for i in range(self.arena.slots):
+            total += a64_load_relaxed(&self.arena.slot(i).rescued)
+        return total
 
     @property
     def urgent(self):

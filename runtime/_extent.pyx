@@ -255,8 +255,16 @@ cdef class Arena:
 
     def make_private(self):
         """In a user's fork: the same memory, copy on write, so that nothing done here reaches the runtime."""
-        if self.base != NULL:
-            self.region.remap_private()
+        cdef uint64_t i, w
+        if self.base == NULL:
+            return
+        self.region.remap_private()
+        # A private page is the file's own until it is written: write to those that views may show, so that
+        # what the parent does with them later does not show here.
+        for i in range(self.heap.count):
+            w = a64_load_relaxed(&self.heap.words[i])
+            if x_state(w) == X_HOST or x_state(w) == X_TAIL:
+                a64_fetch_add_relaxed(<a64_t *>(self.heap.extents + i * EXTENT), 0)
 
     def release(self):
         """The runtime has ended: give the memory back, now or when the last view of it is gone.

@@ -191,7 +191,10 @@ cdef class Harvest(Leasing):
         table.draining = False
         heap_sweep(&self.arena.heap, index)
         self.announce.discard(index)
+        self.repeat.discard(index)
         self.stuck.pop(index, None)
+        self.rescued += a64_load_relaxed(&slot.rescued)
+        a64_store_relaxed(&slot.rescued, 0)
         a32_store_release(&slot.state, S_FREE)
         table.state = S_FREE
         return 0

@@ -172,7 +172,8 @@ ctypedef struct slot_t:
     a32_t running           # 1 + the entry that is claimed, 0: idle. A hint for deadlines and workers()
     a64_t tasks_done        # items finished; never goes backwards
     uint64_t failure_bytes  # length of the pickle in the bounce block at P_FAILED
-    char pad5[40]
+    a64_t rescued           # times that leases were found by a repeated hint, the first one being lost
+    char pad5[32]
     # line 6: both, by turns: see the bounce protocol in _lease.pxd
     a32_t turn              # futex: the number of pieces the host has served
     char pad6[60]

@@ -78,6 +78,7 @@ cdef class WorkerPort:
     cdef uint32_t ring_mask, outbox_mask
     cdef uint64_t full_at       # arena.frees when a search for room failed last: no use to search again
     cdef bint was_full
+    cdef bint untold            # records were published that no hint has told of
     cdef list unkept            # (head, tag) of released views whose record found the outbox full
     cdef object notify          # called to tell the host to look at the outbox
 

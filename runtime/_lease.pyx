@@ -72,6 +72,15 @@ cdef class WorkerPort:
 
     # ---- phases ----
 
+    @property
+    def unseen(self):
+        """Whether there is something in the ring."""
+        return a64_load_acquire(&self.slot.ring_tail) != a64_load_relaxed(&self.slot.ring_head)
+
+    def rescued(self):
+        """Leases were found that no hint had announced."""
+        a64_store_relaxed(&self.slot.rescued, a64_load_relaxed(&self.slot.rescued) + 1)
+
     def ready(self):
         """From now on the host leases to this worker."""
         a32_store_release(&self.slot.phase, P_READY)
@@ -312,6 +321,12 @@ cdef class WorkerPort:
             if not outbox_put(self.slot, self.records, self.outbox_mask, &record):
                 break
             self.unkept.pop()
+            self.untold = True
+
+    def take_untold(self):
+        """Whether records were published that no hint has told of; then the next hint does."""
+        untold, self.untold = self.untold, False
+        return untold
 
 
 @cython.no_gc

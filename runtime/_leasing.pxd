@@ -64,6 +64,7 @@ cdef class SlotTable:
     cdef uint32_t inflight                  # leases out
     cdef uint32_t chunks                    # of them, chunks
     cdef bint ready, draining
+    cdef bint acted                         # the rescan took results in ahead of their hint
     cdef bint suspect                       # leases were taken back from it: it did not look at them
     cdef uint64_t suspect_at                # ring_head at that time
     # What the host writes into the slot is decided from these, never read back: a worker may run wild.
@@ -82,6 +83,7 @@ cdef class Leasing:
     cdef uint64_t *tags                     # per slot and entry: the tag of its last lease
     cdef dict functions                     # function id -> HostBlock, in order of use
     cdef set announce                       # slots that got leases and have not been told
+    cdef set repeat                         # slots to be told once more
     cdef int64_t starved_since              # monotonic ns: a task at the head found no room; 0: none does
     cdef uint64_t full_at                   # arena.frees when patience ran out last
     cdef bint was_full

@@ -114,6 +114,7 @@ cdef class Leasing:
         self.inbox = deque()
         self.functions = {}
         self.announce = set()
+        self.repeat = set()
         self.outcomes = []
         self.stuck = {}
         self.tags = <uint64_t *>PyMem_Calloc(arena.slots * arena.leases, sizeof(uint64_t))

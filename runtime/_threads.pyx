@@ -7,7 +7,7 @@ from libc.stdio cimport snprintf
 from libc.stdlib cimport strtol
 from posix.fcntl cimport O_RDONLY, open
 from posix.signal cimport kill
-from posix.unistd cimport _exit, close, read, rmdir, unlink, write
+from posix.unistd cimport _exit, close, getppid, read, rmdir, unlink, write
 
 cdef extern from "<poll.h>" nogil:
     struct pollfd:
@@ -25,6 +25,7 @@ cdef extern from "<sys/prctl.h>" nogil:
     int prctl(int option, unsigned long arg2, unsigned long arg3, unsigned long arg4, unsigned long arg5)
     int PR_SET_CHILD_SUBREAPER
 
+cdef int PARENT_PATIENCE = 300              # ms that a zygote has to end us when the host is gone
 cdef int64_t KEEPER_PERIOD = 10_000_000     # ns between two looks while a lease with a timeout is out
 
 
@@ -233,12 +234,13 @@ cdef void remove_folder(const char *path) noexcept nogil:
     rmdir(path)
 
 
-def watch_host(int pidfd, int stop, int exit_code, bytes folder):
+def watch_host(int pidfd, int stop, int exit_code, bytes folder, int parent):
     """A watch thread: when the host is gone, end our descendants, remove the socket folder, end ourselves.
 
     It needs no GIL, so it works while a task, or an import, holds it in C. It returns when `stop` (a
     descriptor, or -1) is readable, or when a task has closed the descriptors under it; the worker's loop
-    sees that too and retires.
+    sees that too and retires. `parent`: the zygote, which should end this process within a moment of the
+    host's death; if it has not, it is stuck or stopped, and is ended from here. 0: there is none.
     """
     cdef pollfd fds[2]
     cdef const char *path = folder
@@ -253,6 +255,10 @@ def watch_host(int pidfd, int stop, int exit_code, bytes folder):
             if fds[0].revents & POLLIN:
                 end_descendants()
                 remove_folder(path)
+                if parent:
+                    poll(fds, 0, PARENT_PATIENCE)
+                    if getppid() == parent:     # still ours, so the number is still its own
+                        kill(parent, SIGKILL)
                 _exit(exit_code)
             if fds[0].revents or fds[1].revents:
                 break

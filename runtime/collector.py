@@ -133,7 +133,7 @@ class Collector:
         if slot >= self.dispatcher.arena.slots or hint.incarnation != self.dispatcher.incarnation(slot):
             self.link.strangers += 1
         elif hint.kind == HintKind.LOOK:
-            self.dispatcher.drain(slot)
+            self.dispatcher.drain(slot, True)
             self.lifecycle.look(slot)
         elif hint.kind in (HintKind.HELLO, HintKind.CONTROL):
             came = self._hello.setdefault(slot, set())
@@ -160,6 +160,8 @@ class Collector:
         """Tell workers of leases in their rings."""
         for slot in self.dispatcher.announcements():
             self.link.send(HintKind.LOOK, slot, self.dispatcher.incarnation(slot))
+        for slot in self.dispatcher.repetitions():
+            self.link.send(HintKind.AGAIN, slot, self.dispatcher.incarnation(slot))
 
     # ---- outcomes ------------------------------------------------------------------------------------
 

@@ -312,8 +312,7 @@ class Runtime(concurrent.futures.Executor):
         for number, status, worker, done in self._core.workers():
             task = None
             if worker is not None:
-                _, _, more, task, _ = self._core.dispatcher.look(worker.slot)
-                done += more
+                task = self._core.dispatcher.look(worker.slot)[3]
             found.append(
                 WorkerInfo(
                     number,
@@ -345,7 +344,7 @@ class Runtime(concurrent.futures.Executor):
             cancelled=dispatcher.vanished,
             lane=0,
             message=dispatcher.by_message,
-            rescued=dispatcher.rescued,
+            rescued=dispatcher.rescues,
             reserved=arena.reserved_bytes,
             used=arena.used_bytes,
             pinned=dispatcher.pinned_bytes,

@@ -66,6 +66,7 @@ class Worker:
     died: float = 0.0  # monotonic seconds, 0: alive
     patience: float = REPORT_WAIT  # seconds from its death until its slot is swept without a report
     leave_by: float = 0.0  # monotonic time at which it is killed, 0: not leaving
+    unready: bool = False  # it died before it was ready, or had done nothing since
     reported: bool = False  # the zygote has said how it ended, and that its descendants are gone
     status: int | None = None  # exit code, negative for a signal
     rss: int | None = None
@@ -134,7 +135,7 @@ def raise_descriptor_limit(workers: int) -> None:
         if hard != resource.RLIM_INFINITY and hard < need:
             raise OSError(
                 f"{workers} workers need about {need} file descriptors ({open_now} are open), and the limit is "
-                f"{hard}: raise it (ulimit -Hn {need}, LimitNOFILE= of a systemd unit) or use fewer workers"
+                f"{hard}: raise it (ulimit -Hn {need}, LimitNOFILE= of a unit) or use fewer workers"
             )
         resource.setrlimit(resource.RLIMIT_NOFILE, (need, hard))
 

@@ -292,12 +292,19 @@ class WorkerLink:
         with contextlib.suppress(zmq.Again):
             self._push.send(self._look, zmq.NOBLOCK)
 
-    def wait(self, timeout: float) -> None:
-        """Until a hint comes, or for `timeout` seconds. What it says does not matter: look at everything."""
+    def wait(self, timeout: float) -> bool:
+        """Until a hint comes, or for `timeout` seconds. Look at everything after it, whatever it said.
+
+        True: only AGAIN came. Hints keep their order, so the one that it repeats was lost, not late.
+        """
+        kinds = set()
         for socket, _ in self._poller.poll(int(timeout * 1000)):
             with contextlib.suppress(zmq.Again):
                 while True:
-                    socket.recv(zmq.NOBLOCK)
+                    data = socket.recv(zmq.NOBLOCK)
+                    with contextlib.suppress(WireError):
+                        kinds.add(decode_hint(data).kind)
+        return kinds == {HintKind.AGAIN}
 
     def close(self) -> None:
         """Send what is queued, then close."""

@@ -88,6 +88,7 @@ class Supervisor:
         self._slots: dict[int, Worker] = {}  # slot -> its process, until the slot is swept
         self._looks: deque[int] = deque()  # slots whose phase may have changed
         self._stopping = False  # end when nothing is left to do
+        self._counting = threading.Lock()  # guards each number's worker and count, for those who look
         self._drained = False  # nothing is left: the workers were told to leave
         self._stop_by = 0.0  # monotonic time at which those that have not left are killed
         self._ever_ready = False
@@ -95,6 +96,7 @@ class Supervisor:
         self._zygote: Zygote | None = None
         self._old: list[Zygote] = []  # dead ones, whose workers are being replaced
         self._zygote_failures = 0
+        self._zygote_at = 0.0  # monotonic time of the next attempt to start one
         self.threads = [
             threading.Thread(target=self._guarded(target), name=f"runtime-{name}", daemon=True)
             for name, target in (
@@ -182,11 +184,24 @@ class Supervisor:
         self.arena.make_private()
 
     def workers(self) -> list[tuple[int, WorkerStatus, Worker | None, int]]:
-        """(number, status, process, tasks done by earlier processes) of each number."""
+        """(number, status, process, tasks done) of each number; the counts never go backwards."""
         now = time.monotonic()
-        return [
-            (n, self._status(it, now), it.worker, it.tasks_done) for n, it in sorted(self._numbers.items())
-        ]
+        with self._counting:
+            return [
+                (n, self._status(it, now), it.worker, it.tasks_done + self._done_by(it.worker))
+                for n, it in sorted(self._numbers.items())
+            ]
+
+    def _done_by(self, worker: Worker | None) -> int:
+        return self.dispatcher.look(worker.slot)[2] if worker is not None else 0
+
+    def _retire(self, worker: Worker) -> None:
+        """Its number is free for the next process; what it has done stays counted."""
+        number = self._numbers[worker.number]
+        with self._counting:
+            if number.worker is worker:
+                number.worker = None
+                number.tasks_done += self._done_by(worker)
 
     def _status(self, number: Number, now: float) -> WorkerStatus:
         worker = number.worker
@@ -251,6 +266,8 @@ class Supervisor:
                     *(it.not_before for it in self._numbers.values() if it.worker is None and it.not_before),
                 ]
             )
+        if self._zygote is None and not self._drained:
+            due = min(due, self._zygote_at)
         if not self._ever_ready:
             due = min(due, self._warn_at)
         if self._stop_by:
@@ -260,16 +277,13 @@ class Supervisor:
     def _respawn(self) -> None:
         """A worker for each number that has none and whose back-off is over."""
         now = time.monotonic()
+        if self._drained or self.broken is not None:
+            return
+        if self._zygote is None and (now < self._zygote_at or not self._new_zygote()):
+            return
         for n, number in self._numbers.items():
-            if (
-                self._drained
-                or self.broken is not None
-                or number.worker is not None
-                or number.not_before > now
-            ):
+            if number.worker is not None or number.not_before > now:
                 continue
-            if self._zygote is None and not self._new_zygote():
-                return
             slot = self.dispatcher.open_slot(n, 1)
             if slot < 0:
                 return  # all are being swept; the next settle comes back here
@@ -339,6 +353,7 @@ class Supervisor:
             return
         worker.pid, worker.pidfd = pid, pidfd
         self.dispatcher.occupy(worker.slot, pidfd)
+        self._looks.append(worker.slot)
         if self.broken is not None or self._drained:
             self.dispatcher.signal(worker.slot, signal.SIGKILL)
 
@@ -374,7 +389,7 @@ class Supervisor:
                 # Never forked, or never heard of: such a one ends when it sees that its parent is gone.
                 worker.died = time.monotonic()
                 worker.patience = _ORPHAN_WAIT
-                self._numbers[worker.number].worker = None
+                self._retire(worker)
         self._old.append(zygote)
         if self._drained or self.broken is not None:
             return
@@ -396,10 +411,7 @@ class Supervisor:
             return
         if self._zygote_failures > 0:
             log.warning("%s; starting another", reason)
-            wait = time.monotonic() + backoff(self._zygote_failures)
-            for number in self._numbers.values():
-                if number.worker is None:
-                    number.not_before = max(number.not_before, wait)
+            self._zygote_at = time.monotonic() + backoff(self._zygote_failures)
 
     # ---- lives and deaths of workers -----------------------------------------------------------------
 
@@ -407,8 +419,8 @@ class Supervisor:
         """A worker that is ready gets leases; one that leaves gets none."""
         while self._looks:
             worker = self._slots.get(self._looks.popleft())
-            if worker is None or worker.died:
-                continue
+            if worker is None or worker.died or worker.pid is None:
+                continue  # not before the zygote has told of it: what cannot be killed gets no task
             phase = self.dispatcher.phase(worker.slot)
             if phase == _core.PHASE_READY and not worker.ready:
                 worker.ready = self._ever_ready = True
@@ -423,8 +435,7 @@ class Supervisor:
                 worker.leave_by = time.monotonic() + self.settings.drain_timeout
                 self.dispatcher.stop_slot(worker.slot)
                 self.collector.announce()
-                if self._numbers[worker.number].worker is worker:
-                    self._numbers[worker.number].worker = None
+                self._retire(worker)
 
     def _reap(self, ready: set[int]) -> None:
         """Workers whose pidfd says that they are dead."""
@@ -436,17 +447,16 @@ class Supervisor:
         """A worker's process is gone: no more leases to it, and the next one may start."""
         if worker.died:
             return
-        worker.died = now = time.monotonic()
+        worker.died = time.monotonic()
         number = self._numbers[worker.number]
-        if number.worker is worker:
-            number.worker = None
-        worked = self.dispatcher.worked(worker.slot)
+        worker.unready = not (self.dispatcher.worked(worker.slot) or worker.stopping)
+        self._retire(worker)
         self.dispatcher.vacate(worker.slot)
-        if worked or worker.stopping:
+        if worker.unready:
+            number.not_before = worker.died + worker.patience  # _settle knows how it ended
+        else:
             number.failures.clear()
             number.not_before = 0.0
-        else:
-            self._failed_before_ready(number, now, self._start_failure(worker))
 
     def _start_failure(self, worker: Worker) -> BrokenRuntime:
         """Why a worker did not become ready."""
@@ -481,7 +491,7 @@ class Supervisor:
         """No process could be made for a slot."""
         worker.died = now = time.monotonic()
         worker.reported = True
-        self._numbers[worker.number].worker = None
+        self._retire(worker)
         self._failed_before_ready(self._numbers[worker.number], now, BrokenRuntime(reason))
 
     def _resolve_killed(self) -> None:
@@ -499,7 +509,8 @@ class Supervisor:
             if not worker.died or not (worker.reported or now >= worker.died + worker.patience):
                 continue
             slot = worker.slot
-            self._numbers[worker.number].tasks_done += self.dispatcher.look(slot)[2]
+            if worker.unready:
+                self._failed_before_ready(self._numbers[worker.number], now, self._start_failure(worker))
             self.link.close_slot(slot)
             self.collector.forget(slot)
             self.dispatcher.settle(slot, death_of(worker))

@@ -39,6 +39,7 @@ class HintKind(enum.IntEnum):
     WELCOME = 2  # host to worker: so am I to yours, and I have your subscription
     LOOK = 3  # either way: there is something in your ring, or in my outbox or phase
     CONTROL = 4  # host to worker, by PUB: read your control word
+    AGAIN = 5  # host to worker: as LOOK, which may have been lost
 
 
 _KINDS = frozenset(int(kind) for kind in HintKind)

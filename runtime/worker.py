@@ -189,14 +189,20 @@ class Worker:
                 self.check()
                 continue
             self.port.flush()
-            self.waiting = True
-            try:
-                if not self.leaving:
-                    self.link.wait(_IDLE_WAIT)
-            except _Leave:
-                pass
-            finally:
-                self.waiting = False
+            if self.port.take_untold():
+                self.notify()
+            self.rest()
+
+    def rest(self) -> None:
+        """Wait for a hint, unless SIGTERM has come; or until it comes."""
+        self.waiting = True
+        try:
+            if not self.leaving and self.link.wait(_IDLE_WAIT) and self.port.unseen:
+                self.port.rescued()
+        except _Leave:
+            pass
+        finally:
+            self.waiting = False
 
     def execute(self, entry: int) -> None:
         """Run what a claimed lease holds."""
@@ -305,7 +311,11 @@ class Worker:
             os._exit(1)
         if isinstance(error, _Leave):
             error = KeyboardInterrupt()
-        return _item(1, serializer.dump_exception(error))
+        item = _item(1, serializer.dump_exception(error))
+        error.__traceback__ = (
+            None  # its frames know the error and the arguments: a cycle that would keep both
+        )
+        return item
 
     def deliver(self, entry: int, items: list[Any], ran: int, exporter: Any) -> bool:
         """End the lease with its last items. False: the host has killed it."""
@@ -355,7 +365,7 @@ def main(arena: _core.Arena, orders: Orders) -> None:
         _reseed()
         _prefer_for_oom()
         _core.become_subreaper()
-        arguments = (orders.host_pidfd, -1, EXIT_HOST_GONE, orders.folder)
+        arguments = (orders.host_pidfd, -1, EXIT_HOST_GONE, orders.folder, orders.zygote_pid)
         threading.Thread(
             target=_core.watch_host, args=arguments, name="runtime-host-watch", daemon=True
         ).start()

@@ -19,6 +19,7 @@ from __future__ import annotations
 import array
 import contextlib
 import faulthandler
+import fcntl
 import gc
 import importlib
 import os
@@ -75,7 +76,10 @@ class Zygote:
         host = os.pidfd_open(os.getpid())
         config = _written("runtime-zygote", pickle.dumps(settings, protocol=5))
         self.stack_fd = os.memfd_create("runtime-stack")
-        fds = (theirs.fileno(), arena.fd, host, config, self.stack_fd)
+        # The child gets /dev/null as 0, and keeps 1 and 2: ours must not be among these, even if the host
+        # has closed its own.
+        given = (theirs.fileno(), arena.fd, host, config, self.stack_fd)
+        fds = tuple(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3) for fd in given)
         root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
         code = f"import sys; sys.path.insert(0, {root!r}); from runtime.zygote import main; main()"
         flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
@@ -90,8 +94,8 @@ class Zygote:
             raise
         finally:
             theirs.close()
-            os.close(host)
-            os.close(config)
+            for fd in (host, config, *fds):
+                os.close(fd)
         self.socket.setblocking(False)
         self.pid = self.process.pid
         self.pidfd = os.pidfd_open(self.pid)
@@ -175,7 +179,7 @@ class _Watch:
 
     def __init__(self, host_pidfd: int, folder: bytes) -> None:
         self._stop = os.eventfd(0, os.EFD_CLOEXEC)
-        arguments = (host_pidfd, self._stop, worker.EXIT_HOST_GONE, folder)
+        arguments = (host_pidfd, self._stop, worker.EXIT_HOST_GONE, folder, 0)
         self._thread = threading.Thread(target=_core.watch_host, args=arguments, daemon=True)
         self._thread.start()
 
