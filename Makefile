@@ -6,7 +6,7 @@
 
 PYTHON ?= python3
 ARGS   ?=
-MARK   ?= not promise
+MARK   ?= not promise and not stress
 DIST   ?= dist
 
 ifndef VENV
@@ -39,7 +39,7 @@ run: ## the main job on real input: a census of the standard library, checked ag
 	@$(BOOTSTRAP) --extras cli
 	$(RUN) examples/census.py $(ARGS)
 
-test: setup ## the test suite without what measures or takes long (MARK="..." chooses otherwise)
+test: setup ## the test suite without storms and promises (MARK="..." chooses otherwise)
 	$(RUN) -m pytest -m "$(MARK)" $(ARGS)
 
 lint: setup ## ruff and cython-lint

@@ -162,6 +162,8 @@ class Runtime(concurrent.futures.Executor):
             raise ValueError("threads must be 1: several native threads per worker are not in this version")
         if self._settings.start_method != "exec":
             raise ValueError('start_method must be "exec": "fork" is not in this version')
+        if self._settings.state_max_items is not None or self._settings.state_max_bytes is not None:
+            raise ValueError("state_max_items and state_max_bytes: shared state is not in this version")
         self._max_workers = self._settings.max_workers
         self._options = TaskOptions(
             self._settings.timeout, self._settings.retries, self._settings.retry_on, 0
