@@ -214,6 +214,12 @@ cdef class Dispatcher(Harvest):
         self.announce.clear()
         return told
 
+    def told(self, uint32_t index):
+        """A message has announced the leases of a slot."""
+        cdef SlotTable table = self.slots[index]
+        self.by_message += table.untold
+        table.untold = 0
+
     def repetitions(self):
         """Slots to tell once more; each is returned once."""
         if not self.repeat:
@@ -259,6 +265,7 @@ cdef class Dispatcher(Harvest):
                 table.outbox_head = 0
                 table.suspect = False
                 table.acted = False
+                table.untold = 0
                 a64_store_relaxed(&slot.rescued, 0)
                 slot.incarnation = table.incarnation
                 slot.number = number

@@ -115,8 +115,8 @@ cdef enum:
     R_DONE = 1              # entry: the lease is DONE
     R_PARTIAL = 2           # entry: `count` items more are finished, their frame is in the block
     R_UNKEEP = 3            # body, tag: the last view of that argument block is gone
-    R_ASK = 4               # entry: the worker waits for piece `count` of the arguments' frame
-    R_OFFER = 5             # entry: piece `count` of the result's frame, `bytes` long, is in the bounce block
+    R_ASK = 4               # entry: the worker waits for `bytes` bytes of the arguments' frame from `count` on
+    R_OFFER = 5             # entry: `bytes` bytes of the result's frame from `count` on are in the bounce block
 
 ctypedef struct record_t:
     uint32_t kind           # R_*
@@ -124,17 +124,17 @@ ctypedef struct record_t:
     uint64_t word           # the lease word when the record was written: its tag says which lease
     uint64_t body           # offset of a block
     uint64_t tag            # and its tag
-    uint64_t bytes          # bytes of the frame in it, or of the piece; of the whole frame for R_OFFER 0
-    uint64_t count          # items, or the number of a piece
+    uint64_t bytes          # bytes of the frame in it, or of the piece
+    uint64_t count          # items; for R_ASK and R_OFFER the offset of the piece in the frame
 
 
 # ---- slots -------------------------------------------------------------------------------------------
-# slot_t.state, written by the host alone: S_FREE -> S_LIVE -> S_DYING -> S_SWEPT -> S_FREE
+# slot_t.state, written by the host alone, for those who look from outside (the host itself goes by its own
+# copy): S_FREE -> S_LIVE -> S_DYING -> S_FREE, the last step at the end of the sweep
 cdef enum:
     S_FREE = 0
     S_LIVE = 1
     S_DYING = 2
-    S_SWEPT = 3
 
 # slot_t.phase, written by the worker alone
 cdef enum:
@@ -174,7 +174,8 @@ ctypedef struct slot_t:
     uint64_t failure_bytes  # length of the pickle in the bounce block at P_FAILED
     a64_t rescued           # times that leases were found by a repeated hint, the first one being lost
     char pad5[32]
-    # line 6: both, by turns: see the bounce protocol in _lease.pxd
+    # line 6: the host's. The bounce block belongs to the worker until it asks or offers, then to the host
+    # until it has moved `turn`. One record is out at a time; see receive and offer in _lease.pyx
     a32_t turn              # futex: the number of pieces the host has served
     char pad6[60]
 

@@ -63,6 +63,7 @@ cdef class SlotTable:
     cdef set early                          # (head, tag) released before its lease was harvested
     cdef uint32_t inflight                  # leases out
     cdef uint32_t chunks                    # of them, chunks
+    cdef uint64_t untold                    # tasks and items leased since the worker was told last
     cdef bint ready, draining
     cdef bint acted                         # the rescan took results in ahead of their hint
     cdef bint suspect                       # leases were taken back from it: it did not look at them

@@ -20,6 +20,7 @@ from runtime._lease cimport ring_place, ring_put, ring_room
 cdef int64_t ROOM_PATIENCE = 50_000_000     # ns a task waits for room before it travels by value
 cdef int64_t CHUNK_NS = 2_000_000           # ns of work that a chunk aims at
 cdef uint32_t MAX_CHUNK = 1024              # items of a chunk, at most
+cdef uint32_t LONGEST_CHUNK = 65536         # also if the user asks for more: the word has 21 bits for the item
 cdef uint32_t DEPTH = 64                    # leases ahead per worker, at most
 cdef uint32_t CHUNK_DEPTH = 2               # chunks ahead per worker: one runs, one waits
 cdef uint32_t FUNCTIONS = 256               # function pickles kept in the region
@@ -31,9 +32,6 @@ OUTCOME_KILLED = 2          # (.., task, item, reason)
 OUTCOME_LOST = 3            # (.., task, item, what went wrong)
 OUTCOME_ABANDONED = 4       # (.., task or None, batch or None, its entries, whether they count as cancelled)
 
-CANCEL_NO = 0               # it has started, or is over
-CANCEL_DONE = 1             # it never started and never will
-CANCEL_KILLED = 2           # it had started; its worker is being killed
 
 
 cdef class Batch:
@@ -60,7 +58,7 @@ cdef class Batch:
         cdef uint32_t left = <uint32_t>len(self.pending)
         cdef uint32_t n
         if self.fixed:
-            return min(self.fixed, left)
+            return min(self.fixed, left, LONGEST_CHUNK)
         if self.item_ns <= 0:
             return 1
         n = MAX_CHUNK if self.item_ns * MAX_CHUNK < CHUNK_NS else <uint32_t>(CHUNK_NS / self.item_ns)
@@ -343,6 +341,9 @@ cdef class Leasing:
                 where = AT_INLINE
             else:
                 block = HostBlock.take(self.arena, frame.nbytes)
+                while block is None and len(self.functions) > 1:
+                    self.functions.pop(next(iter(self.functions)))  # pickles of functions used long ago give way
+                    block = HostBlock.take(self.arena, frame.nbytes)
                 if block is not None:
                     frame.copy(block.data, 0, frame.nbytes)
                 elif frame.nbytes <= self.arena.data_bytes and self.starved():
@@ -405,7 +406,7 @@ cdef class Leasing:
         a64_store_release(&lease.word, lease_word(L_LEASED, 0, task.tag))
         ring_put(slot, self.arena.ring(index), &table.ring_tail, self.arena.leases - 1,
                  ring_place(number, task.tag))
-        self.by_message += items
+        table.untold += items
         self.announce.add(index)
         return True
 

@@ -24,6 +24,7 @@ class Children:
     def __init__(self) -> None:
         self._forked: set[int] = set()  # by os.fork and its kin, in this process
         self._searched = 0.0
+        self._pause = 0.0
         self._before: set[int] = set()
         os.register_at_fork(before=self._look, after_in_parent=self._note)
 
@@ -35,19 +36,20 @@ class Children:
 
     def reap(self) -> None:
         """Wait for the adopted ones that have ended. Costs a system call when there is none."""
-        while (pid := _ended(os.P_ALL, 0)) and pid not in self._own():
-            _wait(pid)
-        if pid and time.monotonic() - self._searched > _SEARCH_EVERY:
-            self._searched = time.monotonic()
+        if _ended(os.P_ALL, 0) and time.monotonic() - self._searched > self._pause:
             own = self._own()
-            for child in _children(os.getpid()):
-                if child not in own and _ended(os.P_PID, child):
-                    _wait(child)
+            ended = [pid for pid in _children(os.getpid()) if _ended(os.P_PID, pid)]
+            for pid in ended:
+                if pid not in own:
+                    _wait(pid)
+            # What is left is for a task to wait for; it hides nothing, but is found again each time.
+            self._pause = _SEARCH_EVERY if own.intersection(ended) else 0.0
+            self._searched = time.monotonic()
 
     def _own(self) -> set[int]:
         """Children that a task made: forked, or behind a Popen object that lives."""
         self._forked = {pid for pid in self._forked if os.path.exists(f"/proc/{pid}")}
-        return self._forked | {it.pid for it in gc.get_objects() if isinstance(it, subprocess.Popen)}
+        return self._forked | {it.pid for it in gc.get_objects() if issubclass(type(it), subprocess.Popen)}
 
 
 def _ended(kind: int, pid: int) -> int:

@@ -12,6 +12,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from runtime import _core, serializer
@@ -33,32 +34,22 @@ class Sink(Protocol):
     """Who takes the results of a map's items."""
 
     retries: int
+    retry_on: tuple[type[BaseException], ...]
 
     def deliver(self, index: int, ok: bool, value: Any) -> None:
         """The outcome of item `index`; the first one counts."""
 
 
-class Death(RuntimeFailure):
-    """How a worker ended, as the supervisor knows it; turned into a WorkerDied for each task it ran."""
+@dataclass(frozen=True, slots=True)
+class Death:
+    """How a worker ended, as the supervisor knows it; each task that it ran gets a WorkerDied of it."""
 
-    def __init__(
-        self,
-        pid: int | None,
-        number: int,
-        exitcode: int | None,
-        signal: int | None,
-        reason: str,
-        rss: int | None,
-    ) -> None:
-        super().__init__(reason)
-        self.pid, self.number, self.exitcode, self.signal, self.reason, self.rss = (
-            pid,
-            number,
-            exitcode,
-            signal,
-            reason,
-            rss,
-        )
+    pid: int | None
+    number: int
+    exitcode: int | None
+    signal: int | None
+    reason: str
+    rss: int | None
 
     def blamed(self, attempts: int) -> WorkerDied:
         """The exception of a task that the worker was running."""
@@ -74,7 +65,7 @@ def again(error: BrokenRuntime) -> BrokenRuntime:
     return copy
 
 
-class Lifecycle(Protocol):
+class Watcher(Protocol):
     """What the collector tells the supervisor."""
 
     def look(self, slot: int) -> None:
@@ -87,13 +78,13 @@ class Lifecycle(Protocol):
 class Collector:
     """Completes futures.
 
-    Thread-safety: `run` belongs to one thread; `announce`, `fail` and `retry` may be called from any.
+    Thread-safety: `run` belongs to one thread; `announce` may be called from any.
     """
 
-    def __init__(self, dispatcher: _core.Dispatcher, link: HostLink, lifecycle: Lifecycle) -> None:
+    def __init__(self, dispatcher: _core.Dispatcher, link: HostLink, watcher: Watcher) -> None:
         self.dispatcher = dispatcher
         self.link = link
-        self.lifecycle = lifecycle
+        self.watcher = watcher
         self.broken: BrokenRuntime | None = None  # set when no task can run any more: what they are told
         self.stopped = False
         self._half = dispatcher.arena.data_bytes // 2
@@ -111,7 +102,7 @@ class Collector:
                 last = now
                 self.dispatcher.rescan()
                 if self.dispatcher.leased:
-                    self.lifecycle.look(-1)
+                    self.watcher.look(-1)
             self.complete()
             self.announce()
             for slot in list(self._welcome):
@@ -134,7 +125,7 @@ class Collector:
             self.link.strangers += 1
         elif hint.kind == HintKind.LOOK:
             self.dispatcher.drain(slot, True)
-            self.lifecycle.look(slot)
+            self.watcher.look(slot)
         elif hint.kind in (HintKind.HELLO, HintKind.CONTROL):
             came = self._hello.setdefault(slot, set())
             came.add(hint.kind)
@@ -159,7 +150,8 @@ class Collector:
     def announce(self) -> None:
         """Tell workers of leases in their rings."""
         for slot in self.dispatcher.announcements():
-            self.link.send(HintKind.LOOK, slot, self.dispatcher.incarnation(slot))
+            if self.link.send(HintKind.LOOK, slot, self.dispatcher.incarnation(slot)):
+                self.dispatcher.told(slot)
         for slot in self.dispatcher.repetitions():
             self.link.send(HintKind.AGAIN, slot, self.dispatcher.incarnation(slot))
 
@@ -175,7 +167,7 @@ class Collector:
                 except BaseException:
                     log.exception("an outcome could not be delivered")
             self.announce()
-            self.lifecycle.wake()
+            self.watcher.wake()
 
     def settle(self, kind: int, task: Any, *rest: Any) -> None:
         """Act on one outcome."""
@@ -185,7 +177,10 @@ class Collector:
             self.died(task, *rest)
         elif kind == _core.OUTCOME_KILLED:
             item, reason = rest
-            self.fail_or_retry(task, item, self.killed(task, reason))
+            if reason:  # cancelled by the user: final, whatever retry_on says
+                self.finish(task, item, False, self.killed(task, reason))
+            else:
+                self.fail_or_retry(task, item, self.killed(task, reason))
         elif kind == _core.OUTCOME_ABANDONED:
             self.abandoned(task, *rest)
         else:
@@ -195,17 +190,18 @@ class Collector:
 
     def deliver(self, task: _core.Task, first: int, count: int, exporter: Any, ran: int) -> None:
         """Results of items first .. first+count-1, in a frame."""
-        if isinstance(exporter, _core.HostBlock) and self.dispatcher.arena.held > self._half:
-            exporter = bytearray(exporter)  # the region is for what is under way, not for what is stored
         try:
+            if isinstance(exporter, _core.HostBlock) and self.dispatcher.arena.held > self._half:
+                with contextlib.suppress(MemoryError):
+                    exporter = bytearray(
+                        exporter
+                    )  # the region is for what is under way, not for what is stored
             items = _core.read_frame(exporter)
             if len(items) != count:
                 raise ValueError(f"the frame holds {len(items)} items, not {count}")
-        except ValueError as error:
+        except Exception as error:
             for item in range(first, first + count):
-                self.finish(
-                    task, item, False, RuntimeFailure(f"the worker wrote a malformed result: {error}")
-                )
+                self.finish(task, item, False, RuntimeFailure(f"the result cannot be read: {error}"))
             return
         del exporter
         items.reverse()

@@ -95,10 +95,9 @@ class Future(concurrent.futures.Future[T]):
         if not super().cancel():
             return False
         self._task = None
-        with self._condition:
-            notified = self._state == "CANCELLED_AND_NOTIFIED"
-        if not notified:
-            self.set_running_or_notify_cancel()
+        with self._condition:  # re-entrant; two threads may cancel at once, and only one may notify
+            if self._state == "CANCELLED":
+                self.set_running_or_notify_cancel()
         return True
 
     def running(self) -> bool:

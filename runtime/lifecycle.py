@@ -134,8 +134,8 @@ def raise_descriptor_limit(workers: int) -> None:
     if soft != resource.RLIM_INFINITY and soft < need:
         if hard != resource.RLIM_INFINITY and hard < need:
             raise OSError(
-                f"{workers} workers need about {need} file descriptors ({open_now} are open), and the limit is "
-                f"{hard}: raise it (ulimit -Hn {need}, LimitNOFILE= of a unit) or use fewer workers"
+                f"{workers} workers need about {need} file descriptors ({open_now} are open), and the limit "
+                f"is {hard}: raise it (ulimit -Hn {need}, LimitNOFILE= of a unit) or use fewer workers"
             )
         resource.setrlimit(resource.RLIMIT_NOFILE, (need, hard))
 

@@ -170,7 +170,8 @@ class Results(Iterator[Any]):
             self._batches.append(
                 _core.Batch(
                     ref, run, int((self._options.timeout or 0) * 1e9), self._options.priority,
-                    self._options.retries > 0, self._options.retries_timeouts, self._chunksize,
+                    self._options.retries > 0, self._options.retries_timeouts,
+                    min(self._chunksize, 1 << 31),
                 )
             )  # fmt: skip
         group.append((index, (0, payload.data, payload.buffers, payload.readonly)))

@@ -1334,7 +1334,7 @@ class FunctionTable:
         self._entries: dict[int, _Entry] = {}
         self._by_digest: OrderedDict[bytes, FunctionRef] = OrderedDict()
         self._size, self._limit, self._held = size, nbytes, 0
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a destructor that is run inside may submit
 
     def ref(self, fn: Callable[..., Any]) -> FunctionRef:
         """The reference for any callable; bound methods, partials and instances are pickled whole.

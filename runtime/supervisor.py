@@ -24,6 +24,7 @@ import select
 import signal
 import threading
 import time
+import traceback
 import warnings
 from collections import deque
 from collections.abc import Callable
@@ -88,7 +89,7 @@ class Supervisor:
         self._slots: dict[int, Worker] = {}  # slot -> its process, until the slot is swept
         self._looks: deque[int] = deque()  # slots whose phase may have changed
         self._stopping = False  # end when nothing is left to do
-        self._counting = threading.Lock()  # guards each number's worker and count, for those who look
+        self._counting = threading.RLock()  # guards each number's worker and count, for those who look
         self._drained = False  # nothing is left: the workers were told to leave
         self._stop_by = 0.0  # monotonic time at which those that have not left are killed
         self._ever_ready = False
@@ -149,7 +150,7 @@ class Supervisor:
         """The collector: a worker may have changed its phase (-1: any may have)."""
         for index in (slot,) if slot >= 0 else tuple(self._slots):
             worker = self._slots.get(index)
-            if worker is not None and not worker.stopping:
+            if worker is not None and not worker.leave_by:
                 phase = self.dispatcher.phase(index)
                 if phase == _core.PHASE_LEAVING or (phase == _core.PHASE_READY and not worker.ready):
                     self._looks.append(index)
@@ -253,7 +254,8 @@ class Supervisor:
 
     def _due(self) -> float:
         """Monotonic time of the next thing that happens by the clock."""
-        due = time.monotonic() + 60.0
+        now = time.monotonic()
+        due = now + 60.0
         for worker in self._slots.values():
             if worker.died and not worker.reported:
                 due = min(due, worker.died + worker.patience)
@@ -263,11 +265,15 @@ class Supervisor:
             due = min(
                 [
                     due,
-                    *(it.not_before for it in self._numbers.values() if it.worker is None and it.not_before),
+                    *(
+                        it.not_before
+                        for it in self._numbers.values()
+                        if it.worker is None and it.not_before > now
+                    ),
                 ]
             )
         if self._zygote is None and not self._drained:
-            due = min(due, self._zygote_at)
+            due = min(due, max(self._zygote_at, now))
         if not self._ever_ready:
             due = min(due, self._warn_at)
         if self._stop_by:
@@ -359,11 +365,12 @@ class Supervisor:
 
     def _import_in_workers(self, module: str) -> None:
         """A fork would leave a module's threads behind, so each worker imports it for itself."""
-        warnings.warn(
-            f"preload module {module!r} leaves a thread running; it is imported in each worker instead",
-            RuntimeWarning,
-            stacklevel=1,
-        )
+        with contextlib.suppress(RuntimeWarning):  # under -W error
+            warnings.warn(
+                f"preload module {module!r} leaves a thread running; it is imported in each worker instead",
+                RuntimeWarning,
+                stacklevel=1,
+            )
         settings = self._zygote_settings
         settings["preload"] = [name for name in settings["preload"] if name != module]
         settings["imports"] = [*settings["imports"], module]
@@ -394,16 +401,16 @@ class Supervisor:
         if self._drained or self.broken is not None:
             return
         if zygote.importing:
-            self._zygote_failed(
+            what = (
                 f"the zygote ended with exit code {code} as it imported preload module {zygote.importing!r}"
             )
+            self._zygote_failed(what, importing=True)
         else:
             self._zygote_failed(f"the zygote ended with exit code {code}")
 
-    def _zygote_failed(self, reason: str) -> None:
+    def _zygote_failed(self, reason: str, importing: bool = False) -> None:
         """Try again, later each time; without a worker that was ever ready, not often."""
         self._zygote_failures += 1
-        importing = "preload" in reason
         if not self._ever_ready and (
             self._zygote_failures >= _FAILURES or (importing and self._zygote_failures > 0)
         ):
@@ -430,7 +437,8 @@ class Supervisor:
                 self.dispatcher.make_ready(worker.slot)
                 self.collector.announce()
             elif phase == _core.PHASE_LEAVING and not worker.leave_by:
-                # It runs nothing any more, but threads of a task's may keep it from ending. The next starts now.
+                # It runs nothing any more, but threads of a task's may keep it from ending. The next one
+                # starts now.
                 worker.stopping = True
                 worker.leave_by = time.monotonic() + self.settings.drain_timeout
                 self.dispatcher.stop_slot(worker.slot)
@@ -466,7 +474,8 @@ class Supervisor:
                 cause = serializer.load_exception(data, views)
             except ValueError as error:
                 cause = error
-            failure = BrokenRuntime(f"the initializer raised {type(cause).__name__}: {cause}")
+            text = "".join(traceback.format_exception_only(cause)).strip()  # survives a __str__ that raises
+            failure = BrokenRuntime(f"the initializer raised {text}")
             failure.__cause__ = cause
             return failure
         return BrokenRuntime(
@@ -481,7 +490,10 @@ class Supervisor:
         number.not_before = now + backoff(len(number.failures))
         if self.broken is not None or self._drained:
             return
-        exhausted = all(len(it.failures) >= _FAILURES for it in self._numbers.values())
+        exhausted = all(
+            it.worker is None and sum(t > now - _WINDOW for t in it.failures) >= _FAILURES
+            for it in self._numbers.values()
+        )
         if exhausted or (not self._ever_ready and failure.__cause__ is not None):
             self.fail(failure)
         else:
@@ -529,9 +541,9 @@ class Supervisor:
             it.worker is None or not it.worker.ready or it.worker.stopping for it in self._numbers.values()
         ):
             return
-        for worker in self._slots.values():
-            if worker.zygote in self._old:
-                self._ask_to_leave(worker)
+        for number in self._numbers.values():
+            if number.worker is not None and number.worker.zygote in self._old:
+                self._ask_to_leave(number.worker)
                 return
 
     def _ask_to_leave(self, worker: Worker) -> None:
@@ -591,10 +603,15 @@ class Supervisor:
         """The last steps; everything of this runtime is gone after them."""
         for worker in self._slots.values():  # none, unless the loop has failed
             self.dispatcher.signal(worker.slot, signal.SIGKILL)
+            self.dispatcher.vacate(worker.slot)
         if self._zygote is not None:
             self._zygote.close(0.0 if self._zygote.importing else _QUIT_WAIT)
         for zygote in self._old:
             zygote.close(0.0)
+        for worker in self._slots.values():
+            self.dispatcher.settle(worker.slot, death_of(worker))
+            if worker.pidfd >= 0:
+                os.close(worker.pidfd)
         self.collector.stopped = True
         self.link.wake()
         self.threads[0].join()

@@ -135,6 +135,8 @@ class Worker:
                 __import__(name)
             self.initialise()
         except BaseException as error:
+            if self.orphaned():
+                os._exit(EXIT_ORPHANED)  # the slot may be another process's by now
             self.port.fail(self.packed_failure(error))
             self.notify()
             self.link.close()
@@ -258,6 +260,8 @@ class Worker:
             fn_data = self.function_data(entry, fn_id, leads, items)
         except BaseException as error:
             failure = self.failed(error)
+        if failure and not items:  # the frame itself cannot be read: the first item answers for it
+            return self.deliver(entry, [failure], 1, exporter)
         items.reverse()
         while items:
             if ran and not self.port.advance(entry):

@@ -1,7 +1,7 @@
 """The zygote: a child that has imported the user's modules, has no threads, and forks workers on request.
 
     host                                   zygote (one thread, one poll loop)
-      │  exec, with four descriptors  ──►  sys.path, arguments, warnings, preload
+      │  exec, with five descriptors  ──►  sys.path, arguments, warnings, preload
       │  ◄── {"what": "importing"}         for each preloaded module
       │  ◄── {"what": "started"}           or "failed" with the traceback, or "threads" with the module
       │  {"what": "fork", slot …}     ──►  fork; pidfd_open before it may reap

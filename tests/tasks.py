@@ -315,3 +315,23 @@ def recurse(depth: int = 0) -> int:
 def large_exception(nbytes: int) -> NoReturn:
     """An exception with a long text."""
     raise ValueError("x" * nbytes)
+
+
+_left: list[Any] = []
+
+
+def leave_a_dead_proxy_and_a_zombie() -> int:
+    """Keep a proxy whose object is gone, and a child that has ended and was not waited for."""
+    import weakref
+
+    class Thing:
+        pass
+
+    thing = Thing()
+    _left.append(weakref.proxy(thing))
+    del thing
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+    return os.getpid()

@@ -1499,3 +1499,27 @@ future.result()
     assert code == -signal.SIGINT
     assert err.count("Traceback") == 1 and err.rstrip().endswith("KeyboardInterrupt")
     assert took < 10 * 2.0
+
+
+# ---- found in review ---------------------------------------------------------------------------------
+
+
+def test_cancel_of_running_code_is_final_whatever_retry_on_says(
+    factory: Callable[..., Runtime], gate: Gate
+) -> None:
+    rt = factory(2, retries=5, retry_on=Exception)
+    held = rt.submit(pass_through, gate.path)
+    gate.arrived()
+    assert rt.cancel(held, running=True)
+    with pytest.raises(TaskCancelled):
+        held.result()
+    until(lambda: idle(rt), "idle")
+    assert [f.result() for f in [rt.submit(abs, -i) for i in range(300)]] == list(range(300))
+    assert rt.stats().leased == rt.stats().running == 0
+
+
+def test_a_dead_proxy_in_a_worker_is_no_harm(factory: Callable[..., Runtime]) -> None:
+    """Looking for the children that a task made must not touch objects of the user's."""
+    rt = factory(1)
+    pid = rt.submit(tasks.leave_a_dead_proxy_and_a_zombie).result()
+    assert {rt.submit(os.getpid).result() for _ in range(20)} == {pid}

@@ -608,3 +608,21 @@ def test_abandoned_maps_leave_nothing_behind(factory: Callable[..., Runtime]) ->
     assert stats.failed == 0
     assert rt.submit(abs, -1).result() == 1
     assert set(rt._core.arena.owners()) <= {"host"}
+
+
+# ---- found in review ---------------------------------------------------------------------------------
+
+
+def test_chunksize_beyond_any_chunk(pool: Runtime) -> None:
+    """The lease word has room for the index of an item, but not for any index."""
+    assert list(pool.map(abs, range(70_000), chunksize=1 << 40)) == list(range(70_000))
+
+
+def test_functions_give_way_to_arguments(factory: Callable[..., Runtime]) -> None:
+    """Pickles of functions used long ago do not keep the region full for good."""
+    rt = factory(1, region_size="1MiB")
+    for i in range(40):
+        ballast = bytes(60_000)
+        assert rt.submit(lambda ballast=ballast, i=i: (len(ballast), i)).result() == (60_000, i)
+    assert rt.submit(len, bytes(700_000)).result() == 700_000
+    assert rt._core.arena.held < 700_000
