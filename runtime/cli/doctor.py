@@ -148,7 +148,7 @@ def _memory(name: str) -> Check:
     total, limit, most = config.memory_total(), config.memory_limit(), config.default_region_max()
     detail = f"{_bytes(total)} in the machine, "
     detail += "no cgroup limit" if limit is None else f"cgroup limit {_bytes(limit)}"
-    detail += f": a region may grow to {_bytes(most)} by default"
+    detail += f": room for a region of {_bytes(most)}"
     if most < 64 * MIB:
         cure = "raise the memory limit (docker --memory): large arguments will travel slowly"
         return Check(name, WARN, detail, cure)
