@@ -43,6 +43,11 @@ import pytest
 if TYPE_CHECKING:
     import runtime
 
+# A shell that runs us in the background has SIGINT ignored, and what we start would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 MARK = "PYTEST_LEFTOVER_MARK"
 PROCESS_GRACE = 5.0  # seconds in which a process may still be ending
 OTHER_GRACE = 1.0  # the same for threads, descriptors, files
