@@ -115,8 +115,8 @@ cdef enum:
     R_DONE = 1              # entry: the lease is DONE
     R_PARTIAL = 2           # entry: `count` items more are finished, their frame is in the block
     R_UNKEEP = 3            # body, tag: the last view of that argument block is gone
-    R_ASK = 4               # entry: the worker waits for `bytes` bytes of the arguments' frame from `count` on
-    R_OFFER = 5             # entry: `bytes` bytes of the result's frame from `count` on are in the bounce block
+    R_ASK = 4               # entry: the worker waits for `bytes` of the arguments' frame from `count` on
+    R_OFFER = 5             # entry: `bytes` of the result's frame from `count` on are in the bounce block
 
 ctypedef struct record_t:
     uint32_t kind           # R_*

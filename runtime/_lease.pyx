@@ -3,7 +3,7 @@
 
 One lease, step by step (the words are in _layout.pxd; each step may be the last, see the sweep in _harvest):
 
-    claim()    take a place {entry, tag} from the ring; LEASED -> RUNNING(0) by CAS. Lost: taken back, skip it.
+    claim()    take a place from the ring; LEASED -> RUNNING(0) by CAS. Lost: taken back, skip it.
     frame()    the arguments: inline, a view of their block, or piece by piece through the bounce block
     begin()    the item's clock starts
     advance()  RUNNING(i) -> RUNNING(i+1) by CAS. Lost: killed, exit.

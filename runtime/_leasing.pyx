@@ -20,7 +20,7 @@ from runtime._lease cimport ring_place, ring_put, ring_room
 cdef int64_t ROOM_PATIENCE = 50_000_000     # ns a task waits for room before it travels by value
 cdef int64_t CHUNK_NS = 2_000_000           # ns of work that a chunk aims at
 cdef uint32_t MAX_CHUNK = 1024              # items of a chunk, at most
-cdef uint32_t LONGEST_CHUNK = 65536         # also if the user asks for more: the word has 21 bits for the item
+cdef uint32_t LONGEST_CHUNK = 65536         # whatever the user asks for: the lease word has 21 bits for it
 cdef uint32_t DEPTH = 64                    # leases ahead per worker, at most
 cdef uint32_t CHUNK_DEPTH = 2               # chunks ahead per worker: one runs, one waits
 cdef uint32_t FUNCTIONS = 256               # function pickles kept in the region
@@ -31,7 +31,6 @@ OUTCOME_DIED = 1            # (.., task, item or -1, information that settle() w
 OUTCOME_KILLED = 2          # (.., task, item, reason)
 OUTCOME_LOST = 3            # (.., task, item, what went wrong)
 OUTCOME_ABANDONED = 4       # (.., task or None, batch or None, its entries, whether they count as cancelled)
-
 
 
 cdef class Batch:
@@ -342,7 +341,7 @@ cdef class Leasing:
             else:
                 block = HostBlock.take(self.arena, frame.nbytes)
                 while block is None and len(self.functions) > 1:
-                    self.functions.pop(next(iter(self.functions)))  # pickles of functions used long ago give way
+                    self.functions.pop(next(iter(self.functions)))  # functions used long ago give way
                     block = HostBlock.take(self.arena, frame.nbytes)
                 if block is not None:
                     frame.copy(block.data, 0, frame.nbytes)

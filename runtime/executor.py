@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import concurrent.futures
 import os
 import signal
@@ -111,7 +112,59 @@ class Future(concurrent.futures.Future[T]):
         raise TypeError("a Future belongs to its process; send its result() instead")
 
 
-class Runtime(concurrent.futures.Executor):
+class Front(concurrent.futures.Executor, abc.ABC):
+    """What a Runtime and its options() have in common: to submit with certain settings."""
+
+    _options: TaskOptions
+
+    @abc.abstractmethod
+    def _target(self) -> Runtime:
+        """Whose workers run it."""
+
+    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
+        """Run fn(*args, **kwargs) in a worker. The arguments are pickled before this returns.
+
+        What cannot be pickled fails the future. Raises: RuntimeError after shutdown, and in a fork;
+        BrokenRuntime when no worker can be started.
+        """
+        return self._target()._submit(self._options, fn, args, kwargs)
+
+    def map(
+        self,
+        fn: Callable[..., T],
+        *iterables: Iterable[Any],
+        timeout: float | None = None,
+        chunksize: int | None = None,
+        buffersize: int | None = None,
+        return_exceptions: bool = False,
+    ) -> Iterator[T]:
+        """An iterator over fn(*items), in the order of the input.
+
+        timeout: seconds from this call until each result must have come. chunksize: items that travel
+        together; by default it adapts to their run time. buffersize: items that may be out at once; by
+        default all of a sized input, and a bounded window of any other. return_exceptions: yield an item's
+        exception instead of raising it. Raises: what an item raised, with a note that names the item.
+        """
+        return self._target()._map(
+            self._options, fn, iterables, timeout, chunksize, buffersize, return_exceptions, True
+        )
+
+    def map_unordered(
+        self,
+        fn: Callable[..., T],
+        *iterables: Iterable[Any],
+        timeout: float | None = None,
+        chunksize: int | None = None,
+        buffersize: int | None = None,
+        return_exceptions: bool = False,
+    ) -> Iterator[T]:
+        """As `map`, in the order in which the results come."""
+        return self._target()._map(
+            self._options, fn, iterables, timeout, chunksize, buffersize, return_exceptions, False
+        )
+
+
+class Runtime(Front):
     """A pool of worker processes that may crash, hang or leak without losing a task.
 
     Thread-safety: every method, from any thread. Fork-safety: in a fork of its process it is inert: `submit`
@@ -177,13 +230,8 @@ class Runtime(concurrent.futures.Executor):
 
     # ---- submitting ----------------------------------------------------------------------------------
 
-    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
-        """Run fn(*args, **kwargs) in a worker. The arguments are pickled before this returns.
-
-        What cannot be pickled fails the future. Raises: RuntimeError after shutdown, and in a fork;
-        BrokenRuntime when no worker can be started.
-        """
-        return self._submit(self._options, fn, args, kwargs)
+    def _target(self) -> Runtime:
+        return self
 
     def _submit(self, options: TaskOptions, fn: Callable[..., T], args: Any, kwargs: Any) -> Future[T]:
         core = self._usable()
@@ -208,40 +256,6 @@ class Runtime(concurrent.futures.Executor):
             raise self._ended()
         _after(core)
         return future
-
-    def map(
-        self,
-        fn: Callable[..., T],
-        *iterables: Iterable[Any],
-        timeout: float | None = None,
-        chunksize: int | None = None,
-        buffersize: int | None = None,
-        return_exceptions: bool = False,
-    ) -> Iterator[T]:
-        """An iterator over fn(*items), in the order of the input.
-
-        timeout: seconds from this call until each result must have come. chunksize: items that travel
-        together; by default it adapts to their run time. buffersize: items that may be out at once; by
-        default all of a sized input, and a bounded window of any other. return_exceptions: yield an item's
-        exception instead of raising it. Raises: what an item raised, with a note that names the item.
-        """
-        return self._map(
-            self._options, fn, iterables, timeout, chunksize, buffersize, return_exceptions, True
-        )
-
-    def map_unordered(
-        self,
-        fn: Callable[..., T],
-        *iterables: Iterable[Any],
-        timeout: float | None = None,
-        chunksize: int | None = None,
-        buffersize: int | None = None,
-        return_exceptions: bool = False,
-    ) -> Iterator[T]:
-        """As `map`, in the order in which the results come."""
-        return self._map(
-            self._options, fn, iterables, timeout, chunksize, buffersize, return_exceptions, False
-        )
 
     def _map(
         self,
@@ -419,7 +433,7 @@ class Runtime(concurrent.futures.Executor):
         return f"<Runtime of {self._max_workers} workers, {state}>"
 
 
-class Options(concurrent.futures.Executor):
+class Options(Front):
     """A Runtime with other settings for what is submitted through it; made by `Runtime.options`."""
 
     def __init__(self, runtime: Runtime, options: TaskOptions) -> None:
@@ -427,37 +441,8 @@ class Options(concurrent.futures.Executor):
         self._options = options
         self._max_workers = runtime._max_workers
 
-    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
-        """As Runtime.submit."""
-        return self._runtime._submit(self._options, fn, args, kwargs)
-
-    def map(
-        self,
-        fn: Callable[..., T],
-        *iterables: Iterable[Any],
-        timeout: float | None = None,
-        chunksize: int | None = None,
-        buffersize: int | None = None,
-        return_exceptions: bool = False,
-    ) -> Iterator[T]:
-        """As Runtime.map."""
-        return self._runtime._map(
-            self._options, fn, iterables, timeout, chunksize, buffersize, return_exceptions, True
-        )
-
-    def map_unordered(
-        self,
-        fn: Callable[..., T],
-        *iterables: Iterable[Any],
-        timeout: float | None = None,
-        chunksize: int | None = None,
-        buffersize: int | None = None,
-        return_exceptions: bool = False,
-    ) -> Iterator[T]:
-        """As Runtime.map_unordered."""
-        return self._runtime._map(
-            self._options, fn, iterables, timeout, chunksize, buffersize, return_exceptions, False
-        )
+    def _target(self) -> Runtime:
+        return self._runtime
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Ends nothing: the Runtime is its owner's to shut down."""
