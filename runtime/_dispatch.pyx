@@ -210,9 +210,9 @@ cdef class Dispatcher(Harvest):
         """Slots to tell that there are leases in their ring; each is returned once."""
         if not self.announce:
             return ()
-        told = tuple(self.announce)
-        self.announce.clear()
-        return told
+        fresh = set()                               # first: what an allocation lets in must not get lost
+        told, self.announce = self.announce, fresh
+        return tuple(told)
 
     def told(self, uint32_t index):
         """A message has announced the leases of a slot."""
@@ -224,9 +224,9 @@ cdef class Dispatcher(Harvest):
         """Slots to tell once more; each is returned once."""
         if not self.repeat:
             return ()
-        told = tuple(self.repeat)
-        self.repeat.clear()
-        return told
+        fresh = set()
+        told, self.repeat = self.repeat, fresh
+        return tuple(told)
 
     def drain(self, uint32_t index, bint hinted=False):
         """Process a slot's outbox. `hinted`: the worker's hint says so."""

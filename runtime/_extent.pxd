@@ -28,6 +28,8 @@ cdef class Arena:
     cdef readonly uint64_t bounce_bytes
     cdef uint64_t slots_at, slot_stride, extents_at
     cdef readonly uint64_t held  # bytes of blocks that the host owns; host-private, under the GIL
+    cdef int frozen         # forks under way: blocks that are dropped meanwhile are freed after them
+    cdef list dropped       # (head, tag) of those
     cdef bint ending        # release() was called
     cdef readonly int pid   # the process this mapping serves; in a user's fork it is inert
 

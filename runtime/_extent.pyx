@@ -266,13 +266,28 @@ cdef class Arena:
             if x_state(w) == X_HOST or x_state(w) == X_TAIL:
                 a64_fetch_add_relaxed(<a64_t *>(self.heap.extents + i * EXTENT), 0)
 
+    def freeze(self):
+        """A fork is about to happen: no block of the host is freed until `thaw`."""
+        if self.dropped is None:
+            self.dropped = []
+        self.frozen += 1
+
+    def thaw(self):
+        """The child has its own copy of what its views show."""
+        self.frozen -= 1
+        while self.dropped and self.frozen == 0:
+            at, tag = self.dropped.pop()
+            heap_free(&self.heap, at, tag, X_HOST, NO_SLOT)
+        if self.ending and self.held == 0:
+            self.release()
+
     def release(self):
         """The runtime has ended: give the memory back, now or when the last view of it is gone.
 
         After it the arena has no slots and no room, so whatever looks at it finds nothing.
         """
         self.ending = True
-        if self.held == 0 and self.base != NULL and self.pid == getpid():
+        if self.held == 0 and self.frozen == 0 and self.base != NULL and self.pid == getpid():
             self.slots = 0
             self.heap.count = 0
             self.base = NULL
@@ -371,6 +386,9 @@ cdef class HostBlock:
     def __dealloc__(self):
         if self.arena is not None and self.data != NULL and self.arena.pid == getpid():
             self.arena.held -= round_up(self.nbytes, EXTENT)
-            heap_free(&self.arena.heap, self.at, self.tag, X_HOST, NO_SLOT)
+            if self.arena.frozen:
+                self.arena.dropped.append((self.at, self.tag))
+            else:
+                heap_free(&self.arena.heap, self.at, self.tag, X_HOST, NO_SLOT)
             if self.arena.ending and self.arena.held == 0:
                 self.arena.release()

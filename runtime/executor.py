@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from runtime import _core, config, serializer
+from runtime import _core, config, forking, serializer
 from runtime.collector import again
 from runtime.config import INHERIT, TaskOptions
 from runtime.lifecycle import WorkerStatus
@@ -22,8 +22,6 @@ from runtime.supervisor import Supervisor
 __all__ = ["Future", "Options", "Runtime", "Stats", "WorkerInfo"]
 
 T = TypeVar("T")
-
-_supervisors: weakref.WeakSet[Supervisor] = weakref.WeakSet()  # of this process, that have not ended
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,7 +222,7 @@ class Runtime(Front):
         self._shutdown = False
         self._core = Supervisor(self._settings, self._table)
         self._core.start()
-        _supervisors.add(self._core)
+        forking.watch(self._core)
         self._finalizer = weakref.finalize(self, _stop, self._core)
         self._finalizer.atexit = False  # _at_exit waits for it, in the right order
 
@@ -481,17 +479,11 @@ def _at_exit() -> None:
     """The interpreter ends: finish what is pending, as the stdlib's executors do."""
     global _exiting
     _exiting = True
-    mine = [core for core in list(_supervisors) if core.pid == os.getpid()]
+    mine = forking.living()
     for core in mine:
         core.stop()
     for core in mine:
         core.join()
 
 
-def _after_fork() -> None:
-    for core in list(_supervisors):
-        core.forked()
-
-
 threading._register_atexit(_at_exit)  # type: ignore[attr-defined]
-os.register_at_fork(after_in_child=_after_fork)

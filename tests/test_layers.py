@@ -39,6 +39,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("collector", "mapping"),
     ("lifecycle",),
     ("supervisor",),
+    ("forking",),
     ("executor",),
     ("cli",),
     ("__init__",),

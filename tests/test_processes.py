@@ -103,8 +103,12 @@ def test_host_killed_while_other_children_hold_all_it_had_open(tmp_path, sockets
     before = shm()
     with host(HOST, str(tmp_path), "children") as one:
         (zygote,), workers, grandchildren = one.pids(), one.pids(), one.pids()
-        others = {pid for pid in family(one.mark) if parent(pid) == one.pid and pid != zygote}
-        assert len(others) == 3
+
+        def others_now():
+            return {pid for pid in family(one.mark) if parent(pid) == one.pid and pid != zygote}
+
+        until(lambda: len(others_now()) == 3, "the host's own three children are there")
+        others = others_now()
         kill_host(one, before, sockets, frozenset(others))
         assert all(alive(pid) for pid in others)
         assert not any(alive(pid) for pid in (zygote, *workers, *grandchildren))
