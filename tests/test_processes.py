@@ -20,6 +20,7 @@ from watching import (
     alive,
     all_ready,
     family,
+    fields,
     host,
     output,
     parent,
