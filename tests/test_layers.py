@@ -32,7 +32,13 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("_harvest",),
     ("_dispatch",),
     ("_core",),  # the compiled door
-    ("wire", "serializer"),
+    ("wire", "lookup", "payload"),
+    ("linking", "guards"),
+    ("versions",),
+    ("reducers",),
+    ("byvalue",),
+    ("functions",),
+    ("serializer",),  # the door to these eight
     ("sockets", "children"),
     ("worker",),
     ("zygote",),  # forks, and then calls worker.main
@@ -280,6 +286,14 @@ def test_package_is_read() -> None:
     assert modules["_region"].compiled and not modules["errors"].compiled
 
 
+def test_serializer_is_the_door_to_its_files() -> None:
+    family = {"payload", "lookup", "linking", "guards", "versions", "reducers", "byvalue", "functions"}
+    modules = read_package(PACKAGE)
+    inside = {*family, "serializer"}
+    assert family <= modules.keys()
+    assert [name for name in modules if name not in inside and family & modules[name].edges.keys()] == []
+
+
 # ---- the checker ---------------------------------------------------------------------------------
 
 SOUND = {
@@ -360,8 +374,8 @@ def test_sound_tree_passes(tmp_path: Path) -> None:
             id="upward, include",
         ),
         pytest.param(
-            {"wire_py": "import runtime.serializer\n", "serializer_py": "from .wire import encode\n"},
-            "a circle: serializer -> wire -> serializer",
+            {"wire_py": "import runtime.payload\n", "payload_py": "from .wire import encode\n"},
+            "a circle: payload -> wire -> payload",
             id="circle on one floor",
         ),
         pytest.param(

@@ -30,7 +30,7 @@ import weakref
 
 import pytest
 
-from runtime import serializer
+from runtime import serializer, versions
 from runtime.errors import RemoteError, WorkerDied
 from runtime.serializer import FunctionCache, FunctionTable, pack_call, unpack_call
 
@@ -279,7 +279,7 @@ def test_frozen_does_not_see_later_changes():
 def test_frozen_by_value_too(script):
     mod = script("class Box:\n    def __init__(self, a): self.a = a")
     array = np.zeros(BIG, "u1")
-    frozen = serializer.dumps_item((mod.Box(array), array))
+    frozen = serializer.dumps_frozen((mod.Box(array), array))
     assert [b.nbytes for b in frozen.buffers] == [BIG]  # the same array twice is one buffer
     array[:] = 7
     box, again = serializer.loads(frozen.data, [bytearray(b) for b in frozen.buffers])
@@ -491,7 +491,7 @@ def test_ref_of_whole_callables(peer):
     for fn, want in [(Account(5).deposit, 6), (functools.partial(add, 2), 3), (Account(7), 8)]:
         ref = peer.table.ref(fn)
         assert peer.table.ref(fn) is ref  # equal content
-        assert peer.run((ref, serializer.dumps_item(((1,), None)))) == want
+        assert peer.run((ref, serializer.dumps_frozen(((1,), None)))) == want
 
 
 def test_monkeypatched_function_is_not_what_its_name_says(peer, monkeypatch):
@@ -1547,11 +1547,11 @@ def test_many_threads(script):
 def test_forked_child_numbers_for_itself(script):
     mod = script("def f(): return 1")
     FunctionTable().ref(mod.f)
-    token = serializer._Origin.get()
+    token = versions.Origin.get()
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
-        os.write(writer, serializer._Origin.get().encode())
+        os.write(writer, versions.Origin.get().encode())
         os._exit(0)
     os.close(writer)
     assert os.read(reader, 100).decode() != token
