@@ -39,6 +39,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from tasks import Gate
+from watching import idle, pids, ready, until
 
 if TYPE_CHECKING:
     import runtime
@@ -401,3 +403,42 @@ def runtime_factory() -> Iterator[Callable[..., runtime.Runtime]]:
 def rt(runtime_factory: Callable[..., runtime.Runtime]) -> runtime.Runtime:
     """A Runtime with two workers."""
     return runtime_factory(2)
+
+
+@pytest.fixture
+def factory(runtime_factory: Callable[..., runtime.Runtime]) -> Callable[..., runtime.Runtime]:
+    """`runtime_factory`, in short."""
+    return runtime_factory
+
+
+@pytest.fixture(scope="module")
+def shared_options() -> dict[str, Any]:
+    """Options of `shared`, for a module to replace."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def shared(shared_options: dict[str, Any]) -> Iterator[runtime.Runtime]:
+    """Two workers for all tests of a module that leave them alive."""
+    import runtime
+
+    with runtime.Runtime(2, **shared_options) as rt:
+        ready(rt).submit(abs, -1).result()
+        yield rt
+        assert rt.stats().rescued == 0
+
+
+@pytest.fixture
+def pool(shared: runtime.Runtime) -> Iterator[runtime.Runtime]:
+    """The shared Runtime; the test must leave it idle, with the same workers."""
+    before = pids(shared)
+    yield shared
+    until(lambda: idle(shared), lambda: f"the shared runtime is idle: {shared.stats()}")
+    assert pids(shared) == before
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Iterator[Gate]:
+    gate = Gate(tmp_path)
+    yield gate
+    gate.close()

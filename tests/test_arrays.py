@@ -12,14 +12,13 @@ import os
 import pickle
 import signal
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import tasks
 from tasks import Gate, until
 
-from runtime import Runtime, WorkerDied, WorkerStatus
+from runtime import Runtime, WorkerDied
 
 numpy = pytest.importorskip("numpy")
 
@@ -28,32 +27,15 @@ THRESHOLD = 16 * KIB  # where a buffer leaves the pickle
 
 
 @pytest.fixture(scope="module")
-def shared() -> Iterator[Runtime]:
-    """Two workers and a region of 4 MiB for tests that leave them alive."""
-    with Runtime(2, region_size="4MiB") as rt:
-        until(lambda: all(worker.status is WorkerStatus.READY for worker in rt.workers()))
-        rt.submit(abs, -1).result()
-        yield rt
-        assert rt.stats().rescued == 0
+def shared_options() -> dict[str, Any]:
+    return {"region_size": "4MiB"}
 
 
 @pytest.fixture
-def pool(shared: Runtime) -> Iterator[Runtime]:
-    """The shared Runtime; all blocks must be back in the end."""
-    yield shared
-    assert_blocks_are_back(shared)
-
-
-@pytest.fixture
-def gate(tmp_path: Path) -> Iterator[Gate]:
-    gate = Gate(tmp_path)
-    yield gate
-    gate.close()
-
-
-@pytest.fixture
-def factory(runtime_factory: Callable[..., Runtime]) -> Callable[..., Runtime]:
-    return runtime_factory
+def pool(pool: Runtime) -> Iterator[Runtime]:
+    """The shared Runtime; all blocks must be back in the end, too."""
+    yield pool
+    assert_blocks_are_back(pool)
 
 
 def assert_blocks_are_back(rt: Runtime) -> None:

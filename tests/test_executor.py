@@ -22,7 +22,7 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import _RemoteTraceback
 from pathlib import Path
@@ -31,56 +31,10 @@ from typing import Any
 import pytest
 import tasks
 from tasks import Gate, pass_through, run_script, script_environment, until
+from watching import idle, pids, ready
 
 import runtime
 from runtime import BrokenRuntime, RemoteError, Runtime, TaskCancelled, TaskTimeout, WorkerDied, WorkerStatus
-
-
-def ready(rt: Runtime) -> Runtime:
-    """Wait until all workers of a runtime are ready."""
-    until(lambda: all(worker.status is WorkerStatus.READY for worker in rt.workers()), "all workers ready")
-    return rt
-
-
-def pids(rt: Runtime) -> set[int]:
-    """Of its workers."""
-    return {worker.pid for worker in rt.workers() if worker.pid is not None}
-
-
-@pytest.fixture(scope="module")
-def shared() -> Iterator[Runtime]:
-    """Two workers for tests that leave them alive."""
-    with Runtime(2) as rt:
-        ready(rt).submit(abs, -1).result()
-        yield rt
-        assert rt.stats().rescued == 0
-
-
-@pytest.fixture
-def pool(shared: Runtime) -> Iterator[Runtime]:
-    """The shared Runtime; the test must leave it idle, with the same workers."""
-    before = pids(shared)
-    yield shared
-    until(lambda: idle(shared), f"the shared runtime idle: {shared.stats()}")
-    assert pids(shared) == before
-
-
-def idle(rt: Runtime) -> bool:
-    """Nothing waits, nothing runs."""
-    stats = rt.stats()
-    return stats.queued == stats.leased == stats.running == 0
-
-
-@pytest.fixture
-def gate(tmp_path: Path) -> Iterator[Gate]:
-    gate = Gate(tmp_path)
-    yield gate
-    gate.close()
-
-
-@pytest.fixture
-def factory(runtime_factory: Callable[..., Runtime]) -> Callable[..., Runtime]:
-    return runtime_factory
 
 
 def occupied(rt: Runtime, gate: Gate) -> list[runtime.Future[Any]]:

@@ -18,43 +18,9 @@ from typing import Any
 import pytest
 import tasks
 from tasks import Gate, pass_through, until
+from watching import idle
 
-from runtime import BrokenRuntime, Runtime, TaskTimeout, WorkerDied, WorkerStatus
-
-
-@pytest.fixture(scope="module")
-def shared() -> Iterator[Runtime]:
-    """Two workers for tests that leave them alive."""
-    with Runtime(2) as rt:
-        until(lambda: all(worker.status is WorkerStatus.READY for worker in rt.workers()))
-        rt.submit(abs, -1).result()
-        yield rt
-        assert rt.stats().rescued == 0
-
-
-@pytest.fixture
-def pool(shared: Runtime) -> Iterator[Runtime]:
-    """The shared Runtime; the test must leave it idle."""
-    yield shared
-    until(lambda: idle(shared), f"idle: {shared.stats()}")
-
-
-@pytest.fixture
-def gate(tmp_path: Path) -> Iterator[Gate]:
-    gate = Gate(tmp_path)
-    yield gate
-    gate.close()
-
-
-@pytest.fixture
-def factory(runtime_factory: Callable[..., Runtime]) -> Callable[..., Runtime]:
-    return runtime_factory
-
-
-def idle(rt: Runtime) -> bool:
-    """Nothing waits, nothing runs."""
-    stats = rt.stats()
-    return stats.queued == stats.leased == stats.running == 0
+from runtime import BrokenRuntime, Runtime, TaskTimeout, WorkerDied
 
 
 class Counted:

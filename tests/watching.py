@@ -104,6 +104,23 @@ def all_ready(rt: Any) -> dict[int, int]:
     return until(ready, "all workers are ready")
 
 
+def ready(rt: Any) -> Any:
+    """The runtime itself, once all its workers are."""
+    all_ready(rt)
+    return rt
+
+
+def pids(rt: Any) -> set[int]:
+    """Of its workers."""
+    return {worker.pid for worker in rt.workers() if worker.pid is not None}
+
+
+def idle(rt: Any) -> bool:
+    """Nothing waits, nothing runs."""
+    stats = rt.stats()
+    return stats.queued == stats.leased == stats.running == 0  # type: ignore[no-any-return]
+
+
 def zygote_of(worker: int) -> int:
     """The process that has forked this worker of ours; 0 if that has ended."""
     with contextlib.suppress(IndexError):
