@@ -10,11 +10,8 @@ import itertools
 import os
 import select
 import signal
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -56,40 +53,6 @@ class Gate:
         for end in self._ends:
             os.close(end)
         self._ends = []
-
-
-def until(condition: Callable[[], Any], what: str = "", *, patience: float = PATIENCE) -> Any:
-    """Wait until condition() is true; its value. For what has no event to wait for."""
-    deadline = time.monotonic() + patience
-    while not (value := condition()):
-        if time.monotonic() > deadline:
-            raise AssertionError(f"never came true: {what or condition}")
-        time.sleep(0.002)
-    return value
-
-
-def run_script(folder: Path, text: str, *, name: str = "script.py", code: int = 0) -> str:
-    """Run a program of its own in `folder`; what it wrote. It must end with `code` and an empty stderr."""
-    path = folder / name
-    path.write_text(text)
-    done = subprocess.run(
-        [sys.executable, str(path)],
-        cwd=folder,
-        env=script_environment(),
-        timeout=50,
-        capture_output=True,
-        text=True,
-    )
-    assert (done.returncode, done.stderr) == (code, ""), f"stdout: {done.stdout}\nstderr: {done.stderr}"
-    return done.stdout
-
-
-def script_environment() -> dict[str, str]:
-    """The environment in which a script finds the package that is being tested."""
-    import runtime
-
-    root = str(Path(runtime.__file__).resolve().parent.parent)
-    return {**os.environ, "PYTHONPATH": root}
 
 
 # ---- in workers ----------------------------------------------------------------------------------

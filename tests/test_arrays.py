@@ -12,11 +12,13 @@ import os
 import pickle
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
 import tasks
-from tasks import Gate, until
+from tasks import Gate
+from watching import send, until
 
 from runtime import Runtime, WorkerDied
 
@@ -48,7 +50,7 @@ def assert_blocks_are_back(rt: Runtime) -> None:
             set(owners) <= {"host"} and rt._core.arena.used_bytes <= FUNCTION_BYTES and rt.stats().pinned == 0
         )
 
-    until(back, f"blocks are back: {rt._core.arena.owners()}, {rt.stats()}", patience=5.0)
+    until(back, lambda: f"blocks are back: {rt._core.arena.owners()}, {rt.stats()}", 5.0)
 
 
 FUNCTION_BYTES = 64 * 4096  # more than the functions of this file need, less than any leaked series
@@ -420,20 +422,13 @@ def test_worker_dies_in_the_middle_of_a_transfer_by_value(factory: Callable[...,
         until(lambda f=future: f.running() or f.done())
         for worker in rt.workers():
             if worker.pid is not None and worker.task is not None:
-                with_suppress(os.kill, worker.pid, signal.SIGKILL)
+                with suppress(ProcessLookupError):  # it may have gone by itself
+                    send(worker.pid, signal.SIGKILL)
         assert digest(future.result()) == expected
     assert all(digest(f.result()) == expected for f in futures)
     futures.clear()
     del future
     assert_blocks_are_back(rt)
-
-
-def with_suppress(call: Callable[..., object], *args: Any) -> None:
-    """It may have gone by itself."""
-    try:
-        call(*args)
-    except ProcessLookupError:
-        pass
 
 
 def test_killed_workers_leave_no_blocks(factory: Callable[..., Runtime]) -> None:

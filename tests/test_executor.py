@@ -30,8 +30,8 @@ from typing import Any
 
 import pytest
 import tasks
-from tasks import Gate, pass_through, run_script, script_environment, until
-from watching import idle, pids, ready
+from tasks import Gate, pass_through
+from watching import environment, idle, pids, ready, run, run_script, until
 
 import runtime
 from runtime import BrokenRuntime, RemoteError, Runtime, TaskCancelled, TaskTimeout, WorkerDied, WorkerStatus
@@ -648,14 +648,7 @@ with runtime.Runtime(2, initializer=load, initargs=(1000,)) as rt:
 def test_from_the_command_line_without_a_file(tmp_path: Path) -> None:
     text = "import runtime\ndef f(x): return x * 2\n"
     text += "with runtime.Runtime(1) as rt: print(rt.submit(f, 21).result())"
-    done = subprocess.run(
-        [sys.executable, "-c", text],
-        cwd=tmp_path,
-        env=script_environment(),
-        timeout=50,
-        capture_output=True,
-        text=True,
-    )
+    done = run(["-c", text], cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (0, "42\n", "")
 
 
@@ -941,7 +934,7 @@ def test_no_reference_to_results_without_the_cycle_collector(pool: Runtime) -> N
         until(
             lambda: result() is None and kept() is None and lost() is None,
             "futures and results are let go",
-            patience=3.0,
+            seconds=3.0,
         )
     finally:
         gc.enable()
@@ -1321,22 +1314,14 @@ other.submit(write, 300)
 
 
 def test_end_of_the_interpreter_by_an_exception(tmp_path: Path) -> None:
-    path = tmp_path / "script.py"
-    path.write_text(
+    run_script(
+        tmp_path,
         "import runtime\n"
         "rt = runtime.Runtime(2)\n"
         "futures = [rt.submit(lambda i: open('log', 'a').write(f'{i}\\n'), i) for i in range(50)]\n"
-        "raise SystemExit(4)\n"
+        "raise SystemExit(4)\n",
+        code=4,
     )
-    done = subprocess.run(
-        [sys.executable, str(path)],
-        cwd=tmp_path,
-        env=script_environment(),
-        timeout=50,
-        capture_output=True,
-        text=True,
-    )
-    assert (done.returncode, done.stderr) == (4, "")
     assert sorted(map(int, (tmp_path / "log").read_text().split())) == list(range(50))
 
 
@@ -1410,7 +1395,7 @@ def interrupt(folder: Path, text: str, *, group: bool = False) -> tuple[int, str
     path = folder / "script.py"
     path.write_text(text)
     with subprocess.Popen(
-        [sys.executable, str(path)], cwd=folder, env=script_environment(), stdout=subprocess.PIPE,
+        [sys.executable, str(path)], cwd=folder, env=environment(), stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, text=True, start_new_session=True,
     ) as process:  # fmt: skip
         assert process.stdout is not None

@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 import tasks
-from tasks import Gate, pass_through, until
-from watching import idle
+from tasks import Gate, pass_through
+from watching import idle, until
 
 from runtime import BrokenRuntime, Runtime, TaskTimeout, WorkerDied
 

@@ -19,11 +19,11 @@ import subprocess
 import sys
 import threading
 import time
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from watching import fork, join
 
 from runtime import Block, MemoryPool, RegionFull, SharedRegion, StaleBlock
 
@@ -35,24 +35,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:This process.*multi-threaded:Dep
 
 
 # ---- tools ---------------------------------------------------------------------------------------
-
-
-def fork(run: Callable[[], object]) -> int:
-    """The pid of a child that calls run() and ends, with 0 unless that raised."""
-    pid = os.fork()
-    if pid:
-        return pid
-    try:
-        run()
-    except BaseException:
-        traceback.print_exc()
-        os._exit(1)
-    os._exit(0)
-
-
-def join(*pids: int) -> None:
-    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
-    assert codes == [0] * len(pids)
 
 
 def kill(*pids: int) -> None:

@@ -12,11 +12,11 @@ import struct
 import subprocess
 import sys
 import threading
-import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from watching import fork, join
 
 from runtime import RegionFull, SharedRegion
 from runtime.memory import available_memory, memory_room
@@ -30,24 +30,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:This process.*multi-threaded:Dep
 
 
 # ---- tools ---------------------------------------------------------------------------------------
-
-
-def fork(run: Callable[[], object]) -> int:
-    """The pid of a child that calls run() and ends, with 0 unless that raised."""
-    pid = os.fork()
-    if pid:
-        return pid
-    try:
-        run()
-    except BaseException:
-        traceback.print_exc()
-        os._exit(1)
-    os._exit(0)
-
-
-def join(*pids: int) -> None:
-    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
-    assert codes == [0] * len(pids)
 
 
 def mappings() -> list[str]:

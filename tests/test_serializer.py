@@ -29,6 +29,7 @@ import types
 import weakref
 
 import pytest
+from watching import run_script
 
 from runtime import serializer, versions
 from runtime.errors import RemoteError, WorkerDied
@@ -132,17 +133,6 @@ def script():
     yield make
     for name in made:
         sys.modules.pop(name, None)
-
-
-def run_script(tmp_path, source: str) -> str:
-    """Runs source text as a real __main__, with Peer at hand; returns what it prints."""
-    path = tmp_path / "host_script.py"
-    path.write_text(textwrap.dedent(source))
-    here = os.path.dirname(os.path.abspath(__file__))
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([here, *[p for p in sys.path if p]])}
-    done = subprocess.run([sys.executable, str(path)], env=env, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def there_and_back(obj):

@@ -10,7 +10,9 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 import time
+import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,13 +23,14 @@ SESSION = "PYTEST_LEFTOVER_MARK"  # in the environment of all that this session 
 FAMILY = "RUNTIME_TEST_FAMILY"  # in the environment of a script and of all that it starts
 
 
-def until(condition: Callable[[], Any], what: str | Callable[[], object], seconds: float = 20.0) -> Any:
+def until(condition: Callable[[], Any], what: str | Callable[[], object] = "", seconds: float = 30.0) -> Any:
     """The first true value of `condition()`; `what`, or what it says by then, is for the message."""
     deadline = time.monotonic() + seconds
     pause = 0.001
     while not (value := condition()):
         if time.monotonic() > deadline:
-            raise AssertionError(f"not within {seconds:g} s: {what() if callable(what) else what}")
+            words = what() if callable(what) else what
+            raise AssertionError(f"not within {seconds:g} s: {words or condition}")
         time.sleep(pause)
         pause = min(2 * pause, 0.02)
     return value
@@ -88,6 +91,25 @@ def family(mark: str) -> set[int]:
     wanted = f"{FAMILY}={mark}"
     pids = [int(name) for name in os.listdir("/proc") if name.isdecimal()]
     return {pid for pid in pids if wanted in environment_of(pid) and alive(pid)}
+
+
+def fork(run: Callable[[], object]) -> int:
+    """The pid of a child that calls run() and ends, with 0 unless that raised."""
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        run()
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+
+
+def join(*pids: int) -> None:
+    """Wait for children of ours, which must end with 0."""
+    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+    assert codes == [0] * len(pids)
 
 
 # ---- a runtime's processes -----------------------------------------------------------------------
@@ -234,6 +256,15 @@ def output(code: str, *args: str, **options: Any) -> list[str]:
     done = run(["-c", code, *args], **options)
     assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout}{done.stderr[-4000:]}"
     return done.stdout.splitlines()
+
+
+def run_script(folder: Path, text: str, code: int = 0) -> str:
+    """Run a program of its own in `folder`; what it wrote. It must end with `code` and an empty stderr."""
+    path = folder / "script.py"
+    path.write_text(textwrap.dedent(text))
+    done = run([str(path)], cwd=folder)
+    assert (done.returncode, done.stderr) == (code, ""), f"stdout: {done.stdout}\nstderr: {done.stderr}"
+    return done.stdout  # type: ignore[no-any-return]
 
 
 def describe(pids: set[int]) -> list[str]:
