@@ -28,8 +28,7 @@ cdef extern from "include/atomics.h" nogil:
     uint32_t a32_fetch_add_acq_rel(a32_t *w, uint32_t x)
     uint32_t a32_fetch_sub_acq_rel(a32_t *w, uint32_t x)
     uint32_t a32_fetch_add_seq_cst(a32_t *w, uint32_t x)
-    uint32_t a32_exchange_acquire(a32_t *w, uint32_t x)
-    uint32_t a32_exchange_release(a32_t *w, uint32_t x)
+    bint a32_cas_relaxed(a32_t *w, uint32_t expected, uint32_t desired)
     bint a32_cas_acquire(a32_t *w, uint32_t expected, uint32_t desired)
 
     void fence_seq_cst()
@@ -42,5 +41,4 @@ cdef extern from "include/atomics.h" nogil:
     unsigned int MFD_CLOEXEC
     unsigned int MFD_ALLOW_SEALING
     int sys_memfd_create(const char *name, unsigned int flags)
-    int sys_pidfd_open(int pid)
     int sys_pidfd_send_signal(int pidfd, int sig)

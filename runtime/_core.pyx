@@ -5,16 +5,21 @@
     _pool      MemoryPool, Block                     equal blocks with one owner each
     _extent    Arena, HostBlock                      a runtime's region: tables, and blocks of any size
     _frame     Frame, read_frame                     how pickles and their buffers lie in a block
-    _lease     WorkerPort                            a worker's end of its slot
+    _lease, _runner  Runner                          a worker's end of its slot, and its inner loop
+    _plain                                           values that take the short way
+    _future    Promise                               what a Future is made of
     _threads   DeadlineKeeper, watch_host, ...       native threads that need no GIL
     _leasing   Task, Batch                           what waits, and how it is leased
     _harvest                                         what came back, and what the dead leave
     _dispatch  Dispatcher                            the door to the three above; slots
+    _submit    Submitter                             the short way of submit
 """
 
 from runtime._dispatch import CANCEL_DONE, CANCEL_KILLED, CANCEL_NO, Dispatcher
 from runtime._extent import Arena, HostBlock
 from runtime._frame import Frame, read_frame
+from runtime._frame cimport S_CALLS as _S_CALLS, S_ERROR as _S_ERROR, S_LIST as _S_LIST, S_VALUE as _S_VALUE
+from runtime._future import Promise
 from runtime._layout cimport (
     INLINE_BYTES as _INLINE_BYTES,
     LAYOUT_VERSION as _LAYOUT_VERSION,
@@ -22,9 +27,7 @@ from runtime._layout cimport (
     P_FAILED as _FAILED,
     P_LEAVING as _LEAVING,
     P_READY as _READY,
-    KIND_CHUNK as _CHUNK,
 )
-from runtime._lease import WorkerPort
 from runtime._leasing import (
     OUTCOME_ABANDONED,
     OUTCOME_DIED,
@@ -32,13 +35,16 @@ from runtime._leasing import (
     OUTCOME_KILLED,
     OUTCOME_LOST,
     Batch,
+    Span,
     Task,
 )
 from runtime._pool import Block, MemoryPool
 from runtime._region import SharedRegion
+from runtime._runner import LEASE_LOST, Runner
+from runtime._submit import Submitter
 from runtime._threads import DeadlineKeeper, become_subreaper, kill_descendants, watch_host
 
 INLINE_BYTES = _INLINE_BYTES
 LAYOUT_VERSION = _LAYOUT_VERSION
 PHASE_BOOT, PHASE_READY, PHASE_FAILED, PHASE_LEAVING = _BOOT, _READY, _FAILED, _LEAVING
-KIND_CHUNK = _CHUNK
+S_VALUE, S_ERROR, S_LIST, S_CALLS = _S_VALUE, _S_ERROR, _S_LIST, _S_CALLS

@@ -17,15 +17,15 @@ Should a destructor let another thread in, that one defers to the inbox in the s
 ever waits. Outcomes collect in a list of tuples; unpickling and futures are the collector's business.
 """
 from cpython.bytes cimport PyBytes_FromStringAndSize
-from libc.stdint cimport uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from runtime._atomics cimport *
 from runtime._harvest cimport Harvest
 from runtime._layout cimport *
-from runtime._lease cimport outbox_waiting
-from runtime._leasing cimport T_CANCELLED, T_LEASED, T_OVER, T_WAITING, Batch, SlotTable, Task
+from runtime._lease cimport outbox_waiting, park
+from runtime._leasing cimport T_CANCELLED, T_LEASED, T_OVER, T_WAITING, Batch, SlotTable, Span, Task
 from runtime._leasing import OUTCOME_ABANDONED
-from runtime._extent cimport HostBlock
+from runtime._extent cimport Arena, HostBlock
 from runtime._threads cimport guard_acquire, guard_release, guard_t, kill_lease
 
 CANCEL_NO = 0               # it has started, or is over
@@ -43,6 +43,30 @@ cdef enum:
     DO_FORGET = 6
     DO_DROP = 7
     DO_ABANDON = 8
+    DO_DRAIN_ALL = 9
+
+
+cdef extern from "<sched.h>" nogil:
+    int sched_yield()
+
+cdef int64_t WAKING = 4     # times as long that one looks, who had to wake a worker
+
+
+cdef void look_around(Arena arena, int64_t until, bint polite) noexcept nogil:
+    cdef uint32_t i, _k
+    cdef slot_t *slot
+    while True:
+        for i in range(arena.slots):
+            slot = arena.slot(i)
+            if a64_load_acquire(&slot.outbox_tail) != a64_load_relaxed(&slot.outbox_head):
+                return
+        if polite:
+            sched_yield()
+        else:
+            for _k in range(16):
+                cpu_relax()
+        if now_ns() >= until:
+            return
 
 
 cdef class Dispatcher(Harvest):
@@ -77,6 +101,8 @@ cdef class Dispatcher(Harvest):
             self.release(<Task>subject)
         elif what == DO_DRAIN:
             self.drain_now(subject)
+        elif what == DO_DRAIN_ALL:
+            self.drain_all()
         elif what == DO_UNLOAD:
             self.unload_now(subject)
         elif what == DO_SETTLE:
@@ -95,6 +121,9 @@ cdef class Dispatcher(Harvest):
 
     def submit(self, Task task not None):
         """Queue a call; it is leased at once if a worker has credit. False: the runtime has ended."""
+        return self.enter(task)
+
+    cdef bint enter(self, Task task) except -1:
         if self.closed:
             return False
         self.numbers += 1
@@ -105,16 +134,16 @@ cdef class Dispatcher(Harvest):
         self.work()
         return True
 
-    def add_items(self, Batch batch not None, list items):
-        """Queue items (index, item) of a batch. False: the runtime has ended."""
+    def add(self, Batch batch not None, Span span not None):
+        """Queue items of a batch. False: the runtime has ended."""
         if self.closed:
             return False
         if batch.dropped:
             return True
-        for index, item in items:
-            batch.pending.append((index, item, 1, False))
-        self.waiting += <uint64_t>len(items)
-        self.accepted += <uint64_t>len(items)
+        batch.pending.append(span)
+        batch.waiting += span.count
+        self.waiting += span.count
+        self.accepted += span.count
         self.inbox.append(batch)
         self.work()
         return True
@@ -131,17 +160,20 @@ cdef class Dispatcher(Harvest):
         self.waiting += 1
         return self.enqueue(task, True)
 
-    def retry_item(self, Batch batch not None, tuple entry not None):
-        """Queue an item of a batch once more, ahead of the others and alone in its chunk."""
-        self.inbox.append((DO_RETRY_ITEM, batch, entry))
+    def retry_item(self, Task task not None, uint64_t item):
+        """Queue an item of a chunk once more, ahead of the others and alone."""
+        cdef Span span = task.one(item)
+        span.attempts += 1
+        span.alone = True
+        self.inbox.append((DO_RETRY_ITEM, task.batch, span))
         self.work()
 
-    cdef int retry_item_now(self, Batch batch, tuple entry) except -1:
+    cdef int retry_item_now(self, Batch batch, Span span) except -1:
         if batch.dropped:
             self.vanished += 1
             return 0
-        index, item, attempts, _ = entry
-        batch.pending.appendleft((index, item, attempts + 1, True))
+        batch.pending.appendleft(span)
+        batch.waiting += 1
         self.waiting += 1
         return self.enqueue(batch, True)
 
@@ -178,7 +210,7 @@ cdef class Dispatcher(Harvest):
         guard_release(guard)
         if result == 1:
             task.state = T_CANCELLED
-            self.vanished += <uint64_t>len(task.entries) if task.batch is not None else 1
+            self.vanished += task.count
             self.inbox.append((DO_RELEASE, task))   # the entry is reused once its bookkeeping is done
             self.work()
             return CANCEL_DONE
@@ -196,8 +228,9 @@ cdef class Dispatcher(Harvest):
 
     cdef int drop_now(self, Batch batch) except -1:
         cdef SlotTable table
-        self.waiting -= <uint64_t>len(batch.pending)
-        self.vanished += <uint64_t>len(batch.pending)
+        self.waiting -= batch.waiting
+        self.vanished += batch.waiting
+        batch.waiting = 0
         batch.pending.clear()
         for table in self.slots:
             if table.chunks:
@@ -239,9 +272,97 @@ cdef class Dispatcher(Harvest):
         self.inbox.append((DO_DRAIN, index))
         self.work()
 
+    # ---- who looks at the outboxes ----
+
+    def unread(self):
+        """Whether a worker has left something that was not taken in."""
+        cdef uint32_t i
+        cdef SlotTable table
+        for i in range(self.arena.slots):
+            table = self.slots[i]
+            if table.state == S_LIVE and outbox_waiting(self.arena.slot(i), table.outbox_head):
+                return True
+        return False
+
+    def drain_everything(self):
+        """Take in what every worker has finished."""
+        self.inbox.append((DO_DRAIN_ALL, None))
+        self.work()
+
+    def park(self):
+        """The collector is about to sleep: from now on it must be told. False: there is something to do."""
+        if not self.arena.lanes or self.arena.head == NULL:
+            return True
+        self.asleep = True
+        park(&self.arena.head.parked)
+        if self.unread():
+            self.unpark()
+            return False
+        return True
+
+    def unpark(self):
+        """The collector is awake. Whether nobody had told it: nothing has taken its parked word back."""
+        cdef bint untold
+        if not self.arena.lanes or self.arena.head == NULL:
+            return False
+        self.asleep = False
+        untold = a32_load_relaxed(&self.arena.head.parked) == PARKED
+        a32_store_relaxed(&self.arena.head.parked, AWAKE)
+        return untold
+
+    def lost(self):
+        """Something was found that nobody had told of, though somebody should have."""
+        self.rescued += 1
+
+    def watch(self):
+        """Look at the outboxes for a moment, without the GIL. Whether there is something in one."""
+        if self.arena.spin == 0 or self.leased == 0 or self.arena.head == NULL:
+            return False
+        self.look_until(now_ns() + self.arena.spin, False)
+        return self.unread()
+
+    cdef int look_until(self, int64_t until, bint polite) except -1:
+        """Until an outbox has something in it, as its slot says, or until the time has come. Without the GIL."""
+        self.arena.lookers += 1                     # the tables stay mapped
+        with nogil:
+            look_around(self.arena, until, polite)
+        self.arena.lookers -= 1
+        if self.arena.ending:
+            self.arena.release()
+        return 0
+
+    def await_call(self, Task task not None):
+        """A thread that needs this call looks for its end itself, for a moment: that spares two wake-ups.
+
+        Not if a worker had to be woken for it (it would be put on the processor that this would keep
+        busy), and not if calls take longer than such a moment. While it looks, workers tell nobody.
+        """
+        cdef int64_t until
+        if (self.arena.spin == 0 or task.state != T_LEASED or self.call_ns > self.arena.spin
+                or self.arena.head == NULL or self.inert):
+            return
+        until = now_ns() + self.arena.spin * (WAKING if task.woke else 1)
+        a32_store_relaxed(&self.arena.head.parked, AWAKE)
+        while task.state == T_LEASED and self.arena.head != NULL and now_ns() < until:
+            self.look_until(until, task.woke)
+            self.drain_everything()
+        if self.asleep and self.arena.head != NULL:
+            park(&self.arena.head.parked)
+            if self.unread():
+                self.drain_everything()
+
+    def take_outcome(self, Task task not None):
+        """What has come in for one task, or None."""
+        cdef Py_ssize_t i
+        for i in range(len(self.outcomes)):
+            if (<tuple>self.outcomes[i])[1] is task:
+                return self.outcomes.pop(i)
+        return None
+
     def take_outcomes(self):
         """What has come in since the last call."""
         cdef list outcomes = self.outcomes
+        self.nudged = False
         self.outcomes = []
         return outcomes
 
@@ -249,6 +370,18 @@ cdef class Dispatcher(Harvest):
     def has_outcomes(self):
         """Whether there is something for the collector."""
         return len(self.outcomes) > 0
+
+    def take_news(self):
+        """Whether the collector must be told of outcomes; True once until it has taken them."""
+        if self.nudged or not self.outcomes:
+            return False
+        self.nudged = True
+        return True
+
+    @property
+    def quiet(self):
+        """Whether nobody has to be told of anything."""
+        return not self.announce and not self.repeat and (self.nudged or not self.outcomes)
 
     def open_slot(self, uint32_t number, uint32_t generation):
         """A free slot, made LIVE for a new process; -1: none is free."""
@@ -280,6 +413,7 @@ cdef class Dispatcher(Harvest):
                 a32_store_relaxed(&slot.running, 0)
                 a64_store_relaxed(&slot.tasks_done, 0)
                 a32_store_relaxed(&slot.turn, 0)
+                a32_store_relaxed(&slot.parked, AWAKE)
                 a32_store_release(&slot.state, S_LIVE)
                 return i
         return -1
@@ -325,15 +459,7 @@ cdef class Dispatcher(Harvest):
 
     def signal(self, uint32_t index, int number):
         """Send a signal to the process in a slot. False: there is none."""
-        cdef guard_t *guard = &self.keeper.guards[index]
-        cdef bint sent = False
-        if self.inert:
-            return False
-        guard_acquire(guard)
-        if guard.armed and guard.pidfd >= 0:
-            sent = sys_pidfd_send_signal(guard.pidfd, number) == 0
-        guard_release(guard)
-        return sent
+        return not self.inert and self.send_signal(index, number)
 
     def incarnation(self, uint32_t index):
         """Counts the processes that lived in a slot."""
@@ -403,6 +529,8 @@ cdef class Dispatcher(Harvest):
             slot = self.arena.slot(i)
             if not table.ready:
                 continue
+            if self.arena.lanes and outbox_waiting(slot, table.outbox_head):
+                self.drain(i)                       # it came while the collector was awake: no hint is missing
             head = table.outbox_head
             place = a64_load_relaxed(&slot.ring_head)
             unread = outbox_waiting(slot, head) != 0
@@ -497,7 +625,8 @@ cdef class Dispatcher(Harvest):
                     (<Batch>entry).queued = False
                     rest = list((<Batch>entry).pending)
                     (<Batch>entry).pending.clear()
-                    self.waiting -= <uint64_t>len(rest)
+                    self.waiting -= (<Batch>entry).waiting
+                    (<Batch>entry).waiting = 0
                     self.outcomes.append((OUTCOME_ABANDONED, None, entry, rest, cancelled))
                 elif (<Task>entry).state == T_WAITING:
                     (<Task>entry).state = T_CANCELLED if cancelled else T_OVER
@@ -550,7 +679,7 @@ cdef class Dispatcher(Harvest):
         return slot.incarnation, self.phase(index), a64_load_relaxed(&slot.tasks_done), number, table.inflight
 
     def counts(self):
-        """(blocks kept for views in workers, leases out, announcements due)."""
+        """For tests: (blocks kept for views in workers, leases out, announcements due)."""
         cdef SlotTable table
         cdef uint64_t kept = 0, inflight = 0
         for table in self.slots:

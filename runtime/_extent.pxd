@@ -26,11 +26,15 @@ cdef class Arena:
     cdef heap_t heap
     cdef readonly uint32_t slots, leases, outbox
     cdef readonly uint64_t bounce_bytes
+    cdef readonly bint lanes  # parked words are heeded
+    cdef readonly uint32_t spin  # ns that a waiter watches the memory before it sleeps
     cdef uint64_t slots_at, slot_stride, extents_at
     cdef readonly uint64_t held  # bytes of blocks that the host owns; host-private, under the GIL
     cdef int frozen         # forks under way: blocks that are dropped meanwhile are freed after them
     cdef list dropped       # (head, tag) of those
     cdef bint ending        # release() was called
+    cdef int lookers        # threads that read the tables without the GIL at this moment
+    cdef bint private       # this is a fork of the process that the mapping serves
     cdef readonly int pid   # the process this mapping serves; in a user's fork it is inert
 
     cdef attach(self, SharedRegion region)

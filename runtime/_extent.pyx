@@ -176,8 +176,8 @@ cdef class Arena:
     """
 
     def __cinit__(self):
-        assert sizeof(lease_t) == 512 and sizeof(slot_t) == 448 and sizeof(record_t) == 48
-        assert sizeof(arena_t) == PAGE + 64
+        assert sizeof(lease_t) == 512 and sizeof(slot_t) == 512 and sizeof(record_t) == 48
+        assert sizeof(arena_t) == PAGE + 128
 
     @staticmethod
     def footprint(uint32_t slots, uint32_t leases, uint32_t outbox, uint64_t bounce_bytes):
@@ -186,7 +186,8 @@ cdef class Arena:
                         + sizeof(lease_t) * leases, PAGE) + round_up(bounce_bytes, PAGE)
 
     @staticmethod
-    def create(uint64_t size, uint32_t slots, uint32_t leases, uint32_t outbox, uint64_t bounce_bytes):
+    def create(uint64_t size, uint32_t slots, uint32_t leases, uint32_t outbox, uint64_t bounce_bytes,
+               bint lanes=True, uint32_t spin=50_000):
         """A fresh region with `size` bytes for blocks beside the tables."""
         cdef Arena self = Arena.__new__(Arena)
         cdef uint64_t stride = Arena.footprint(slots, leases, outbox, bounce_bytes)
@@ -210,6 +211,8 @@ cdef class Arena:
         self.head.words_at = words_at
         self.head.extents_at = extents_at
         self.head.extents = extents
+        self.head.lanes = lanes
+        self.head.spin = spin
         self.head.magic = MAGIC
         self.read_geometry()
         return self
@@ -240,6 +243,8 @@ cdef class Arena:
         self.leases = self.head.leases
         self.outbox = self.head.outbox
         self.bounce_bytes = self.head.bounce_bytes
+        self.lanes = self.head.lanes == 1
+        self.spin = self.head.spin if self.lanes else 0
         self.slots_at = self.head.slots_at
         self.slot_stride = self.head.slot_stride
         self.extents_at = self.head.extents_at
@@ -256,6 +261,7 @@ cdef class Arena:
     def make_private(self):
         """In a user's fork: the same memory, copy on write, so that nothing done here reaches the runtime."""
         cdef uint64_t i, w
+        self.private = True
         if self.base == NULL:
             return
         self.region.remap_private()
@@ -287,7 +293,9 @@ cdef class Arena:
         After it the arena has no slots and no room, so whatever looks at it finds nothing.
         """
         self.ending = True
-        if self.held == 0 and self.frozen == 0 and self.base != NULL and self.pid == getpid():
+        if self.held or self.frozen or self.lookers:
+            return                              # whoever ends that comes back here
+        if self.base != NULL and self.pid == getpid():
             self.slots = 0
             self.heap.count = 0
             self.base = NULL

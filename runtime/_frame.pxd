@@ -2,15 +2,24 @@
 """Frames: how items (pickles with out-of-band buffers) lie in a block, inline, or in a stream of pieces.
 
     u32 items, u32 buffers
-    items   x {u64 bytes of the pickle, u32 buffers of this item, u32 status}
+    items   x {u64 bytes of the pickle, u32 buffers of this item, u32 status, u32 start, u32 count}
     buffers x {u64 bytes, u64 1 if the original was read-only}
     the pickles, one behind the other
     the buffers, each at a multiple of 64 from the start of the frame
 """
-from libc.stdint cimport uint32_t, uint64_t
+from libc.stdint cimport int32_t, uint32_t, uint64_t
+from libc.string cimport memcpy
 
 cdef enum:
     FRAME_ALIGN = 64
+
+# frame_item_t.status: what the pickle of an item holds
+cdef enum:
+    S_VALUE = 0             # a value, or a call
+    S_ERROR = 1             # an exception
+    S_PLAIN = 2             # a plain value (see _plain): unpickling it runs nobody's code
+    S_LIST = 3              # a list of plain values; `count` of them from `start` on are meant
+    S_CALLS = 4             # the same of tuples of arguments
 
 ctypedef struct frame_head_t:
     uint32_t items
@@ -19,7 +28,9 @@ ctypedef struct frame_head_t:
 ctypedef struct frame_item_t:
     uint64_t data_bytes
     uint32_t buffers
-    uint32_t status         # 0: a value; 1: an exception
+    uint32_t status         # S_*
+    uint32_t start          # of S_LIST and S_CALLS; else 0
+    uint32_t count
 
 ctypedef struct frame_buffer_t:
     uint64_t nbytes
@@ -28,6 +39,26 @@ ctypedef struct frame_buffer_t:
 ctypedef struct segment_t:
     const char *data        # NULL: padding
     uint64_t nbytes
+
+
+# A frame of one item without buffers, which is what most tasks need, is written and read without objects.
+cdef enum:
+    SINGLE_HEAD = 32        # bytes before its pickle: frame_head_t and one frame_item_t
+
+cdef inline void write_single(char *dest, uint32_t status, const char *data, uint64_t nbytes) noexcept nogil:
+    cdef frame_head_t *head = <frame_head_t *>dest
+    cdef frame_item_t *item = <frame_item_t *>(dest + sizeof(frame_head_t))
+    head[0] = frame_head_t(1, 0)
+    item[0] = frame_item_t(nbytes, 0, status, 0, 0)
+    memcpy(dest + SINGLE_HEAD, data, nbytes)
+
+cdef inline int32_t read_single(const char *src, uint64_t total) noexcept nogil:
+    """The status of the item, if these `total` bytes are such a frame, whole; else -1."""
+    cdef const frame_head_t *head = <const frame_head_t *>src
+    cdef const frame_item_t *item = <const frame_item_t *>(src + sizeof(frame_head_t))
+    if total < SINGLE_HEAD or head.items != 1 or head.buffers != 0 or item.buffers != 0:
+        return -1
+    return <int32_t>item.status if item.data_bytes == total - SINGLE_HEAD and item.status < 3 else -1
 
 
 cdef class Frame:

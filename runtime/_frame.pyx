@@ -1,7 +1,8 @@
 # cython: language_level=3
 """Frames: how items lie in a block, inline, or in a stream of pieces. The format stands in _frame.pxd.
 
-An item is a tuple (status, data, buffers, readonly): a pickle and its out-of-band buffers.
+An item is a tuple (status, data, buffers, readonly): a pickle and its out-of-band buffers; for a part of a
+list of values or calls two numbers more: (..., start, count).
 """
 cimport cython
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
@@ -22,6 +23,7 @@ cdef class Frame:
     """
 
     def __cinit__(self, list items):
+        assert SINGLE_HEAD == sizeof(frame_head_t) + sizeof(frame_item_t)
         cdef uint32_t n = <uint32_t>len(items)
         cdef uint32_t total = 0
         cdef uint32_t i, k, b = 0
@@ -47,13 +49,18 @@ cdef class Frame:
         head.buffers = total
         self.add(<char *>head, at)
         for i in range(n):
-            status, data, buffers, readonly = items[i]
+            entry = items[i]
+            data = entry[1]
             item[i].data_bytes = <uint64_t>len(data)
-            item[i].buffers = <uint32_t>len(buffers)
-            item[i].status = status
+            item[i].buffers = <uint32_t>len(<tuple>entry[2])
+            item[i].status = entry[0]
+            item[i].start = entry[4] if len(<tuple>entry) == 6 else 0
+            item[i].count = entry[5] if len(<tuple>entry) == 6 else 0
             self.add(PyBytes_AS_STRING(data), <uint64_t>len(data))
         for i in range(n):
-            _, _, buffers, readonly = items[i]
+            entry = items[i]
+            buffers = entry[2]
+            readonly = entry[3]
             for k in range(<uint32_t>len(buffers)):
                 PyObject_GetBuffer(buffers[k], &self.buffers[b], PyBUF_SIMPLE)
                 self.buffer_count = b + 1
@@ -107,7 +114,7 @@ cdef int frame_error(str what) except -1:
 
 
 def read_frame(exporter):
-    """The items of a frame in any buffer: a list of (status, data, views).
+    """The items of a frame in any buffer: a list of (status, data, views, start, count).
 
     `data` and `views` are memoryviews that keep the exporter alive. Every length is copied out of the
     buffer once and checked before it is used: another process may be writing there.
@@ -154,7 +161,7 @@ def read_frame(exporter):
                 part = whole[buffer_at:buffer_at + buffer.nbytes]
                 views.append(part.toreadonly() if buffer.readonly else part)
                 buffer_at += buffer.nbytes
-            out.append((item.status, whole[data_at:data_at + item.data_bytes], views))
+            out.append((item.status, whole[data_at:data_at + item.data_bytes], views, item.start, item.count))
             data_at += item.data_bytes
     finally:
         PyBuffer_Release(&view)

@@ -2,7 +2,7 @@
 """What came back, and what the dead leave. See _harvest.pyx."""
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
-from runtime._layout cimport record_t
+from runtime._layout cimport lease_t, record_t
 from runtime._leasing cimport Leasing, Task
 
 
@@ -19,4 +19,5 @@ cdef class Harvest(Leasing):
     cdef int settle_task(self, uint32_t index, Task task, information) except -1
     cdef int blame(self, Task task, uint64_t word, information) except -1
     cdef int unload_now(self, uint32_t index) except -1
-    cdef int kill_process(self, uint32_t index) noexcept
+    cdef bint fulfilled(self, Task task, lease_t *copy) except -1
+    cdef bint send_signal(self, uint32_t index, int number) noexcept

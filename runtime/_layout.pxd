@@ -15,7 +15,7 @@ from runtime._atomics cimport a32_t, a64_t
 
 
 cdef enum:
-    LAYOUT_VERSION = 1
+    LAYOUT_VERSION = 2
     PAGE = 4096
     EXTENT = 4096           # bytes of one extent: a page, so that a block can be mapped by itself
     INLINE_BYTES = 320      # bytes of payload that fit into the lease entry itself
@@ -128,6 +128,22 @@ ctypedef struct record_t:
     uint64_t count          # items; for R_ASK and R_OFFER the offset of the piece in the frame
 
 
+# ---- Parking -------------------------------------------------------------------------------------------
+# Whoever waits (a worker for its ring, the host for the outboxes) watches the memory for a moment, then
+# sleeps in zmq. Its parked word says which, so that a message is sent only to one that sleeps:
+#
+#   waiter:    parked = 1 · fence · look once more · sleep · parked = 0 · look at everything
+#   producer:  put · fence · parked == 1?  then swap 1 -> 0, and who wins sends the message
+#
+# Of a put and a look that cross, one sees the other: that is what the two fences are for (each stands
+# between a store and a load of another word). Not 1 means: a message is on its way, or the waiter looks
+# again before it sleeps. A producer that is killed between swap and message leaves a sleeper behind: the
+# host is then woken by that death; a stopped one is what the rescan is for.
+cdef enum:
+    AWAKE = 0
+    PARKED = 1
+
+
 # ---- slots -------------------------------------------------------------------------------------------
 # slot_t.state, written by the host alone, for those who look from outside (the host itself goes by its own
 # copy): S_FREE -> S_LIVE -> S_DYING -> S_FREE, the last step at the end of the sweep
@@ -178,6 +194,9 @@ ctypedef struct slot_t:
     # until it has moved `turn`. One record is out at a time; see receive and offer in _lease.pyx
     a32_t turn              # futex: the number of pieces the host has served
     char pad6[60]
+    # line 7: the worker's, but whoever tells it takes the word back; see "Parking" below
+    a32_t parked
+    char pad7[60]
 
 
 ctypedef struct arena_t:
@@ -192,9 +211,13 @@ ctypedef struct arena_t:
     uint64_t words_at       # offset of the extent words
     uint64_t extents_at     # offset of extent 0
     uint64_t extents        # how many
-    char pad0[PAGE - 72]
+    uint32_t lanes          # 1: parked words are heeded; 0: every put is announced by a message
+    uint32_t spin           # ns that a waiter watches the memory before it sleeps
+    char pad0[PAGE - 80]
     a64_t frees             # blocks freed so far, by anyone: who found no room waits for it to move
     char pad1[56]
+    a32_t parked            # the host's; see "Parking" below
+    char pad2[60]
 
 
 cdef inline uint64_t word_of(uint64_t state, uint64_t field, uint64_t tag) noexcept nogil:

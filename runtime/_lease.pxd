@@ -55,6 +55,18 @@ cdef inline bint outbox_put(slot_t *slot, record_t *records, uint32_t mask, reco
     return True
 
 
+cdef inline bint must_tell(a32_t *parked) noexcept nogil:
+    """A producer, after its put: whether the other side sleeps and it is on us to send the message."""
+    fence_seq_cst()                                             # P1 pairs with P2
+    return a32_load_relaxed(parked) == PARKED and a32_cas_relaxed(parked, PARKED, AWAKE)
+
+
+cdef inline void park(a32_t *parked) noexcept nogil:
+    """A waiter, before it sleeps; it must look once more between this and its sleep."""
+    a32_store_relaxed(parked, PARKED)
+    fence_seq_cst()                                             # P2
+
+
 cdef inline uint64_t outbox_waiting(slot_t *slot, uint64_t head) noexcept nogil:
     """Host: records that were not taken yet; more than the outbox holds: the worker has run wild."""
     return a64_load_acquire(&slot.outbox_tail) - head           # O2
@@ -79,16 +91,23 @@ cdef class WorkerPort:
     cdef uint64_t full_at       # arena.frees when a search for room failed last: no use to search again
     cdef bint was_full
     cdef bint untold            # records were published that no hint has told of
+    cdef bint pushed            # the host had to be woken since work was found last
     cdef list unkept            # (head, tag) of released views whose record found the outbox full
     cdef object notify          # called to tell the host to look at the outbox
 
     cdef lease_t *lease(self, uint32_t entry) noexcept nogil
+    cdef int64_t claim(self) noexcept nogil
+    cdef void begin(self, lease_t *lease, int64_t now) noexcept nogil
+    cdef int64_t end(self, lease_t *lease) noexcept nogil
+    cdef bint advance(self, lease_t *lease) noexcept nogil
+    cdef bint complete(self, uint32_t entry, uint64_t count) except -1
     cdef receive(self, uint32_t entry)
     cdef fill(self, Frame frame, uint64_t at)
     cdef offer(self, uint32_t entry, Frame frame)
     cdef uint64_t offset_of(self, uint64_t at) noexcept
     cdef unkeep(self, uint64_t body, uint64_t tag)
     cdef int put(self, record_t *record) except -1
+    cdef int tell(self) except -1
     cdef int take_room(self, uint64_t nbytes, bint patient, uint64_t *at, uint64_t *tag) noexcept nogil
     cdef int wait_turn(self, uint32_t seen) except -1
 

@@ -100,7 +100,7 @@ cdef class WorkerPort:
 
     # ---- a lease ----
 
-    def claim(self):
+    cdef int64_t claim(self) noexcept nogil:
         """Claim the next lease: its entry, or -1 when the ring is empty."""
         cdef int64_t place
         cdef uint32_t entry
@@ -117,12 +117,13 @@ cdef class WorkerPort:
                 continue                        # taken back: its place stayed behind
             if a64_cas_acq_rel(&lease.word, word, lease_word(L_RUNNING, 0, l_tag(word))):
                 a32_store_release(&self.slot.running, entry + 1)
+                self.pushed = False
                 return entry
 
     def describe(self, uint32_t entry):
-        """(kind, task number, attempt, function id, whether the function leads the frame) of a lease."""
+        """(function id, whether the function leads the frame) of a lease."""
         cdef lease_t *lease = self.lease(entry)
-        return lease.kind, lease.task, lease.attempt, lease.fn, lease.fn_body == 0
+        return lease.fn, lease.fn_body == 0
 
     def function(self, uint32_t entry):
         """The function's pickle, from its block."""
@@ -160,28 +161,26 @@ cdef class WorkerPort:
             got += n
         return out
 
-    def begin(self, uint32_t entry):
+    cdef void begin(self, lease_t *lease, int64_t now) noexcept nogil:
         """The item's clock starts: its timeout counts from here."""
-        a64_store_release(&self.lease(entry).started, <uint64_t>now_ns())
+        a64_store_release(&lease.started, <uint64_t>now)
 
-    def end(self, uint32_t entry):
-        """The item's clock stops. Nanoseconds since `begin`."""
-        cdef lease_t *lease = self.lease(entry)
-        cdef int64_t ns = now_ns() - <int64_t>a64_load_relaxed(&lease.started)
+    cdef int64_t end(self, lease_t *lease) noexcept nogil:
+        """The item's clock stops, before the word moves on. The time."""
+        cdef int64_t now = now_ns()
+        lease.out_ns += now - <int64_t>a64_load_relaxed(&lease.started)
         a64_store_release(&lease.started, 0)
-        lease.out_ns += ns
         a64_store_relaxed(&self.slot.tasks_done, a64_load_relaxed(&self.slot.tasks_done) + 1)
-        return ns
+        return now
 
-    def advance(self, uint32_t entry):
+    cdef bint advance(self, lease_t *lease) noexcept nogil:
         """RUNNING(i) -> RUNNING(i+1). False: the host has killed this lease; exit."""
-        cdef lease_t *lease = self.lease(entry)
         cdef uint64_t word = a64_load_relaxed(&lease.word)
         return l_state(word) == L_RUNNING and a64_cas_acq_rel(
             &lease.word, word, lease_word(L_RUNNING, l_item(word) + 1, l_tag(word)))
 
-    def commit(self, uint32_t entry, list items):
-        """Deliver finished items ahead of the rest. False: no room, keep them for `finish`."""
+    def commit(self, uint32_t entry, list items, uint64_t count):
+        """Deliver the outcomes of `count` items ahead of the rest. False: no room, keep them for `finish`."""
         cdef Frame frame = Frame(items)
         cdef uint64_t at = 0, tag = 0
         cdef record_t record
@@ -189,21 +188,19 @@ cdef class WorkerPort:
             return False
         self.fill(frame, at)
         record = record_t(R_PARTIAL, entry, a64_load_relaxed(&self.lease(entry).word), self.offset_of(at),
-                          tag, frame.nbytes, <uint64_t>len(items))
+                          tag, frame.nbytes, count)
         heap_publish(&self.arena.heap, at, tag, self.index)
         self.put(&record)
         return True
 
     def finish(self, uint32_t entry, list items, uint64_t count, bint kept):
-        """Deliver the last items and end the lease. `count`: how many of its items were run in all.
+        """Deliver the last outcomes and end the lease. `count`: how many of its items were run in all.
 
         False: the host has killed this lease; claim nothing more and exit.
         """
         cdef lease_t *lease = self.lease(entry)
         cdef Frame frame = Frame(items)
         cdef uint64_t at = 0, tag = 0
-        cdef uint64_t word
-        cdef record_t record
         cdef bint room
         lease.out_flags = F_KEPT if kept else 0
         lease.out_bytes = frame.nbytes
@@ -222,13 +219,19 @@ cdef class WorkerPort:
             else:
                 self.offer(entry, frame)
                 lease.out_where = AT_BOUNCE
-        word = a64_load_relaxed(&lease.word)
-        # D1 pairs with the acquire in the host's harvest: who sees DONE sees the words above.
-        if l_state(word) != L_RUNNING or not a64_cas_acq_rel(
-                &lease.word, word, lease_word(L_DONE, count, l_tag(word))):
+        return self.complete(entry, count)
+
+    cdef bint complete(self, uint32_t entry, uint64_t count) except -1:
+        """RUNNING(i) -> DONE(count), and the record of it. False: the host has killed this lease."""
+        cdef lease_t *lease = self.lease(entry)
+        cdef uint64_t word = a64_load_relaxed(&lease.word)
+        cdef uint64_t done = lease_word(L_DONE, count, l_tag(word))
+        cdef record_t record
+        # D1 pairs with the acquire in the host's harvest: who sees DONE sees the result's words.
+        if l_state(word) != L_RUNNING or not a64_cas_acq_rel(&lease.word, word, done):
             return False
         a32_store_release(&self.slot.running, 0)
-        record = record_t(R_DONE, entry, lease_word(L_DONE, count, l_tag(word)), 0, 0, 0, count)
+        record = record_t(R_DONE, entry, done, 0, 0, 0, count)
         self.put(&record)
         return True
 
@@ -295,13 +298,20 @@ cdef class WorkerPort:
     # ---- the outbox ----
 
     cdef int put(self, record_t *record) except -1:
-        """Publish a record and tell the host; waits while the outbox is full, drops nothing."""
+        """Publish a record and tell the host if it sleeps; waits while the outbox is full, drops nothing."""
         while not outbox_put(self.slot, self.records, self.outbox_mask, record):
             self.notify()
             with nogil:
                 nap(500_000)
             PyErr_CheckSignals()
-        self.notify()
+        self.tell()
+        return 0
+
+    cdef int tell(self) except -1:
+        """Tell the host to look at the outbox, unless it is awake and will."""
+        if not self.arena.lanes or must_tell(&self.arena.head.parked):
+            self.pushed = True
+            self.notify()
         return 0
 
     cdef unkeep(self, uint64_t body, uint64_t tag):
@@ -323,10 +333,43 @@ cdef class WorkerPort:
             self.unkept.pop()
             self.untold = True
 
-    def take_untold(self):
-        """Whether records were published that no hint has told of; then the next hint does."""
-        untold, self.untold = self.untold, False
-        return untold
+    def tell_untold(self):
+        """Tell of records that were published without a hint."""
+        if self.untold:
+            self.untold = False
+            self.tell()
+
+    # ---- waiting ----
+
+    def watch(self):
+        """Look at the ring for a moment, without the GIL. Whether there is something in it.
+
+        Not after the host had to be woken: it would be put on the processor that this would keep busy.
+        """
+        cdef int64_t until
+        cdef uint32_t _k
+        if self.arena.spin == 0 or self.pushed:
+            return False
+        with nogil:
+            until = now_ns() + self.arena.spin
+            while a64_load_acquire(&self.slot.ring_tail) == a64_load_relaxed(&self.slot.ring_head):
+                for _k in range(16):
+                    cpu_relax()
+                if now_ns() >= until:
+                    break
+        return a64_load_acquire(&self.slot.ring_tail) != a64_load_relaxed(&self.slot.ring_head)
+
+    def park(self):
+        """From now on the host sends a message with a lease. False: there is one already, do not sleep."""
+        park(&self.slot.parked)
+        if a64_load_acquire(&self.slot.ring_tail) != a64_load_relaxed(&self.slot.ring_head):
+            self.unpark()
+            return False
+        return True
+
+    def unpark(self):
+        """The worker is awake and looks at its ring before it sleeps again."""
+        a32_store_relaxed(&self.slot.parked, AWAKE)
 
 
 @cython.no_gc

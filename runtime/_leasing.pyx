@@ -9,19 +9,27 @@ Rules for all that runs here, see _dispatch.pyx: no Python code, no waiting; and
 any allocation, an entry is popped before it is worked on and looked at again before it is published.
 """
 cimport cython
+from _pickle import dumps, loads
 from collections import deque
+
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 from cpython.mem cimport PyMem_Calloc, PyMem_Free
 from libc.string cimport memcpy
 
 from runtime._atomics cimport *
 from runtime._layout cimport *
-from runtime._lease cimport ring_place, ring_put, ring_room
+from runtime._frame cimport S_CALLS, S_LIST, S_VALUE, SINGLE_HEAD, write_single
+from runtime._lease cimport must_tell, ring_place, ring_put, ring_room
+from runtime._plain cimport fixed_run
 
 cdef int64_t ROOM_PATIENCE = 50_000_000     # ns a task waits for room before it travels by value
 cdef int64_t CHUNK_NS = 2_000_000           # ns of work that a chunk aims at
-cdef uint32_t MAX_CHUNK = 1024              # items of a chunk, at most
+cdef uint32_t MAX_CHUNK = 8192              # items of a chunk, at most
+cdef int64_t SPAN_BYTES = 16 << 10          # bytes of a pickle of several items: it travels with any part
+cdef uint64_t CHUNK_BYTES = 256 << 10       # bytes of a chunk, unless a single item is larger
 cdef uint32_t LONGEST_CHUNK = 65536         # whatever the user asks for: the lease word has 21 bits for it
-cdef uint32_t DEPTH = 64                    # leases ahead per worker, at most
+cdef double AHEAD_NS = 2_000_000            # ns of work ahead of a worker, if that is two calls or more
+cdef uint32_t DEPTH = 64                    # leases ahead while it is unknown how long a call takes
 cdef uint32_t CHUNK_DEPTH = 2               # chunks ahead per worker: one runs, one waits
 cdef uint32_t FUNCTIONS = 256               # function pickles kept in the region
 
@@ -31,6 +39,80 @@ OUTCOME_DIED = 1            # (.., task, item or -1, information that settle() w
 OUTCOME_KILLED = 2          # (.., task, item, reason)
 OUTCOME_LOST = 3            # (.., task, item, what went wrong)
 OUTCOME_ABANDONED = 4       # (.., task or None, batch or None, its entries, whether they count as cancelled)
+
+
+@cython.final
+cdef class Span:
+    """Consecutive items of a map. Immutable but for the queue, which takes from its front."""
+
+    @staticmethod
+    def of(uint64_t first, tuple item, str shown):
+        """One item that has a pickle of its own: (S_VALUE, data, buffers, readonly)."""
+        cdef Span self = Span.__new__(Span)
+        self.first = first
+        self.count = self.attempts = 1
+        self.status = S_VALUE
+        self.item = item
+        self.shown = shown
+        return self
+
+    @staticmethod
+    def pack(uint64_t first, list values, Py_ssize_t start, bint calls):
+        """As many of `values` from `start` on as are plain and fixed, in one pickle; None: not even one.
+
+        calls: each is a tuple of arguments, else the only argument.
+        """
+        cdef Span self
+        cdef Py_ssize_t count = fixed_run(values, start, SPAN_BYTES)
+        if count == 0:
+            return None
+        self = Span.__new__(Span)
+        self.first = first
+        self.count = <uint32_t>count
+        self.attempts = 1
+        self.status = S_CALLS if calls else S_LIST
+        self.data = dumps(values if count == len(values) else values[start:start + count], 5)
+        return self
+
+    @property
+    def several(self):
+        """Whether an item is a tuple of arguments."""
+        return self.status == S_CALLS
+
+    def value(self):
+        """Its first item, of one that was packed."""
+        return loads(self.data)[self.start]
+
+    def singles(self):
+        """Its items, each by itself."""
+        cdef uint32_t i
+        return [self.part(i, 1) for i in range(self.count)]
+
+    @property
+    def nbytes(self):
+        """Bytes of its pickle and buffers."""
+        if self.data is not None:
+            return len(self.data)
+        return len(self.item[1]) + sum([(<object>b).nbytes for b in <tuple>self.item[2]])
+
+    cdef Span part(self, uint32_t offset, uint32_t count):
+        cdef Span other = Span.__new__(Span)
+        other.first = self.first + offset
+        other.count = count
+        other.attempts = self.attempts
+        other.status = self.status
+        other.start = self.start + offset
+        other.data = self.data
+        other.item = self.item
+        other.alone = self.alone
+        other.shown = self.shown
+        return other
+
+    cdef tuple framed(self):
+        """What a Frame is given."""
+        if self.data is None:
+            return self.item
+        return (self.status, self.data, (), (), self.start, self.count)
 
 
 cdef class Batch:
@@ -47,36 +129,35 @@ cdef class Batch:
         self.fixed = chunksize
         self.pending = deque()
 
-    @property
-    def waiting(self):
-        """Items that are not leased."""
-        return len(self.pending)
-
     cdef uint32_t chunk(self, uint32_t workers):
         """Items for the next chunk: about 2 ms of work, and towards the end a fair share of what is left."""
-        cdef uint32_t left = <uint32_t>len(self.pending)
+        cdef uint32_t left = <uint32_t>min(self.waiting, <uint64_t>LONGEST_CHUNK)
         cdef uint32_t n
         if self.fixed:
-            return min(self.fixed, left, LONGEST_CHUNK)
-        if self.item_ns <= 0:
+            return min(self.fixed, left)
+        if self.ran_items <= 0:
             return 1
-        n = MAX_CHUNK if self.item_ns * MAX_CHUNK < CHUNK_NS else <uint32_t>(CHUNK_NS / self.item_ns)
-        return max(1, min(n, left, max(1, left // (2 * workers))))
+        n = MAX_CHUNK
+        if self.ran_ns * MAX_CHUNK > CHUNK_NS * self.ran_items:
+            n = <uint32_t>(CHUNK_NS * self.ran_items / self.ran_ns)
+        return max(1, min(n, left, max(1, <uint32_t>min(self.waiting // (2 * workers), <uint64_t>MAX_CHUNK))))
 
     cdef void measured(self, int64_t ns, uint64_t items):
-        cdef double each = <double>ns / items if items else 0
-        if each > 0:
-            self.item_ns = each if self.item_ns <= 0 else 0.7 * self.item_ns + 0.3 * each
+        if ns > 0 and items:
+            self.ran_ns = self.ran_ns / 2 + ns
+            self.ran_items = self.ran_items / 2 + items
 
 
 cdef class Task:
     """One lease's worth of work: a call, or a chunk of a batch. Host-private."""
 
-    def __init__(self, fn, future, list items, int64_t timeout=0, int priority=0, uint32_t retries=0,
-                 bint retry_timeouts=False, HostBlock block=None):
+    def __init__(self, fn, Promise future, bytes data, tuple buffers=(), tuple readonly=(), int64_t timeout=0,
+                 int priority=0, uint32_t retries=0, bint retry_timeouts=False, HostBlock block=None):
         self.fn = fn
         self.future = future
-        self.items = items
+        self.data = data
+        self.buffers = buffers
+        self.readonly = readonly
         self.timeout = timeout
         self.priority = priority
         self.retries = retries
@@ -84,7 +165,46 @@ cdef class Task:
         self.retry_timeouts = retry_timeouts
         self.block = block
         self.attempt = 1
+        self.count = 1
         self.reason = ""
+
+    cdef Span one(self, uint64_t item):
+        """A chunk's item by itself."""
+        cdef Span span
+        for span in self.spans:
+            if item < span.count:
+                return span.part(<uint32_t>item, 1)
+            item -= span.count
+        raise IndexError("no such item in the chunk")
+
+    def item(self, uint64_t item):
+        """An item of a chunk by itself."""
+        return self.one(item)
+
+    def attempts(self, uint64_t item):
+        """Which attempt this is of a call, or of an item of a chunk."""
+        return self.attempt if self.batch is None else self.one(item).attempts
+
+    def stretches(self, uint64_t first, uint64_t count):
+        """[(index in the map, how many)] for items first .. first+count-1 of a chunk."""
+        cdef Span span
+        cdef uint64_t here
+        cdef list out = []
+        for span in self.spans:
+            if count == 0:
+                break
+            if first >= span.count:
+                first -= span.count
+                continue
+            here = min(count, span.count - first)
+            if out and out[len(out) - 1][0] + out[len(out) - 1][1] == span.first + first:
+                index, before = out.pop()
+                out.append((index, before + here))
+            else:
+                out.append((span.first + first, here))
+            count -= here
+            first = 0
+        return out
 
 
 @cython.final
@@ -143,7 +263,8 @@ cdef class Leasing:
 
     cdef int forget(self, Task task) except -1:
         """Let go of what a task holds; its blocks are freed unless a view still needs them."""
-        task.items = None
+        task.data = None
+        task.buffers = None
         task.block = None
         task.fn_block = None
         task.by_value = None
@@ -158,7 +279,7 @@ cdef class Leasing:
         table.tasks[task.entry] = None
         table.free.append(task.entry)
         table.inflight -= 1
-        self.leased -= len(task.entries) - task.delivered if task.batch is not None else 1
+        self.leased -= task.count - task.delivered
         if task.batch is not None:
             table.chunks -= 1
         if task.timeout:
@@ -168,6 +289,18 @@ cdef class Leasing:
         if task.state == T_CANCELLED or (task.state == T_OVER and task.retries == 0):
             self.forget(task)                       # else the collector may want it once more
         return 0
+
+    cdef uint32_t depth(self) noexcept:
+        """Leases that a worker may have: about 2 ms of work, the rest keeps its order in the queue."""
+        if self.call_ns <= 0:
+            return min(DEPTH, self.arena.leases)
+        if self.call_ns * self.arena.leases <= AHEAD_NS:
+            return self.arena.leases
+        return max(2, <uint32_t>(AHEAD_NS / self.call_ns))
+
+    cdef bint drain_all(self) except -1:
+        """Take in what workers have finished; see Harvest."""
+        return False
 
     cdef int64_t pick(self, uint32_t depth) except -2:
         """The ready slot with the fewest leases, below `depth`; -1: none has credit."""
@@ -206,7 +339,9 @@ cdef class Leasing:
                     task = <Task>entry
                     if task.state != T_WAITING:
                         continue
-                    slot = self.pick(min(DEPTH, self.arena.leases))
+                    slot = self.pick(self.depth())
+                    if slot < 0 and self.drain_all():
+                        slot = self.pick(self.depth())
                     if slot < 0 or not self.lease(task, <uint32_t>slot):
                         queue.appendleft(task)
                         return 0
@@ -217,6 +352,8 @@ cdef class Leasing:
                         continue
                     queue.appendleft(batch)         # it stays at the front until it is empty
                     slot = self.pick(CHUNK_DEPTH)
+                    if slot < 0 and self.drain_all():
+                        slot = self.pick(CHUNK_DEPTH)
                     if slot < 0:
                         return 0
                     task = self.cut(batch, workers)
@@ -230,8 +367,9 @@ cdef class Leasing:
         """Make a chunk of a batch's next items."""
         cdef Task task = Task.__new__(Task)
         cdef uint32_t n = batch.chunk(workers)
-        cdef list entries = []
-        cdef list items = []
+        cdef uint64_t nbytes = 0
+        cdef Span span
+        cdef list spans = []
         self.numbers += 1
         task.number = self.numbers
         task.fn = batch.fn
@@ -243,30 +381,35 @@ cdef class Leasing:
         task.retry_timeouts = batch.retry_timeouts
         task.reason = ""
         while n and batch.pending:
-            entry = batch.pending[0]
-            if (<tuple>entry)[3] and entries:
-                break                               # an item that must be alone ends the chunk before it
-            batch.pending.popleft()
-            entries.append(entry)
-            items.append((<tuple>entry)[1])
-            n -= 1
-            if (<tuple>entry)[3]:
+            span = <Span>batch.pending.popleft()
+            if (span.alone or nbytes >= CHUNK_BYTES) and spans:
+                batch.pending.appendleft(span)      # an item that must be alone ends the chunk before it
                 break
-        if not entries:
+            if span.count > n:
+                batch.pending.appendleft(span.part(n, span.count - n))
+                span = span.part(0, n)
+            spans.append(span)
+            nbytes += span.nbytes
+            n -= span.count
+            task.count += span.count
+            batch.waiting -= span.count
+            if span.alone:
+                break
+        if not spans:
             return None                             # a destructor has dropped the batch meanwhile
-        task.entries = entries
-        task.items = items
-        task.attempt = (<tuple>entries[0])[2]
+        task.spans = spans
+        task.attempt = (<Span>spans[0]).attempts
         return task
 
     cdef int uncut(self, Task task) except -1:
         """Put the items of a chunk that did not start back to the front."""
         cdef Batch batch = task.batch
         if batch.dropped:
-            self.waiting -= <uint64_t>len(task.entries)
-            self.vanished += <uint64_t>len(task.entries)
+            self.waiting -= task.count
+            self.vanished += task.count
         else:
-            batch.pending.extendleft(reversed(task.entries))
+            batch.pending.extendleft(reversed(task.spans))
+            batch.waiting += task.count
         self.forget(task)
         return 0
 
@@ -307,7 +450,7 @@ cdef class Leasing:
         try:
             return self.publish(task, index)
         except Exception as error:
-            self.waiting -= <uint64_t>len(task.entries) if task.batch is not None else 1
+            self.waiting -= task.count
             task.state = T_OVER
             what = f"it could not be laid out: {type(error).__name__}: {error}"
             self.outcomes.append((OUTCOME_LOST, task, 0, what))
@@ -328,14 +471,15 @@ cdef class Leasing:
         cdef Frame frame = None
         cdef HostBlock block = task.block
         cdef uint32_t where = AT_BLOCK
-        cdef uint64_t items = <uint64_t>len(task.entries) if task.batch is not None else 1
+        cdef uint64_t nbytes = 0
         if task.fn_block is None:
             task.fn_block = self.function_block(task.fn)
-        if block is None:
-            if task.fn_block is None:
-                frame = Frame([(0, task.fn.data, (), ())] + task.items)
-            else:
-                frame = Frame(task.items)
+        if block is None and task.data is not None and not task.buffers and task.fn_block is not None:
+            nbytes = SINGLE_HEAD + <uint64_t>PyBytes_GET_SIZE(task.data)
+            if nbytes <= INLINE_BYTES:
+                where = AT_INLINE
+        if block is None and where != AT_INLINE:
+            frame = self.framed(task)
             if frame.nbytes <= INLINE_BYTES:
                 where = AT_INLINE
             else:
@@ -354,7 +498,7 @@ cdef class Leasing:
         if self.room(index) == 0:
             return False
         if task.state != T_WAITING or (task.batch is not None and task.batch.dropped):
-            return self.skipped(task, items)        # cancelled by a destructor while we allocated
+            return self.skipped(task)               # cancelled by a destructor while we allocated
 
         # From here on nothing can fail or be interrupted. The entry is FREE, so the worker does not look.
         number = <uint32_t>table.free.pop()
@@ -382,8 +526,10 @@ cdef class Leasing:
             lease.body_bytes = block.nbytes
         else:
             lease.body = 0
-            lease.body_bytes = frame.nbytes
-            if where == AT_INLINE:
+            lease.body_bytes = nbytes if frame is None else frame.nbytes
+            if frame is None:
+                write_single(lease.inline_, S_VALUE, PyBytes_AS_STRING(task.data), nbytes - SINGLE_HEAD)
+            elif where == AT_INLINE:
                 frame.copy(lease.inline_, 0, frame.nbytes)
             else:
                 task.by_value = frame
@@ -397,24 +543,40 @@ cdef class Leasing:
         table.inflight += 1
         if task.batch is not None:
             table.chunks += 1
-        self.waiting -= items
-        self.leased += items
+        self.waiting -= task.count
+        self.leased += task.count
         self.keeper.timeouts[index * self.arena.leases + number] = task.timeout
         if task.timeout:
             self.keeper.arm()
         a64_store_release(&lease.word, lease_word(L_LEASED, 0, task.tag))
         ring_put(slot, self.arena.ring(index), &table.ring_tail, self.arena.leases - 1,
                  ring_place(number, task.tag))
-        table.untold += items
-        self.announce.add(index)
+        task.woke = not self.arena.lanes or must_tell(&slot.parked)
+        if task.woke:
+            table.untold += task.count
+            self.announce.add(index)
+        else:
+            self.by_lane += task.count
         return True
 
-    cdef bint skipped(self, Task task, uint64_t items) except -1:
+    cdef Frame framed(self, Task task):
+        """The frame of a task; the function leads it if there is no room for its block."""
+        cdef list items
+        cdef Span span
+        if task.batch is not None:
+            items = [span.framed() for span in task.spans]
+        else:
+            items = [(S_VALUE, task.data, task.buffers, task.readonly)]
+        if task.fn_block is None:
+            items.insert(0, (S_VALUE, task.fn.data, (), ()))
+        return Frame(items)
+
+    cdef bint skipped(self, Task task) except -1:
         """A task that is not wanted any more is not leased."""
         if task.state == T_WAITING:                 # its batch was dropped
             task.state = T_CANCELLED
-            self.waiting -= items
-            self.vanished += items
+            self.waiting -= task.count
+            self.vanished += task.count
         self.forget(task)
         return True
 
@@ -458,7 +620,7 @@ cdef class Leasing:
             if task.state == T_LEASED and a64_cas_acq_rel(
                     &lease.word, lease_word(L_LEASED, 0, task.tag), lease_word(L_FREE, 0, task.tag)):
                 task.state = T_WAITING
-                self.waiting += <uint64_t>len(task.entries) if task.batch is not None else 1
+                self.waiting += task.count
                 self.release(task)
                 back.append(task)
         back.reverse()
@@ -476,11 +638,25 @@ cdef class Leasing:
     cdef int put_back(self, Task task, uint64_t first, int64_t without) except -1:
         """Items of a chunk from `first` on, but for `without`, go back to the front of their batch."""
         cdef Batch batch = task.batch
-        cdef list rest = [entry for i, entry in enumerate(task.entries) if i >= first and i != without]
+        cdef Span span
+        cdef list rest = []
+        cdef uint64_t at = 0, begin, end, count = 0
+        for span in task.spans:
+            begin, end = max(first, at), at + span.count
+            if without >= 0 and begin <= <uint64_t>without < end:
+                if begin < <uint64_t>without:
+                    rest.append(span.part(<uint32_t>(begin - at), <uint32_t>(<uint64_t>without - begin)))
+                begin = <uint64_t>without + 1
+            if begin < end:
+                rest.append(span.part(<uint32_t>(begin - at), <uint32_t>(end - begin)))
+            at = end
+        for span in rest:
+            count += span.count
         if batch.dropped:
-            self.vanished += <uint64_t>len(rest)
+            self.vanished += count
         elif rest:
             batch.pending.extendleft(reversed(rest))
-            self.waiting += <uint64_t>len(rest)
+            batch.waiting += count
+            self.waiting += count
             self.enqueue(batch, True)
         return 0

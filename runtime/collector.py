@@ -26,6 +26,8 @@ _RESCAN = 0.1  # seconds between two looks at everything while work is out
 _ROOM = 0.05  # the same, while a task waits for room in the region
 _IDLE = 2.0  # the same, while nothing is out
 _GREETING = 0.001  # the same, while a worker waits for its welcome
+_POLL = 0.001  # seconds after which hints are read even if the outboxes alone keep the collector busy
+_WORTH = 2  # times in a row that watching the outboxes may be in vain
 
 log = logging.getLogger("runtime")
 
@@ -36,8 +38,11 @@ class Sink(Protocol):
     retries: int
     retry_on: tuple[type[BaseException], ...]
 
-    def deliver(self, index: int, ok: bool, value: Any) -> None:
-        """The outcome of item `index`; the first one counts."""
+    def deliver(self, index: int, values: list[Any]) -> None:
+        """The results of items index .. index+len(values)-1; the list is the sink's from now on."""
+
+    def fail(self, span: _core.Span, error: BaseException) -> None:
+        """The outcome of the first item of a span is an exception."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +73,10 @@ def again(error: BrokenRuntime) -> BrokenRuntime:
 class Watcher(Protocol):
     """What the collector tells the supervisor."""
 
+    @property
+    def stopping(self) -> bool:
+        """Whether it waits for the end of everything."""
+
     def look(self, slot: int) -> None:
         """A worker may have changed its phase."""
 
@@ -87,26 +96,54 @@ class Collector:
         self.watcher = watcher
         self.broken: BrokenRuntime | None = None  # set when no task can run any more: what they are told
         self.stopped = False
+        self._worth = 0
+        self._polled = 0.0
         self._half = dispatcher.arena.data_bytes // 2
         self._hello: dict[int, set[int]] = {}  # slot -> kinds of greeting that came
         self._welcome: set[int] = set()  # slots whose welcome could not be sent yet
 
     def run(self) -> None:
         """The thread."""
-        last = time.monotonic()
+        dispatcher = self.dispatcher
+        looked = time.monotonic()
         while not self.stopped:
-            for hint in self.link.poll(self.patience()):
-                self.obey(hint)
+            self.wait()
+            dispatcher.drain_everything()
             now = time.monotonic()
-            if now - last >= (_ROOM if self.dispatcher.urgent else _RESCAN):
-                last = now
-                self.dispatcher.rescan()
-                if self.dispatcher.leased:
+            if now - looked >= (_ROOM if dispatcher.urgent else _RESCAN):
+                looked = now
+                dispatcher.rescan()
+                if dispatcher.leased:
                     self.watcher.look(-1)
             self.complete()
             self.announce()
+            if self.watcher.stopping:
+                self.watcher.wake()
             for slot in list(self._welcome):
                 self.welcome(slot)
+
+    def wait(self) -> None:
+        """Until there is something to do, or to look whether there is.
+
+        First by watching the outboxes, if that was worth it lately; then asleep in zmq.
+        """
+        now = time.monotonic()
+        if self._worth > 0 and now - self._polled < _POLL:
+            if self.dispatcher.watch():
+                self._worth = _WORTH
+                return
+            self._worth -= 1
+        patience = self.patience()
+        if patience and not self.dispatcher.park():
+            patience = 0.0
+        hints = self.link.poll(patience)
+        self._polled = time.monotonic()
+        slept = patience > 0 and self._polled - now >= patience
+        if self.dispatcher.unpark() and slept and not hints and self.dispatcher.unread():
+            self.dispatcher.lost()
+        for hint in hints:
+            self.obey(hint)
+            self._worth = _WORTH
 
     def patience(self) -> float:
         """Seconds to wait for a hint."""
@@ -162,15 +199,39 @@ class Collector:
         while outcomes := self.dispatcher.take_outcomes():
             outcomes.reverse()
             while outcomes:  # popped one by one, so that no reference outlives its completion
-                try:
-                    self.settle(*outcomes.pop())
-                except BaseException:
-                    log.exception("an outcome could not be delivered")
+                self.settle(*outcomes.pop())
             self.announce()
+
+    def expect(self, future: Any) -> None:
+        """A thread needs the result of a future: it may find it itself, before it goes to sleep."""
+        task = future._task
+        if task is None:
+            return
+        self.dispatcher.await_call(task)
+        if not future.awaited:  # callbacks run in the collector
+            outcome = self.dispatcher.take_outcome(task)
+            if outcome is not None:
+                self.settle(*outcome)
+        self.tell()
+
+    def tell(self) -> None:
+        """After the dispatcher was called: tell workers of new leases, and the collector of outcomes."""
+        if not self.dispatcher.quiet:
+            self.announce()
+            if self.dispatcher.take_news():
+                self.link.wake()
+        if self.watcher.stopping:
             self.watcher.wake()
 
     def settle(self, kind: int, task: Any, *rest: Any) -> None:
-        """Act on one outcome."""
+        """Act on one outcome. Never raises, whatever user code does that unpickling or a callback runs."""
+        try:
+            self.act(kind, task, *rest)
+        except BaseException:
+            log.exception("an outcome could not be delivered")
+
+    def act(self, kind: int, task: Any, *rest: Any) -> None:
+        """What an outcome means for its future, or its map."""
         if kind == _core.OUTCOME_FRAME:
             self.deliver(task, *rest)
         elif kind == _core.OUTCOME_DIED:
@@ -185,7 +246,7 @@ class Collector:
             self.abandoned(task, *rest)
         else:
             first, what = rest
-            for item in range(first, 1 if task.batch is None else len(task.entries)):
+            for item in range(first, task.count):
                 self.finish(task, item, False, RuntimeFailure(f"the task was lost: {what}"))
 
     def deliver(self, task: _core.Task, first: int, count: int, exporter: Any, ran: int) -> None:
@@ -197,23 +258,43 @@ class Collector:
                         exporter
                     )  # the region is for what is under way, not for what is stored
             items = _core.read_frame(exporter)
-            if len(items) != count:
-                raise ValueError(f"the frame holds {len(items)} items, not {count}")
         except Exception as error:
-            for item in range(first, first + count):
-                self.finish(task, item, False, RuntimeFailure(f"the result cannot be read: {error}"))
+            self.unreadable(task, first, first + count, error)
             return
         del exporter
+        end = first + count
         items.reverse()
-        while items:
-            self.arrived(task, first, *items.pop())
-            first += 1
+        while items and first < end:
+            first += self.arrived(task, first, end - first, *items.pop())
+        if items or first != end:
+            self.unreadable(task, first, end, ValueError("it holds another number of items"))
 
-    def arrived(self, task: _core.Task, item: int, status: int, data: memoryview, views: Any) -> None:
-        """One result, still pickled."""
-        if status:
+    def unreadable(self, task: _core.Task, first: int, end: int, error: BaseException) -> None:
+        """A worker has written what makes no sense."""
+        for item in range(first, end):
+            self.finish(task, item, False, RuntimeFailure(f"the result cannot be read: {error}"))
+
+    def arrived(
+        self, task: _core.Task, item: int, most: int, status: int, data: memoryview, views: Any, start: int,
+        count: int,
+    ) -> int:  # fmt: skip
+        """One result, or several in one pickle, that are not unpickled yet; how many."""
+        if status == _core.S_LIST and task.batch is not None:
+            try:
+                values = serializer.loads(data)[start : start + count]
+                if not 0 < len(values) == count <= most:
+                    raise ValueError(f"a list of {len(values)} results")
+            except Exception as error:
+                self.unreadable(task, item, item + 1, error)
+                return 1
+            self.dispatcher.note(count, 0)
+            for index, n in task.stretches(item, count):
+                task.batch.sink.deliver(index, values[:n])
+                del values[:n]
+            return count
+        if status == _core.S_ERROR:
             self.fail_or_retry(task, item, serializer.load_exception(data, views))
-            return
+            return 1
         try:
             ok, value = True, serializer.loads(data, views)
         except BaseException as error:
@@ -222,6 +303,7 @@ class Collector:
                 _noted(error, "The task ended, but its result could not be unpickled in the host."),
             )
         self.finish(task, item, ok, value)
+        return 1
 
     def fail_or_retry(self, task: _core.Task, item: int, error: BaseException) -> None:
         """An exception: the outcome, unless it is one to retry on."""
@@ -245,34 +327,34 @@ class Collector:
             task.retries -= 1
             self.dispatcher.retry(task)
         else:
-            entry = task.entries[item]
-            if entry[2] > task.batch.sink.retries:
+            if task.attempts(item) > task.batch.sink.retries:
                 return False
-            self.dispatcher.retry_item(task.batch, entry)
+            self.dispatcher.retry_item(task, item)
         return True
 
     def died(self, task: _core.Task, item: int, death: Death) -> None:
         """Its worker died while it ran this: again, or WorkerDied."""
         if self.retried(task, item):
             return
-        attempts = task.attempt if task.batch is None else task.entries[item][2]
-        error = death.blamed(attempts) if self.broken is None else again(self.broken)
+        error = death.blamed(task.attempts(item)) if self.broken is None else again(self.broken)
         self.finish(task, item, False, error)
 
-    def abandoned(self, task: Any, batch: Any, entries: Any, cancelled: bool) -> None:
+    def abandoned(self, task: Any, batch: Any, spans: Any, cancelled: bool) -> None:
         """It never started, and never will."""
+        count = 1 if batch is None else sum(span.count for span in spans)
         if cancelled:
-            self.dispatcher.vanish(1 if batch is None else len(entries))
+            self.dispatcher.vanish(count)
         else:
-            self.dispatcher.note(0, 1 if batch is None else len(entries))
+            self.dispatcher.note(0, count)
         if batch is None and cancelled:
             self.guarded(task.future.withdraw)
         elif batch is None:
             self.resolve(task.future, False, self.ended())
         else:
-            for entry in entries:
-                error = concurrent.futures.CancelledError() if cancelled else self.ended()
-                batch.sink.deliver(entry[0], False, error)
+            for span in spans:
+                for one in span.singles():
+                    error = concurrent.futures.CancelledError() if cancelled else self.ended()
+                    batch.sink.fail(one, error)
 
     def ended(self) -> BrokenRuntime:
         """What a task is told that will not run."""
@@ -291,10 +373,12 @@ class Collector:
     def finish(self, task: _core.Task, item: int, ok: bool, value: Any) -> None:
         """The final outcome of a task or an item. Nothing that user code does keeps it from being counted."""
         self.dispatcher.note(int(ok), int(not ok))
-        if task.batch is not None:
-            task.batch.sink.deliver(task.entries[item][0], ok, value)
-            return
-        self.resolve(task.future, ok, value)
+        if task.batch is None:
+            self.resolve(task.future, ok, value)
+        elif ok:
+            task.batch.sink.deliver(task.item(item).first, [value])
+        else:
+            task.batch.sink.fail(task.item(item), value)
 
     def resolve(self, future: Any, ok: bool, value: Any) -> None:
         """Set a future; one that was settled before keeps its outcome."""

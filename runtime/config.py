@@ -29,6 +29,7 @@ __all__ = [
     "cpu_quota",
     "default_region_max",
     "default_workers",
+    "lanes",
     "memory_limit",
     "memory_total",
     "override",
@@ -95,6 +96,16 @@ class TaskOptions:
     retries: int
     retry_on: tuple[type[BaseException], ...]
     priority: int  # larger first
+
+    @property
+    def timeout_ns(self) -> int:
+        """Nanoseconds that an attempt may take; 0: any time."""
+        return int((self.timeout or 0) * 1e9)
+
+    @property
+    def plain(self) -> bool:
+        """Whether it says nothing."""
+        return self.timeout is None and not self.retries and not self.retry_on and not self.priority
 
     @property
     def retries_timeouts(self) -> bool:
@@ -220,6 +231,24 @@ def parse_size(size: int | str) -> int:
 def default_workers() -> int:
     """Workers of a Runtime that names no number: the CPUs it can keep busy; 1 inside a worker."""
     return 1 if in_worker else min(available_cpus(), MAX_WORKERS)
+
+
+def lanes() -> tuple[bool, int]:
+    """(whether lanes are used, nanoseconds that a waiter watches the memory before it sleeps).
+
+    From $RUNTIME_LANES and $RUNTIME_SPIN. With one CPU nobody watches: it would keep the other side from
+    running. Raises: ValueError for a text that is none of theirs.
+    """
+    text = os.environ.get("RUNTIME_LANES", "").strip().lower()
+    if text not in ("", "on", "1", "yes", "off", "0", "no"):
+        raise ValueError(f"RUNTIME_LANES is {text!r} in the environment: it must be on or off")
+    micros = os.environ.get("RUNTIME_SPIN", "").strip() or "50"
+    if not micros.isdecimal() or int(micros) > 1_000_000:
+        raise ValueError(
+            f"RUNTIME_SPIN is {micros!r} in the environment: it must be microseconds, at most 1000000"
+        )
+    on = text in ("", "on", "1", "yes")
+    return on, int(micros) * 1000 if on and available_cpus() > 1 else 0
 
 
 def default_region_max(root: str = "/") -> int:

@@ -72,12 +72,15 @@ class Stats:
     workers: int
 
 
-class Future(concurrent.futures.Future[T]):
-    """What `submit` returns: a stdlib Future whose call can be taken back until a worker has claimed it."""
+class Future(_core.Promise, concurrent.futures.Future[T]):
+    """What `submit` returns: a stdlib Future whose call can be taken back until a worker has claimed it.
 
-    retry_on: tuple[type[BaseException], ...] = ()
-    _task: _core.Task | None = None
-    _core: Supervisor | None = None
+    Thread-safety: every method, from any thread. Its lock is made when somebody first waits, or adds a
+    callback; see _future.
+    """
+
+    def __init__(self) -> None:
+        """A future that nobody fulfils yet; those of calls are made by `submit`."""
 
     def cancel(self) -> bool:
         """Cancel the call if no worker has started it. True: it never runs."""
@@ -85,7 +88,7 @@ class Future(concurrent.futures.Future[T]):
         if task is not None and core is not None and not self.done():
             if core.dispatcher.cancel(task) != _core.CANCEL_DONE:
                 return False
-            core.collector.announce()
+            core.tell()
             core.wake()
         return self.withdraw()
 
@@ -103,7 +106,7 @@ class Future(concurrent.futures.Future[T]):
         """Whether a worker is running the call now."""
         task, core = self._task, self._core
         if task is None or core is None or self.done():
-            return False
+            return self._state == "RUNNING"
         return bool(core.dispatcher.running(task))
 
     def __reduce__(self) -> Any:
@@ -223,6 +226,7 @@ class Runtime(Front):
         self._core = Supervisor(self._settings, self._table)
         self._core.start()
         forking.watch(self._core)
+        self._submitter = _core.Submitter(self._core.dispatcher, Future, self._core, self._table.plain)
         self._finalizer = weakref.finalize(self, _stop, self._core)
         self._finalizer.atexit = False  # _at_exit waits for it, in the right order
 
@@ -232,6 +236,19 @@ class Runtime(Front):
         return self
 
     def _submit(self, options: TaskOptions, fn: Callable[..., T], args: Any, kwargs: Any) -> Future[T]:
+        future: Future[T] | None = self._submitter.submit(
+            None if options is self._options and options.plain else options, fn, args, kwargs
+        )
+        if future is None:
+            future = self._submit_anything(options, fn, args, kwargs)
+        if not self._core.dispatcher.quiet:
+            self._core.tell()
+        return future
+
+    def _submit_anything(
+        self, options: TaskOptions, fn: Callable[..., T], args: Any, kwargs: Any
+    ) -> Future[T]:
+        """What `submit` does with a call that cannot go the short way."""
         core = self._usable()
         if not callable(fn):
             raise TypeError(f"submit() needs a callable, not {type(fn).__name__}")
@@ -245,14 +262,13 @@ class Runtime(Front):
             future.set_exception(error)
             return future
         task = _core.Task(
-            ref, future, [(0, payload.data, payload.buffers, payload.readonly)],
-            int((options.timeout or 0) * 1e9), options.priority, options.retries, options.retries_timeouts,
+            ref, future, payload.data, payload.buffers, payload.readonly, options.timeout_ns,
+            options.priority, options.retries, options.retries_timeouts,
         )  # fmt: skip
         future.retry_on = options.retry_on
         future._task, future._core = task, core
         if not core.dispatcher.submit(task):
             raise self._ended()
-        _after(core)
         return future
 
     def _map(
@@ -271,21 +287,23 @@ class Runtime(Front):
             raise TypeError(f"map() needs a callable, not {type(fn).__name__}")
         check_sizes(chunksize, buffersize)
 
-        def submit(batch: _core.Batch, items: list[Any]) -> None:
+        def submit(batch: _core.Batch, span: _core.Span) -> None:
             self._usable()
-            if not core.dispatcher.add_items(batch, items):
+            if not core.dispatcher.add(batch, span):
                 raise self._ended()
-            _after(core)
+            core.tell()
 
         def drop(batch: _core.Batch) -> None:
             core.dispatcher.drop(batch)
+            core.tell()
             core.wake()
 
-        return Results(
+        results = Results(
             fn, iterables, run=Run(options, ordered, return_exceptions), options=options, submit=submit,
             drop=drop, table=self._table, workers=self._max_workers, timeout=timeout,
             chunksize=chunksize or 0, buffersize=buffersize,
         )  # fmt: skip
+        return results.iterate()
 
     def options(
         self,
@@ -355,7 +373,7 @@ class Runtime(Front):
             done=dispatcher.done,
             failed=dispatcher.failed,
             cancelled=dispatcher.vanished,
-            lane=0,
+            lane=dispatcher.by_lane,
             message=dispatcher.by_message,
             rescued=dispatcher.rescues,
             reserved=arena.reserved_bytes,
@@ -377,7 +395,7 @@ class Runtime(Front):
         core = self._core
         if core.pid != os.getpid():
             return
-        self._shutdown = True
+        self._shutdown = core.dispatcher.refusing = True
         if cancel_futures:
             core.dispatcher.abandon(True)
             core.link.wake()
@@ -395,7 +413,7 @@ class Runtime(Front):
 
     def _end(self, reason: str, number: int) -> None:
         if self._core.pid == os.getpid():
-            self._shutdown = True
+            self._shutdown = self._core.dispatcher.refusing = True
             self._core.end(reason, number)
             self._core.join()
 
@@ -446,13 +464,6 @@ class Options(Front):
         """Ends nothing: the Runtime is its owner's to shut down."""
 
 
-def _after(core: Supervisor) -> None:
-    """After the dispatcher was called: tell workers of new leases, and the collector of outcomes."""
-    core.collector.announce()
-    if core.dispatcher.has_outcomes:
-        core.link.wake()
-
-
 def _rss(pid: int | None) -> int | None:
     """Resident bytes of a process."""
     if pid is None:
@@ -481,6 +492,7 @@ def _at_exit() -> None:
     _exiting = True
     mine = forking.living()
     for core in mine:
+        core.dispatcher.refusing = True
         core.stop()
     for core in mine:
         core.join()

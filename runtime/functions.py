@@ -209,6 +209,10 @@ class FunctionCache:
             self._held -= self._loaded.popitem(last=False)[1].nbytes
         return fn  # type: ignore[no-any-return]
 
+    def settled(self, id: int) -> bool:
+        """Whether a loaded function refers to no global that a message may rebind."""
+        return not self._loaded[id].records
+
     def drop(self, id: int) -> None:
         loaded = self._loaded.pop(id, None)
         if loaded is not None:

@@ -9,6 +9,7 @@ iterates. Of any other a bounded window is taken, and more as results are consum
 
 from __future__ import annotations
 
+import itertools
 import operator
 import threading
 import time
@@ -23,42 +24,50 @@ __all__ = ["Results", "Run", "check_sizes"]
 
 _WINDOW_PER_WORKER = 256  # items of an unsized input that are out per worker, at most
 _WINDOW_BYTES = 32 << 20  # bytes of their pickles, at most
-_GROUP = 256  # items handed to the dispatcher at a time
+_GROUP = 1024  # items that are taken from the input at a time, at most
+_QUICK = 0.0005  # seconds: an input that needs longer for a group gives smaller ones
 _REPR = 200  # characters of an item in the note on its error
 
 
 class Run:
     """One map under way: what the collector delivers to and the iterator takes from.
 
-    Thread-safety: `deliver` belongs to the collector, `take` to the thread that iterates.
+    Thread-safety: `deliver` and `fail` may be called from any thread, `take` from the one that iterates.
     """
 
     def __init__(self, options: TaskOptions, ordered: bool, return_exceptions: bool) -> None:
         self.retries = options.retries
         self.retry_on = options.retry_on
         self.return_exceptions = return_exceptions
-        self.reprs: dict[int, str] = {}  # of items that are out, for the notes on errors
-        self.sizes: dict[int, int] = {}  # bytes of their pickles
-        self.bytes_out = 0
         self._ordered = ordered
-        self._ready: dict[int, tuple[bool, Any]] = {}  # results that were not taken yet, by index
+        # Outcomes that were not taken yet, by the index of the first: results in a row, or one exception.
+        self._ready: dict[int, list[Any] | Failure] = {}
         self._arrived: deque[int] = deque()  # their order of arrival
         self._changed = threading.Condition()  # re-entrant: a destructor may come in
         self._next = 0
-        self._settled: set[int] = set()  # indices above _next whose outcome has come
 
-    def deliver(self, index: int, ok: bool, value: Any) -> None:
-        """The outcome of an item; the first one counts."""
+    def deliver(self, index: int, values: list[Any]) -> None:
+        """The results of items index .. index+len(values)-1. The list is ours from now on."""
+        values.reverse()  # so that the iterator can pop them, and keeps none that it has yielded
+        self._put(index, values)
+
+    def fail(self, span: _core.Span, error: BaseException) -> None:
+        """The outcome of the first item of a span is an exception."""
+        self._put(span.first, Failure(error, span))
+
+    def _put(self, index: int, outcome: list[Any] | Failure) -> None:
         with self._changed:
-            if index in self._settled or index not in self.sizes:
+            self._ready[index] = outcome
+            if not self._ordered:
+                self._arrived.append(index)
+            elif index != self._next:
                 return
-            self._settled.add(index)
-            self._ready[index] = (ok, value)
-            self._arrived.append(index)
             self._changed.notify()
 
-    def take(self, deadline: float | None) -> tuple[int, bool, Any]:
-        """The next outcome: (index, ok, value). Raises: TimeoutError at `deadline` (monotonic seconds)."""
+    def take(self, deadline: float | None) -> tuple[int, list[Any] | Failure]:
+        """The next outcomes, and the index of the first. Raises: TimeoutError at `deadline` (monotonic
+        seconds).
+        """
         with self._changed:
             while True:
                 index = self._next if self._ordered else self._arrived[0] if self._arrived else -1
@@ -71,22 +80,26 @@ class Run:
                     and time.monotonic() >= deadline
                 ):
                     raise TimeoutError("the results of map() did not come within its timeout")
-            ok, value = self._ready.pop(index)
+            outcome = self._ready.pop(index)
             if self._ordered:
-                self._next += 1
+                self._next += len(outcome) if isinstance(outcome, list) else 1
             else:
                 self._arrived.popleft()
-            self._settled.discard(index)
-            self.bytes_out -= self.sizes.pop(index, 0)
-            return index, ok, value
+            return index, outcome
 
 
-class Results(Iterator[Any]):
-    """The iterator that `map` returns.
+class Failure:
+    """The outcome of an item that raised. span: the item itself, for the note on its error."""
 
-    Dropping it, or `close()`, cancels what has not started, once iteration has begun (before that, the
-    items run to their end as the stdlib's do). Thread-safety: for one thread at a time.
-    """
+    __slots__ = ("error", "span")
+
+    def __init__(self, error: BaseException, span: _core.Span) -> None:
+        self.error = error
+        self.span = span
+
+
+class Results:
+    """What feeds a map, and the generator that `map` returns."""
 
     def __init__(
         self,
@@ -95,7 +108,7 @@ class Results(Iterator[Any]):
         *,
         run: Run,
         options: TaskOptions,
-        submit: Callable[[_core.Batch, list[Any]], None],
+        submit: Callable[[_core.Batch, _core.Span], None],
         drop: Callable[[_core.Batch], None],
         table: serializer.FunctionTable,
         workers: int,
@@ -104,132 +117,174 @@ class Results(Iterator[Any]):
         buffersize: int | None,
     ) -> None:
         self._fn = fn
-        self._input: Iterator[tuple[Any, ...]] | None = zip(*iterables, strict=False)
+        self._several = len(iterables) != 1  # then each item is a tuple of arguments
+        self._input: Iterator[Any] | None = (
+            zip(*iterables, strict=False) if self._several else iter(iterables[0])
+        )
         self._run = run
         self._options = options
         self._submit = submit
         self._drop = drop
         self._table = table
-        self._chunksize = chunksize
+        self._chunksize = min(chunksize, 1 << 31)
         self._deadline = None if timeout is None else time.monotonic() + timeout
         self._batches: list[_core.Batch] = []
         self._fed = 0  # items taken from the input
         self._taken = 0  # outcomes handed out
-        self._failure: BaseException | None = None  # what the input raised, or why an item cannot travel
-        self._begun = False
+        self._sizes: deque[tuple[int, int]] = deque()  # (number of items up to here, bytes) of what is out
+        self._bytes_out = 0
+        self._failure: BaseException | None = None  # what the input raised
         sized = any(isinstance(iterable, Sized) for iterable in iterables)
         self._window: int | None = buffersize
         if buffersize is None and not sized:
             self._window = _WINDOW_PER_WORKER * workers
+        self._group = _GROUP if sized else 1  # items that are taken at a time
         self._feed()
+
+    # ---- in ------------------------------------------------------------------------------------------
 
     def _feed(self) -> None:
         """Take items from the input, up to the window."""
-        group: list[Any] = []
-        try:
-            self._fill(group)
-        finally:
-            self._flush(group)
-
-    def _fill(self, group: list[Any]) -> None:
-        run = self._run
         while self._input is not None:
-            out = self._fed - self._taken
-            if self._window is not None and (out >= self._window or (out and run.bytes_out > _WINDOW_BYTES)):
-                break
+            room = self._group
+            if self._window is not None:
+                out = self._fed - self._taken
+                room = min(room, self._window - out)
+                if room <= 0 or (out and self._bytes_out > _WINDOW_BYTES):
+                    return
+            values: list[Any] = []
+            began = time.monotonic()
             try:
-                args = next(self._input)
-            except StopIteration:
-                self._input = None
-                break
-            except BaseException as error:
+                values.extend(itertools.islice(self._input, room))
+            except BaseException as error:  # what came before it stays in `values`
                 self._input = None
                 self._failure = error  # it arrives after the results before it
-                break
-            self._pack(args, group)
-            if len(group) >= _GROUP:
-                self._flush(group)
+            else:
+                if len(values) < room:
+                    self._input = None
+            # An input that takes its time is not made to wait for a group to be full.
+            quick = time.monotonic() - began < _QUICK
+            self._group = min(_GROUP, 2 * self._group) if quick else max(1, self._group // 4)
+            self._send(values)
 
-    def _pack(self, args: tuple[Any, ...], group: list[Any]) -> None:
-        index = self._fed
-        self._fed += 1
-        run = self._run
-        run.reprs[index] = _short(args)
-        run.sizes[index] = 0
+    def _send(self, values: list[Any]) -> None:
+        """Queue items: plain ones in a row together, others one by one."""
+        at = 0
+        ref = self._shared_function()
+        while at < len(values):
+            span = None
+            if ref is not None:
+                span = _core.Span.pack(self._fed, values, at, self._several)
+            if span is not None:
+                self._queue(ref, span)
+                at += span.count
+            else:
+                self._send_one(values[at])
+                at += 1
+
+    def _shared_function(self) -> serializer.FunctionRef | None:
+        """The function, if all items may share its pickle; one that is bound to objects travels with each."""
+        try:
+            return serializer.pack_function(self._table, self._fn)
+        except Exception:  # each item says so by itself
+            return None
+
+    def _send_one(self, item: Any) -> None:
+        """Queue an item by itself."""
+        args = item if self._several else (item,)
+        span = _core.Span.of(self._fed, (), _short(args))
         try:
             ref, payload = serializer.pack_call(self._table, self._fn, args)
         except BaseException as error:
-            run.deliver(index, False, error)
+            self._fed += 1
+            self._run.fail(span, error)
             if not isinstance(error, Exception):
                 raise
             return
-        run.sizes[index] = payload.nbytes
-        run.bytes_out += payload.nbytes
-        if not self._batches or self._batches[-1].fn.id != ref.id:
-            self._flush(group)  # the function's globals have changed: what follows is another function
+        item = (_core.S_VALUE, payload.data, payload.buffers, payload.readonly)
+        self._queue(ref, _core.Span.of(self._fed, item, _short(args)))
+
+    def _queue(self, ref: Any, span: _core.Span) -> None:
+        self._fed += span.count
+        if self._window is not None:
+            self._sizes.append((self._fed, span.nbytes))
+            self._bytes_out += span.nbytes
+        if not self._batches or self._batches[-1].fn.id != ref.id:  # its globals have changed since
             self._batches.append(
                 _core.Batch(
-                    ref, run, int((self._options.timeout or 0) * 1e9), self._options.priority,
-                    self._options.retries > 0, self._options.retries_timeouts,
-                    min(self._chunksize, 1 << 31),
+                    ref, self._run, self._options.timeout_ns, self._options.priority,
+                    self._options.retries > 0, self._options.retries_timeouts, self._chunksize,
                 )
             )  # fmt: skip
-        group.append((index, (0, payload.data, payload.buffers, payload.readonly)))
-
-    def _flush(self, group: list[Any]) -> None:
-        if not group:
-            return
-        items = group[:]
-        group.clear()
         try:
-            self._submit(self._batches[-1], items)
+            self._submit(self._batches[-1], span)
         except BaseException as error:  # the runtime has ended meanwhile: nobody else will answer for these
             self._input = None
-            for index, _ in items:
-                self._run.deliver(index, False, error)
+            for one in span.singles():
+                self._run.fail(one, error)
             if not isinstance(error, Exception):
                 raise
 
-    def __next__(self) -> Any:
-        self._begun = True
-        if self._window is not None and (self._fed - self._taken) * 4 <= self._window * 3:
-            self._feed()
-        if self._taken == self._fed:
-            failure, self._failure = self._failure, None
-            if failure is not None:
-                raise failure
-            raise StopIteration
+    # ---- out -----------------------------------------------------------------------------------------
+
+    def iterate(self) -> Iterator[Any]:
+        """The results. Dropped or closed after it has begun, it cancels what has not started."""
+        run = self._run
         try:
-            index, ok, value = self._run.take(self._deadline)
-        except TimeoutError:
-            self.close()
-            raise
-        self._taken += 1
-        shown = self._run.reprs.pop(index, "")
-        if ok:
-            return value
-        assert isinstance(value, BaseException)
-        value.add_note(f"This is the outcome of item {index} of the map: {shown}")
-        if self._run.return_exceptions:
-            return value
-        self.close()
-        try:
-            raise value
+            while True:
+                if self._input is not None and self._thirsty():
+                    self._feed()
+                if self._taken == self._fed:
+                    if self._failure is not None:
+                        raise self._failure
+                    return
+                index, outcome = run.take(self._deadline)
+                if isinstance(outcome, list):
+                    self._count(len(outcome))
+                    while outcome:
+                        yield outcome.pop()
+                else:
+                    self._count(1)
+                    error = outcome.error
+                    shown = _short_of(outcome.span)
+                    del outcome
+                    error.add_note(f"This is the outcome of item {index} of the map: {shown}")
+                    if not run.return_exceptions:
+                        try:
+                            raise error
+                        finally:
+                            del error  # no cycle between the exception and this frame
+                    yield error
+                    del error
         finally:
-            del value  # no cycle between the exception and this frame
+            self._failure = None  # its traceback knows this frame
+            self.close()
+
+    def _thirsty(self) -> bool:
+        """Whether there is room for more of the input."""
+        return self._window is None or (self._fed - self._taken) * 4 <= self._window * 3
+
+    def _count(self, outcomes: int) -> None:
+        self._taken += outcomes
+        while self._sizes and self._sizes[0][0] <= self._taken:
+            self._bytes_out -= self._sizes.popleft()[1]
 
     def close(self) -> None:
         """Cancel what has not started. Idempotent."""
         self._input = None
-        self._failure = None
-        self._fed = self._taken
-        for batch in self._batches:
-            self._drop(batch)
-        self._batches = []
+        batches, self._batches = self._batches, []
+        if self._taken < self._fed:
+            self._fed = self._taken
+            for batch in batches:
+                self._drop(batch)
 
-    def __del__(self) -> None:
-        if getattr(self, "_begun", False):
-            self.close()
+
+def _short_of(span: _core.Span) -> str:
+    """The first item of a span, for a note."""
+    if span.shown is not None:
+        return str(span.shown)
+    item = span.value()
+    return _short(item if span.several else (item,))
 
 
 def _short(args: tuple[Any, ...]) -> str:

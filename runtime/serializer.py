@@ -52,6 +52,7 @@ __all__ = [
     "FunctionTable",
     "Payload",
     "adopt_main",
+    "bound",
     "dump_exception",
     "dumps",
     "dumps_frozen",
@@ -59,6 +60,7 @@ __all__ = [
     "load_exception",
     "loads",
     "pack_call",
+    "pack_function",
     "split_callable",
     "unpack_call",
 ]
@@ -150,6 +152,15 @@ def pack_call(
     return ref, _encode(call, freeze, SHARED)
 
 
+def pack_function(table: FunctionTable, fn: Callable[..., Any]) -> FunctionRef | None:
+    """The function of many calls that share its pickle; None for one that is bound to something, and goes
+    with each call anew. Raises what pickling raises.
+    """
+    if issubclass(type(fn), CODE_TYPES) and not _is_bound_builtin(fn):
+        return table.ref(fn)
+    return None
+
+
 def _is_bound_builtin(fn: Any) -> bool:
     return isinstance(fn, types.BuiltinFunctionType) and locate(fn) is None
 
@@ -164,17 +175,21 @@ def unpack_call(
     """(callable, args, kwargs). Raises like FunctionCache.load, and what unpickling the arguments raises."""
     fn = cache.load(fn_id, fn_data)
     call = loads(data, buffers)
-    if len(call) == 3:
-        if fn is _carried:
-            fn = call[2]
+    return bound(fn, call), call[0], call[1] or {}
+
+
+def bound(fn: Any, call: tuple[Any, ...]) -> Any:
+    """The callable of a call: `fn` with what travels along with it, see `split_callable`."""
+    if len(call) < 3:
+        return fn
+    if fn is _carried:
+        return call[2]
+    for layer in reversed(call[2]):
+        if len(layer) == 1:
+            fn = types.MethodType(fn, *layer)
         else:
-            for layer in reversed(call[2]):
-                fn = (
-                    types.MethodType(fn, *layer)
-                    if len(layer) == 1
-                    else functools.partial(fn, *layer[0], **layer[1])
-                )
-    return fn, call[0], call[1] or {}
+            fn = functools.partial(fn, *layer[0], **layer[1])
+    return fn
 
 
 _TEXT_MAX = 10_000  # characters of the text that goes along in case the host cannot load the exception

@@ -78,7 +78,9 @@ class Supervisor:
         raise_descriptor_limit(settings.max_workers)
         self._zygote_settings = zygote_settings(settings, table)
         self._environment = {**os.environ, **config.thread_caps(settings.max_workers)}
-        self.arena = _core.Arena.create(settings.region_size, *geometry(settings.max_workers))
+        self.arena = _core.Arena.create(
+            settings.region_size, *geometry(settings.max_workers), *config.lanes()
+        )
         self.link = HostLink(make_folder(), self.arena.slots)
         self._zygote_settings["folder"] = self.link.folder
         self._bell = Bell()
@@ -146,6 +148,14 @@ class Supervisor:
         """Make the loop look at everything."""
         self._bell.ring()
 
+    def expect(self, future: Any) -> None:
+        """A thread needs the result of a future: it may look for it, before it goes to sleep."""
+        self.collector.expect(future)
+
+    def tell(self) -> None:
+        """After the dispatcher was called: tell whoever has something to do now."""
+        self.collector.tell()
+
     def look(self, slot: int) -> None:
         """The collector: a worker may have changed its phase (-1: any may have)."""
         for index in (slot,) if slot >= 0 else tuple(self._slots):
@@ -155,6 +165,11 @@ class Supervisor:
                 if phase == _core.PHASE_LEAVING or (phase == _core.PHASE_READY and not worker.ready):
                     self._looks.append(index)
                     self.wake()
+
+    @property
+    def stopping(self) -> bool:
+        """Whether it ends when nothing is left to do."""
+        return self._stopping
 
     def stop(self) -> None:
         """Finish what was accepted, then end."""
@@ -470,7 +485,7 @@ class Supervisor:
         """Why a worker did not become ready."""
         if self.dispatcher.phase(worker.slot) == _core.PHASE_FAILED:
             try:
-                ((_, data, views),) = _core.read_frame(self.dispatcher.failure(worker.slot))
+                ((_, data, views, _, _),) = _core.read_frame(self.dispatcher.failure(worker.slot))
                 cause = serializer.load_exception(data, views)
             except ValueError as error:
                 cause = error

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import fcntl
 import logging
 import os
 import signal
@@ -46,8 +45,6 @@ EXIT_ORPHANED = 74  # the zygote died before this worker was ready; another one 
 EXIT_DESCRIPTORS = 73  # a task closed descriptors that were not its own
 
 _IDLE_WAIT = 2.0  # seconds between two looks without a hint; the host's rescan is what finds a lost one
-_SLOW_ITEM_NS = 50_000  # an item of a chunk that runs longer is committed by itself
-_COMMIT_NS = 500_000  # quicker items are committed together, this much work at a time
 
 
 class Orders(NamedTuple):
@@ -111,14 +108,16 @@ class Worker:
     def __init__(self, arena: _core.Arena, orders: Orders, context: Context) -> None:
         self.orders = orders
         self.context = context
-        self.port = _core.WorkerPort(arena, orders.slot, self.notify)
+        self.port = _core.Runner(arena, orders.slot, self.notify)
         self.link = WorkerLink(orders.paths, orders.slot, self.port.incarnation)
         self.functions = serializer.FunctionCache()
         self.children = Children()
-        self.left = orders.max_tasks if orders.max_tasks is not None else -1  # items it may still run
         self.waiting = False
-        self.leaving = False
         self.rss_checked = 0.0
+        self.port.attend(
+            self, context, self.functions, orders.host_pidfd,
+            orders.max_tasks if orders.max_tasks is not None else -1, EXIT_DESCRIPTORS,
+        )  # fmt: skip
 
     def notify(self) -> None:
         """Tell the host to look at the outbox."""
@@ -184,113 +183,70 @@ class Worker:
 
     def loop(self) -> None:
         """Look, run, answer."""
-        while not (self.leaving or self.port.stopping):
-            entry = self.port.claim()
+        port = self.port
+        while not (port.leaving or port.stopping):
+            entry = port.serve()
             if entry >= 0:
                 self.execute(entry)
+            elif entry == _core.LEASE_LOST:
+                os._exit(EXIT_KILLED)
+            elif not port.watch():
                 self.check()
-                continue
-            self.port.flush()
-            if self.port.take_untold():
-                self.notify()
-            self.rest()
+                port.tell_untold()
+                self.rest()
 
     def rest(self) -> None:
         """Wait for a hint, unless SIGTERM has come; or until it comes."""
         self.waiting = True
         try:
-            if not self.leaving and self.link.wait(_IDLE_WAIT) and self.port.unseen:
-                self.port.rescued()
+            if not self.port.leaving and self.port.park() and not self.port.stopping:
+                if self.link.wait(_IDLE_WAIT) and self.port.unseen:
+                    self.port.rescued()
         except _Leave:
             pass
         finally:
             self.waiting = False
+            self.port.unpark()
 
     def execute(self, entry: int) -> None:
-        """Run what a claimed lease holds."""
-        kind, task, attempt, fn_id, leads = self.port.describe(entry)
-        self.context.task, self.context.attempt = task, attempt
+        """Run a call that is not ordinary: its function is new here, or its arguments are large."""
         try:
             exporter: Any = self.port.frame(entry)
         except MemoryError as error:  # no memory for arguments that travel by value
-            self.deliver(entry, [self.failed(error)], 1, b"")
-            return
-        if kind == _core.KIND_CHUNK:
-            alive = self.run_chunk(entry, fn_id, leads, exporter)
+            exporter, item = b"", self.failed(error)
         else:
-            self.port.begin(entry)
-            item = self.run_call(entry, fn_id, leads, exporter)
-            self.port.end(entry)
-            alive = self.deliver(entry, [item], 1, exporter)
-            self.left -= 1
-        self.context.task = None
-        if not alive:
+            self.port.begin_item(entry)
+            item = self.run_call(entry, exporter)
+            self.port.end_item(entry)
+        if not self.deliver(entry, [item], 1, 1, exporter):
             os._exit(EXIT_KILLED)
+        self.port.ended()
 
-    def run_call(self, entry: int, fn_id: int, leads: bool, exporter: Any) -> tuple[Any, ...]:
+    def run_call(self, entry: int, exporter: Any) -> tuple[Any, ...]:
         """Load and run one call; its outcome as an item of a frame."""
         try:
             items = _core.read_frame(exporter)
-            fn_data = self.function_data(entry, fn_id, leads, items)
-            _, data, views = items.pop()
-            fn, args, kwargs = serializer.unpack_call(self.functions, fn_id, fn_data, data, views)
+            fn_data = self.function_data(entry, items)
+            _, data, views, _, _ = items.pop()
+            fn, args, kwargs = serializer.unpack_call(
+                self.functions, self.port.describe(entry)[0], fn_data, data, views
+            )
             del items, data, views
             result = fn(*args, **kwargs)
         except BaseException as error:
             return self.failed(error)
         return self.succeeded(result)
 
-    def function_data(self, entry: int, fn_id: int, leads: bool, items: list[Any]) -> bytes | None:
+    def function_data(self, entry: int, items: list[Any]) -> bytes | None:
         """The function's pickle: from its block, or the item that leads the frame; None: it is loaded."""
+        fn_id, leads = self.port.describe(entry)
         data = bytes(items.pop(0)[1]) if leads else None
         if fn_id in self.functions:
             return None
         return data if data is not None else bytes(self.port.function(entry))
 
-    def run_chunk(self, entry: int, fn_id: int, leads: bool, exporter: Any) -> bool:
-        """Run the items of a chunk, committing results as they come. False: the lease was killed."""
-        done: list[Any] = []
-        since = 0
-        ran = 0
-        items: list[Any] = []
-        fn_data: bytes | None = None
-        failure: tuple[Any, ...] | None = None
-        try:
-            items = _core.read_frame(exporter)
-            fn_data = self.function_data(entry, fn_id, leads, items)
-        except BaseException as error:
-            failure = self.failed(error)
-        if failure and not items:  # the frame itself cannot be read: the first item answers for it
-            return self.deliver(entry, [failure], 1, exporter)
-        items.reverse()
-        while items:
-            if ran and not self.port.advance(entry):
-                return False
-            _, data, views = items.pop()
-            self.port.begin(entry)
-            done.append(failure or self.run_item(fn_id, fn_data, data, views))
-            del data, views
-            took = self.port.end(entry)
-            ran += 1
-            since += took
-            self.left -= 1
-            if not items or self.left == 0 or self.leaving or self.port.stopping:
-                break
-            if (took >= _SLOW_ITEM_NS or since >= _COMMIT_NS) and self.commit(entry, done):
-                done = []
-                since = 0
-        items.clear()
-        return self.deliver(entry, done, ran, exporter)
-
-    def commit(self, entry: int, items: list[Any]) -> bool:
-        """Deliver finished items ahead of the rest. False: they go with the last ones."""
-        try:
-            return bool(self.port.commit(entry, items))
-        except (BufferError, MemoryError):
-            return False
-
     def run_item(self, fn_id: int, fn_data: bytes | None, data: Any, views: list[Any]) -> tuple[Any, ...]:
-        """Load and run one item of a map."""
+        """Load and run one item of a map that came with a pickle of its own."""
         try:
             fn, args, kwargs = serializer.unpack_call(self.functions, fn_id, fn_data, data, views)
             del data, views
@@ -298,6 +254,10 @@ class Worker:
         except BaseException as error:
             return self.failed(error)
         return self.succeeded(result)
+
+    def bound(self, fn: Any, call: tuple[Any, ...]) -> Any:
+        """The function of a call that brings what it is bound to along."""
+        return serializer.bound(fn, call)
 
     def succeeded(self, result: Any) -> tuple[Any, ...]:
         """A result as an item; if it cannot be pickled, the reason is the outcome."""
@@ -321,27 +281,22 @@ class Worker:
         )
         return item
 
-    def deliver(self, entry: int, items: list[Any], ran: int, exporter: Any) -> bool:
-        """End the lease with its last items. False: the host has killed it."""
-        kept = not isinstance(exporter, (bytes, bytearray)) and exporter.keep()
+    def deliver(self, entry: int, items: list[Any], ran: int, count: int, exporter: Any) -> bool:
+        """End the lease with its last `count` outcomes. False: the host has killed it."""
+        kept = exporter is not None and not isinstance(exporter, (bytes, bytearray)) and exporter.keep()
         try:
             return bool(self.port.finish(entry, items, ran, kept))
         except (BufferError, MemoryError) as error:  # a result that cannot be laid out
-            return bool(self.port.finish(entry, [self.failed(error)] * len(items), ran, kept))
+            return bool(self.port.finish(entry, [self.failed(error)] * count, ran, kept))
 
     def check(self) -> None:
-        """Between tasks: is this process still fit for the next one?"""
+        """Now and then: give back what is not needed, see whether this process may stay."""
         self.port.flush()
         self.children.reap()
-        if self.left == 0:
-            self.leaving = True
-        try:
-            fcntl.fcntl(self.orders.host_pidfd, fcntl.F_GETFD)
-        except OSError:
-            os._exit(EXIT_DESCRIPTORS)  # before it claims what it could not answer for
         if self.orders.max_rss is not None and time.monotonic() - self.rss_checked > 0.1:
             self.rss_checked = time.monotonic()
-            self.leaving = self.leaving or own_rss() > self.orders.max_rss
+            if own_rss() > self.orders.max_rss:
+                self.port.leaving = True
 
 
 def own_rss() -> int:
@@ -414,7 +369,7 @@ def _nothing(number: int, frame: object) -> None:
 
 def _on_term(worker: Worker) -> None:
     def leave(number: int, frame: object) -> None:
-        worker.leaving = True
+        worker.port.leaving = True
         if worker.waiting:
             raise _Leave
 

@@ -257,8 +257,9 @@ def items_of(
     return made
 
 
-def plain(items: list[tuple[int, Any, Any]]) -> list[tuple[int, bytes, tuple[bytes, ...]]]:
-    return [(status, bytes(data), tuple(map(bytes, views))) for status, data, views in items]
+def plain(items: list[tuple[int, Any, Any, int, int]]) -> list[tuple[int, bytes, tuple[bytes, ...]]]:
+    assert all((start, count) == (0, 0) for _, _, _, start, count in items)
+    return [(status, bytes(data), tuple(map(bytes, views))) for status, data, views, _, _ in items]
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 17, 300])
@@ -270,13 +271,18 @@ def test_frame_there_and_back(count: int) -> None:
     assert len(raw) == frame.nbytes
     back = read_frame(bytearray(raw))
     assert plain(back) == [(status, data, buffers) for status, data, buffers, _ in items]
-    flags = [tuple(view.readonly for view in views) for _, _, views in back]
+    flags = [tuple(view.readonly for view in views) for _, _, views, _, _ in back]
     assert flags == [readonly for _, _, _, readonly in items]
     assert all(
-        view.readonly for _, _, views in read_frame(raw) for view in views
+        view.readonly for _, _, views, _, _ in read_frame(raw) for view in views
     )  # bytes: nothing is writable
     padded = read_frame(raw + b"more than the frame")
     assert plain(padded) == plain(back)
+
+
+def test_part_of_a_list_in_a_frame() -> None:
+    ((status, data, views, start, count),) = read_frame(Frame([(3, b"list", (), (), 17, 4000)]).tobytes())
+    assert (status, bytes(data), views, start, count) == (3, b"list", [], 17, 4000)
 
 
 def test_frame_in_a_block_and_its_buffers_are_aligned() -> None:
@@ -285,7 +291,7 @@ def test_frame_in_a_block_and_its_buffers_are_aligned() -> None:
     raw = Frame(items).tobytes()
     block = take(region, len(raw))
     memoryview(block)[:] = raw
-    ((_, data, views),) = read_frame(block)
+    ((_, data, views, _, _),) = read_frame(block)
     assert (bytes(data), [view.nbytes for view in views]) == (b"pickle", [1000, 0, 70_000])
     del block, data
     assert region.used_bytes > 0  # the views keep it
@@ -324,25 +330,28 @@ def test_frames_that_are_too_short(length: int) -> None:
         struct.pack("<II", 2**32 - 1, 0),
         struct.pack("<II", 0, 2**32 - 1),
         struct.pack("<II", 2**32 - 1, 2**32 - 1) + bytes(1000),
-        struct.pack("<II", 1, 0) + struct.pack("<QII", 2**64 - 1, 0, 0),
-        struct.pack("<II", 1, 0) + struct.pack("<QII", 1, 0, 0),
-        struct.pack("<II", 1, 0) + struct.pack("<QII", 0, 1, 0),
-        struct.pack("<II", 2, 0) + struct.pack("<QII", 2**63, 0, 0) * 2 + bytes(100),
+        struct.pack("<II", 1, 0) + struct.pack("<QIIII", 2**64 - 1, 0, 0, 0, 0),
+        struct.pack("<II", 1, 0) + struct.pack("<QIIII", 1, 0, 0, 0, 0),
+        struct.pack("<II", 1, 0) + struct.pack("<QIIII", 0, 1, 0, 0, 0),
+        struct.pack("<II", 2, 0) + struct.pack("<QIIII", 2**63, 0, 0, 0, 0) * 2 + bytes(100),
         struct.pack("<II", 1, 1)
-        + struct.pack("<QII", 0, 1, 0)
+        + struct.pack("<QIIII", 0, 1, 0, 0, 0)
         + struct.pack("<QQ", 2**64 - 1, 0)
         + bytes(100),
         struct.pack("<II", 1, 1)
-        + struct.pack("<QII", 0, 1, 0)
+        + struct.pack("<QIIII", 0, 1, 0, 0, 0)
         + struct.pack("<QQ", 2**64 - 64, 0)
         + bytes(100),
-        struct.pack("<II", 1, 1) + struct.pack("<QII", 0, 2, 0) + struct.pack("<QQ", 1, 0) + bytes(100),
         struct.pack("<II", 1, 1)
-        + struct.pack("<QII", 0, 2**32 - 1, 0)
+        + struct.pack("<QIIII", 0, 2, 0, 0, 0)
+        + struct.pack("<QQ", 1, 0)
+        + bytes(100),
+        struct.pack("<II", 1, 1)
+        + struct.pack("<QIIII", 0, 2**32 - 1, 0, 0, 0)
         + struct.pack("<QQ", 1, 0)
         + bytes(100),
         struct.pack("<II", 2, 3)
-        + struct.pack("<QII", 0, 2, 0) * 2
+        + struct.pack("<QIIII", 0, 2, 0, 0, 0) * 2
         + struct.pack("<QQ", 1, 0) * 3
         + bytes(300),
     ],
@@ -359,7 +368,7 @@ def check_harmless(raw: bytes | bytearray) -> None:
     except ValueError:
         return
     total = 0
-    for _, data, views in items:
+    for _, data, views, _, _ in items:
         total += len(bytes(data))
         for view in views:
             total += len(bytes(view))
@@ -392,7 +401,7 @@ def test_malformed_frames_never_crash(seed: int) -> None:
     chance = random.Random(seed)
     for _ in range(4000):
         raw = bytearray(Frame(items_of(chance.randrange(6), chance)).tobytes())
-        header = min(len(raw), 8 + 16 * 12)
+        header = min(len(raw), 8 + 24 * 12)
         head, tail = raw[:header], raw[header:]
         for _ in range(chance.randrange(1, 4)):
             if head:
@@ -411,7 +420,7 @@ def test_frame_that_changes_while_it_is_read() -> None:
         chance = random.Random(4)
         view = memoryview(raw)
         while not stop.is_set():
-            at = chance.randrange(8 + 16 * 20)
+            at = chance.randrange(8 + 24 * 20)
             view[at] = chance.randrange(256)
             if chance.random() < 0.3:
                 view[:] = original
@@ -420,7 +429,7 @@ def test_frame_that_changes_while_it_is_read() -> None:
         scribbler = thread.submit(scribble)
         for _ in range(20_000):
             try:
-                for _, data, views in read_frame(raw):
+                for _, data, views, _, _ in read_frame(raw):
                     assert len(data) <= len(raw) and all(len(view) <= len(raw) for view in views)
             except ValueError:
                 pass

@@ -846,7 +846,8 @@ def test_stats_add_up(factory: Callable[..., Runtime], gate: Gate) -> None:
     stats = rt.stats()
     assert (stats.queued, stats.leased, stats.running) == (0, 0, 0)
     assert (stats.done, stats.failed, stats.cancelled) == (282, 10, 20)
-    assert stats.message >= 292  # zmq announced what was leased
+    assert stats.lane + stats.message >= 292  # what was leased was found, one way or the other
+    assert stats.message > 0  # the first one at least woke its worker by zmq
     assert (stats.rescued, stats.pinned) == (0, 0)
     assert list(rt.map(abs, range(100))) == list(range(100))
     assert rt.stats().done == 382
@@ -858,7 +859,7 @@ def test_no_rescue_in_a_round_trip_after_another(pool: Runtime) -> None:
         assert pool.submit(tasks.echo, i).result() == i
     after = pool.stats()
     assert after.done - before.done == 300
-    assert after.message > before.message
+    assert after.lane + after.message > before.lane + before.message
     assert after.rescued == before.rescued
 
 

@@ -55,8 +55,9 @@ static inline void a32_store_release(a32_t *w, uint32_t x) { atomic_store_explic
 static inline uint32_t a32_fetch_add_acq_rel(a32_t *w, uint32_t x) { return atomic_fetch_add_explicit(&w->v, x, memory_order_acq_rel); }
 static inline uint32_t a32_fetch_sub_acq_rel(a32_t *w, uint32_t x) { return atomic_fetch_sub_explicit(&w->v, x, memory_order_acq_rel); }
 static inline uint32_t a32_fetch_add_seq_cst(a32_t *w, uint32_t x) { return atomic_fetch_add_explicit(&w->v, x, memory_order_seq_cst); }
-static inline uint32_t a32_exchange_acquire(a32_t *w, uint32_t x) { return atomic_exchange_explicit(&w->v, x, memory_order_acquire); }
-static inline uint32_t a32_exchange_release(a32_t *w, uint32_t x) { return atomic_exchange_explicit(&w->v, x, memory_order_release); }
+static inline int a32_cas_relaxed(a32_t *w, uint32_t expected, uint32_t desired) {
+    return atomic_compare_exchange_strong_explicit(&w->v, &expected, desired, memory_order_relaxed, memory_order_relaxed);
+}
 static inline int a32_cas_acquire(a32_t *w, uint32_t expected, uint32_t desired) {
     return atomic_compare_exchange_strong_explicit(&w->v, &expected, desired, memory_order_acquire, memory_order_relaxed);
 }
@@ -103,14 +104,10 @@ static inline int futex_wake(a32_t *w, int n) {
 #define MFD_CLOEXEC 1U
 #define MFD_ALLOW_SEALING 2U
 #endif
-#ifndef SYS_pidfd_open
-#define SYS_pidfd_open 434
-#endif
 #ifndef SYS_pidfd_send_signal
 #define SYS_pidfd_send_signal 424
 #endif
 static inline int sys_memfd_create(const char *name, unsigned int flags) { return (int)syscall(SYS_memfd_create, name, flags); }
-static inline int sys_pidfd_open(int pid) { return (int)syscall(SYS_pidfd_open, pid, 0); }
 static inline int sys_pidfd_send_signal(int pidfd, int sig) { return (int)syscall(SYS_pidfd_send_signal, pidfd, sig, (void *)0, 0); }
 
 #endif

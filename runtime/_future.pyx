@@ -1,0 +1,117 @@
+# cython: language_level=3
+"""What a Future is made of: the fields of concurrent.futures.Future, its lock made only when somebody asks.
+
+Making the Condition of a stdlib Future takes longer than all the rest of a small task. Most futures never
+need it: they are over before anybody waits. So `_condition`, which is all that `wait`, `as_completed`,
+`add_done_callback` and asyncio reach for, is a property that makes it.
+
+Why no lock is needed to make it: everything here runs under the GIL without bytecode in between, so `fulfil`
+either finds a condition (and then leaves the outcome to who may lock and notify) or sets the outcome before
+anybody has one; whoever makes it afterwards looks at the state under it first, as the stdlib does.
+"""
+from threading import Condition
+
+from concurrent.futures._base import (
+    CANCELLED,
+    CANCELLED_AND_NOTIFIED,
+    FINISHED,
+    PENDING,
+    RUNNING,
+    Future as _Future,
+)
+
+cdef object _pending = PENDING
+cdef object _running = RUNNING
+cdef object _finished = FINISHED
+cdef object _cancelled = (CANCELLED, CANCELLED_AND_NOTIFIED)
+
+
+cdef class Promise:
+    """The fields and the short methods of a Future; the stdlib's own class is its other base."""
+
+    def __cinit__(self, *args, **kwargs):
+        self._state = _pending
+        self.retry_on = ()
+
+    @property
+    def _condition(self):
+        if self.condition is None:
+            fresh = Condition()
+            if self.condition is None:          # another thread may have been here meanwhile
+                self.condition = fresh
+        return self.condition
+
+    @_condition.setter
+    def _condition(self, condition):
+        self.condition = condition
+
+    @property
+    def _waiters(self):
+        if self.waiters is None:
+            self.waiters = []
+        return self.waiters
+
+    @_waiters.setter
+    def _waiters(self, waiters):
+        self.waiters = waiters
+
+    @property
+    def _done_callbacks(self):
+        if self.callbacks is None:
+            self.callbacks = []
+        return self.callbacks
+
+    @_done_callbacks.setter
+    def _done_callbacks(self, callbacks):
+        self.callbacks = callbacks
+
+    cdef bint fulfil(self, value):
+        """Set the result, if nobody has a lock on this or waits for it. False: nothing was done."""
+        if self.condition is not None or not (self._state is _pending or self._state is _running):
+            return False
+        self._result = value
+        self._state = _finished
+        self._task = None
+        return True
+
+    cdef bint watched(self) noexcept:
+        """Whether anybody may wait for it, or has added a callback."""
+        return self.condition is not None
+
+    @property
+    def awaited(self):
+        """Whether anybody may wait for it, or has added a callback."""
+        return self.condition is not None
+
+    def done(self):
+        """Whether it was cancelled or is finished."""
+        return not (self._state is _pending or self._state is _running)
+
+    def cancelled(self):
+        """Whether it was cancelled."""
+        return self._state in _cancelled
+
+    def set_result(self, result):
+        """For executors: the outcome is this value."""
+        if not self.fulfil(result):
+            _Future.set_result(self, result)
+
+    def result(self, timeout=None):
+        """The outcome, when it is there. Raises: what the call raised; CancelledError; TimeoutError after
+        `timeout` seconds.
+        """
+        if self._state is _finished and self._exception is None:
+            return self._result
+        if self._task is not None and (timeout is None or timeout > 0):
+            self._core.expect(self)
+            if self._state is _finished and self._exception is None:
+                return self._result
+        return _Future.result(self, timeout)
+
+    def exception(self, timeout=None):
+        """The exception that the call raised, or None, when it is over. Raises as `result` does else."""
+        if self._state is _finished:
+            return self._exception
+        if self._task is not None and (timeout is None or timeout > 0):
+            self._core.expect(self)
+        return _Future.exception(self, timeout)

@@ -1,0 +1,16 @@
+# cython: language_level=3
+"""Plain values: of built-in types alone, so that neither pickling nor unpickling them runs anybody's code.
+
+For them many detours of the serializer fall away: nothing can be out of band, by value, refuse, or fail in
+the other process. A plain value that is also *fixed* can never change, so it may share its pickle, and
+what it is made of, with others.
+"""
+from libc.stdint cimport int64_t
+
+
+# Bytes that the pickle of a value takes, about; -1: it is not plain, or too much to look at.
+cdef int64_t plain_bytes(object value)
+# The same of a value that is plain and fixed.
+cdef int64_t fixed_bytes(object value)
+# How many values of a list, from `start` on, are plain and fixed, and stay below `limit` bytes in all.
+cdef Py_ssize_t fixed_run(list values, Py_ssize_t start, int64_t limit)

@@ -1,0 +1,99 @@
+# cython: language_level=3
+"""Which values are plain. See _plain.pxd."""
+from cpython.dict cimport PyDict_Next
+from cpython.object cimport PyObject
+from cpython.ref cimport Py_TYPE
+
+cdef extern from "Python.h":
+    Py_ssize_t PyUnicode_GET_LENGTH(object o)
+    Py_ssize_t PyBytes_GET_SIZE(object o)
+    Py_ssize_t PyList_GET_SIZE(object o)
+    Py_ssize_t PyTuple_GET_SIZE(object o)
+    PyObject *PyList_GET_ITEM(object o, Py_ssize_t i)
+    PyObject *PyTuple_GET_ITEM(object o, Py_ssize_t i)
+
+cdef int DEPTH = 6              # of containers in containers
+cdef int64_t ELEMENTS = 256     # looking at more takes as long as it saves
+
+
+cdef int64_t weigh(object value, bint fixed, int depth, int64_t *left):
+    cdef object kind = <object>Py_TYPE(value)
+    cdef int64_t total = 4, each
+    cdef Py_ssize_t i, n
+    cdef Py_ssize_t at = 0
+    cdef PyObject *key
+    cdef PyObject *item
+    if value is None or kind is int or kind is bool:
+        return 5                # an integer of thousands of digits takes more; who has a limit looks again
+    if kind is str:
+        return 10 + PyUnicode_GET_LENGTH(value)
+    if kind is float:
+        return 9
+    if kind is bytes:
+        return 10 + PyBytes_GET_SIZE(value)
+    if depth == 0:
+        return -1
+    if kind is tuple:
+        n = PyTuple_GET_SIZE(value)
+        left[0] -= n
+        if left[0] < 0:
+            return -1
+        for i in range(n):
+            each = weigh(<object>PyTuple_GET_ITEM(value, i), fixed, depth - 1, left)
+            if each < 0:
+                return -1
+            total += each
+        return total
+    if fixed:
+        return -1
+    if kind is list:
+        n = PyList_GET_SIZE(value)
+        left[0] -= n
+        if left[0] < 0:
+            return -1
+        for i in range(n):
+            each = weigh(<object>PyList_GET_ITEM(value, i), fixed, depth - 1, left)
+            if each < 0:
+                return -1
+            total += each
+        return total
+    if kind is dict:
+        left[0] -= 2 * len(<dict>value)
+        if left[0] < 0:
+            return -1
+        while PyDict_Next(value, &at, &key, &item):
+            each = weigh(<object>key, fixed, depth - 1, left)
+            if each < 0:
+                return -1
+            total += each
+            each = weigh(<object>item, fixed, depth - 1, left)
+            if each < 0:
+                return -1
+            total += each
+        return total
+    return -1
+
+
+cdef int64_t plain_bytes(object value):
+    cdef int64_t left = ELEMENTS
+    return weigh(value, False, DEPTH, &left)
+
+
+cdef int64_t fixed_bytes(object value):
+    cdef int64_t left = ELEMENTS
+    return weigh(value, True, DEPTH, &left)
+
+
+cdef Py_ssize_t fixed_run(list values, Py_ssize_t start, int64_t limit):
+    cdef Py_ssize_t i = start
+    cdef Py_ssize_t n = len(values)
+    cdef int64_t each, total = 0
+    while i < n:
+        each = fixed_bytes(<object>PyList_GET_ITEM(values, i))
+        if each < 0:
+            break
+        total += each
+        if total > limit and i > start:
+            break
+        i += 1
+    return i - start
