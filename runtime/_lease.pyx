@@ -265,6 +265,10 @@ cdef class WorkerPort:
 
     cdef int wait_turn(self, uint32_t seen) except -1:
         """Until the host has served the piece that was asked for or offered."""
+        cdef int64_t until = now_ns() + self.arena.spin
+        with nogil:
+            while a32_load_acquire(&self.slot.turn) == seen and now_ns() < until:
+                cpu_relax()
         while a32_load_acquire(&self.slot.turn) == seen:
             with nogil:
                 futex_wait(&self.slot.turn, seen, BACKSTOP)

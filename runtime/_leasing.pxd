@@ -21,7 +21,7 @@ cdef class Span:
     cdef readonly uint64_t first            # index in the map of the first one
     cdef readonly uint32_t count            # how many
     cdef readonly uint32_t attempts         # which attempt of theirs this is, from 1
-    cdef uint32_t status                    # S_LIST, S_CALLS: part of `data`; S_VALUE: one item, its own pickle
+    cdef uint32_t status                    # S_LIST, S_CALLS: part of `data`; S_VALUE: one item by itself
     cdef uint32_t start                     # position of the first one in the list
     cdef bytes data                         # a pickled list, shared with other parts of it
     cdef tuple item                         # of S_VALUE: (0, pickle, buffers, readonly)
@@ -60,7 +60,7 @@ cdef class Task:
     cdef readonly int priority
     cdef public uint32_t retries            # further attempts that are allowed
     cdef readonly int64_t timeout
-    cdef bytes data                         # of a call: its pickle; None: in `block`
+    cdef bytes data                         # of a call: its pickle; None: it is in `block`
     cdef tuple buffers, readonly            # out-of-band buffers of it, frozen
     cdef HostBlock block                    # the frame, if it is in the region already
     cdef HostBlock fn_block

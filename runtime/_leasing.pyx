@@ -151,22 +151,24 @@ cdef class Batch:
 cdef class Task:
     """One lease's worth of work: a call, or a chunk of a batch. Host-private."""
 
-    def __init__(self, fn, Promise future, bytes data, tuple buffers=(), tuple readonly=(), int64_t timeout=0,
-                 int priority=0, uint32_t retries=0, bint retry_timeouts=False, HostBlock block=None):
+    def __init__(self, fn, Promise future, int64_t timeout=0, int priority=0, uint32_t retries=0,
+                 bint retry_timeouts=False):
         self.fn = fn
         self.future = future
-        self.data = data
-        self.buffers = buffers
-        self.readonly = readonly
         self.timeout = timeout
         self.priority = priority
         self.retries = retries
         self.private_view = retries > 0
         self.retry_timeouts = retry_timeouts
-        self.block = block
         self.attempt = 1
         self.count = 1
         self.reason = ""
+
+    def hold(self, bytes data, tuple buffers, tuple readonly):
+        """The arguments of a call, in private memory until there is a lease for them."""
+        self.data = data
+        self.buffers = buffers
+        self.readonly = readonly
 
     cdef Span one(self, uint64_t item):
         """A chunk's item by itself."""

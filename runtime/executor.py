@@ -254,17 +254,23 @@ class Runtime(Front):
             raise TypeError(f"submit() needs a callable, not {type(fn).__name__}")
         future: Future[T] = Future()
         try:
-            ref, payload = serializer.pack_call(self._table, fn, args, kwargs)
+            ref, payload = serializer.pack_call(self._table, fn, args, kwargs, freeze=False)
+            task = _core.Task(
+                ref, future, options.timeout_ns, options.priority, options.retries, options.retries_timeouts
+            )
+            if not (
+                payload.buffers
+                and core.dispatcher.place(task, payload.data, payload.buffers, payload.readonly)
+            ):
+                frozen = tuple([memoryview(bytes(view)) for view in payload.buffers])
+                task.hold(payload.data, frozen, payload.readonly)
+            del payload
         except KeyboardInterrupt:
             raise  # Ctrl-C, in all likelihood, not the argument's doing
         except BaseException as error:
             core.dispatcher.refuse()
             future.set_exception(error)
             return future
-        task = _core.Task(
-            ref, future, payload.data, payload.buffers, payload.readonly, options.timeout_ns,
-            options.priority, options.retries, options.retries_timeouts,
-        )  # fmt: skip
         future.retry_on = options.retry_on
         future._task, future._core = task, core
         if not core.dispatcher.submit(task):

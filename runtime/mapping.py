@@ -156,6 +156,9 @@ class Results:
             began = time.monotonic()
             try:
                 values.extend(itertools.islice(self._input, room))
+            except KeyboardInterrupt:
+                self._input = None
+                raise  # Ctrl-C, in all likelihood, not the input's doing
             except BaseException as error:  # what came before it stays in `values`
                 self._input = None
                 self._failure = error  # it arrives after the results before it
