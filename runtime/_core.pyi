@@ -12,6 +12,7 @@ PHASE_FAILED: int
 PHASE_LEAVING: int
 S_VALUE: int
 S_ERROR: int
+S_PLAIN: int
 S_LIST: int
 S_CALLS: int
 LEASE_LOST: int
@@ -131,6 +132,8 @@ class HostBlock:
     @property
     def offset(self) -> int: ...
     def __buffer__(self, flags: int, /) -> memoryview: ...
+
+def unpack_plain(data: Any) -> Any: ...
 
 class Frame:
     nbytes: int

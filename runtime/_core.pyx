@@ -18,7 +18,7 @@
 from runtime._dispatch import CANCEL_DONE, CANCEL_KILLED, CANCEL_NO, Dispatcher
 from runtime._extent import Arena, HostBlock
 from runtime._frame import Frame, read_frame
-from runtime._frame cimport S_CALLS as _S_CALLS, S_ERROR as _S_ERROR, S_LIST as _S_LIST, S_VALUE as _S_VALUE
+from runtime._frame cimport S_CALLS as _S_CALLS, S_ERROR as _S_ERROR, S_LIST as _S_LIST, S_PLAIN as _S_PLAIN, S_VALUE as _S_VALUE
 from runtime._future import Promise
 from runtime._layout cimport (
     INLINE_BYTES as _INLINE_BYTES,
@@ -38,6 +38,7 @@ from runtime._leasing import (
     Span,
     Task,
 )
+from runtime._plain import unpack_plain
 from runtime._pool import Block, MemoryPool
 from runtime._region import SharedRegion
 from runtime._runner import LEASE_LOST, Runner
@@ -47,4 +48,4 @@ from runtime._threads import DeadlineKeeper, become_subreaper, kill_descendants,
 INLINE_BYTES = _INLINE_BYTES
 LAYOUT_VERSION = _LAYOUT_VERSION
 PHASE_BOOT, PHASE_READY, PHASE_FAILED, PHASE_LEAVING = _BOOT, _READY, _FAILED, _LEAVING
-S_VALUE, S_ERROR, S_LIST, S_CALLS = _S_VALUE, _S_ERROR, _S_LIST, _S_CALLS
+S_VALUE, S_ERROR, S_PLAIN, S_LIST, S_CALLS = _S_VALUE, _S_ERROR, _S_PLAIN, _S_LIST, _S_CALLS

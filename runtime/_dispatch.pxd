@@ -14,6 +14,7 @@ cdef class Dispatcher(Harvest):
     cdef int work(self) except -1
     cdef int take_in(self, entry) except -1
     cdef bint enter(self, Task task) except -1
+    cdef bint noisy(self) except -1
     cdef int retry_now(self, Task task) except -1
     cdef int retry_item_now(self, Batch batch, Span span) except -1
     cdef int drop_now(self, Batch batch) except -1

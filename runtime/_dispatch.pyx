@@ -404,7 +404,11 @@ cdef class Dispatcher(Harvest):
     @property
     def quiet(self):
         """Whether nobody has to be told of anything."""
-        return not self.announce and not self.repeat and (self.nudged or not self.outcomes)
+        return not self.noisy()
+
+    cdef bint noisy(self) except -1:
+        return (len(self.announce) > 0 or len(self.repeat) > 0
+                or (not self.nudged and len(self.outcomes) > 0))
 
     def open_slot(self, uint32_t number, uint32_t generation):
         """A free slot, made LIVE for a new process; -1: none is free."""

@@ -17,7 +17,7 @@ cdef enum:
 cdef enum:
     S_VALUE = 0             # a value, or a call
     S_ERROR = 1             # an exception
-    S_PLAIN = 2             # a plain value (see _plain): unpickling it runs nobody's code
+    S_PLAIN = 2             # a plain value, or a call with plain arguments; not a pickle, see _plain
     S_LIST = 3              # a list of plain values; `count` of them from `start` on are meant
     S_CALLS = 4             # the same of tuples of arguments
 

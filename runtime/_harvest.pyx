@@ -4,8 +4,6 @@
 A worker is not trusted: what is read from shared memory is copied once, then checked, and the host's own
 records (Task, SlotTable) decide. A record that makes no sense is counted and dropped.
 """
-from _pickle import loads
-
 from cpython.bytearray cimport PyByteArray_AS_STRING
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from libc.signal cimport SIGKILL
@@ -17,6 +15,7 @@ from runtime._frame cimport S_PLAIN, SINGLE_HEAD, read_single
 from runtime._layout cimport *
 from runtime._lease cimport outbox_take, outbox_waiting
 from runtime._leasing cimport T_LEASED, T_OVER, T_WAITING, SlotTable
+from runtime._plain cimport plain_loads
 from runtime._leasing import OUTCOME_DIED, OUTCOME_FRAME, OUTCOME_KILLED, OUTCOME_LOST
 from runtime._threads cimport guard_acquire, guard_release, guard_t
 
@@ -119,12 +118,16 @@ cdef class Harvest(Leasing):
         cdef lease_t copy                       # the worker may scribble: look once, use the copy
         cdef uint64_t ran, delivered = task.delivered
         cdef object exporter = None
+        cdef list found = []
+        cdef bint plain = False
         if l_state(word) != L_DONE or l_tag(word) != task.tag or task.state != T_LEASED:
             return 0
         memcpy(&copy, lease, sizeof(lease_t))
         ran = l_item(word)
         if copy.out_where == AT_INLINE and copy.out_bytes <= INLINE_BYTES:
-            exporter = PyBytes_FromStringAndSize(copy.inline_, <Py_ssize_t>copy.out_bytes)
+            plain = self.plain_result(task, &copy, found)
+            if not plain:
+                exporter = PyBytes_FromStringAndSize(copy.inline_, <Py_ssize_t>copy.out_bytes)
         elif copy.out_where == AT_BLOCK:
             exporter = self.adopted(index, copy.out_body, copy.out_tag, copy.out_bytes)
         elif copy.out_where == AT_BOUNCE and task.inbound is not None:
@@ -138,7 +141,7 @@ cdef class Harvest(Leasing):
                 table.kept[key] = task.block
         task.state = T_OVER
         a64_store_release(&lease.word, lease_word(L_FREE, 0, task.tag))
-        if exporter is None or ran > task.count or ran < delivered:
+        if (exporter is None and not plain) or ran > task.count or ran < delivered:
             self.outcomes.append((OUTCOME_LOST, task, delivered, "its worker wrote a malformed result"))
             self.release(task)
             return self.strange()
@@ -148,24 +151,25 @@ cdef class Harvest(Leasing):
             self.put_back(task, ran, -1)
         else:
             self.call_ns = 0.9 * self.call_ns + 0.1 * copy.out_ns if self.call_ns > 0 else copy.out_ns
-            if not (copy.out_where == AT_INLINE and self.fulfilled(task, &copy)):
+            if plain and task.future.fulfil(found[0]):
+                self.done += 1
+                task.retries = 0                    # so `release` forgets it
+            else:
+                if plain:                           # somebody has begun to wait while it was loaded
+                    exporter = PyBytes_FromStringAndSize(copy.inline_, <Py_ssize_t>copy.out_bytes)
                 self.outcomes.append((OUTCOME_FRAME, task, 0, 1, exporter, 1))
         self.release(task)
         return 0
 
-    cdef bint fulfilled(self, Task task, lease_t *copy) except -1:
-        """Set the future of a call at once, if nobody waits on its lock and its result is plain."""
-        if task.future.watched() or read_single(copy.inline_, copy.out_bytes) != S_PLAIN:
+    cdef bint plain_result(self, Task task, lease_t *copy, list found) except -1:
+        """Load the result of a call that is short and plain, if nobody waits on the lock of its future."""
+        if (task.batch is not None or task.future.watched() or copy.out_bytes > INLINE_BYTES
+                or copy.out_flags & F_KEPT or read_single(copy.inline_, copy.out_bytes) != S_PLAIN):
             return False
         try:
-            value = loads(PyBytes_FromStringAndSize(
-                copy.inline_ + SINGLE_HEAD, <Py_ssize_t>(copy.out_bytes - SINGLE_HEAD)))
+            found.append(plain_loads(copy.inline_ + SINGLE_HEAD, <Py_ssize_t>(copy.out_bytes - SINGLE_HEAD)))
         except Exception:
             return False                            # not what it says: the collector tells the user
-        task.retries = 0                            # no further attempt: `release` may forget it
-        if not task.future.fulfil(value):
-            return False
-        self.done += 1
         return True
 
     cdef int serve(self, uint32_t index, Task task, record_t *record) except -1:

@@ -18,7 +18,7 @@ from libc.string cimport memcpy
 
 from runtime._atomics cimport *
 from runtime._layout cimport *
-from runtime._frame cimport S_CALLS, S_LIST, S_VALUE, SINGLE_HEAD, write_single
+from runtime._frame cimport S_CALLS, S_LIST, S_PLAIN, S_VALUE, SINGLE_HEAD, write_single
 from runtime._lease cimport must_tell, ring_place, ring_put, ring_room
 from runtime._plain cimport fixed_run
 
@@ -148,6 +148,9 @@ cdef class Batch:
             self.ran_items = self.ran_items / 2 + items
 
 
+@cython.final
+@cython.no_gc                                       # its only cycle, with its future, ends with the task
+@cython.freelist(256)
 cdef class Task:
     """One lease's worth of work: a call, or a chunk of a batch. Host-private."""
 
@@ -474,9 +477,11 @@ cdef class Leasing:
         cdef HostBlock block = task.block
         cdef uint32_t where = AT_BLOCK
         cdef uint64_t nbytes = 0
+        cdef uint32_t status = S_VALUE
         if task.fn_block is None:
             task.fn_block = self.function_block(task.fn)
         if block is None and task.data is not None and not task.buffers and task.fn_block is not None:
+            status = S_PLAIN if task.plain else S_VALUE
             nbytes = SINGLE_HEAD + <uint64_t>PyBytes_GET_SIZE(task.data)
             if nbytes <= INLINE_BYTES:
                 where = AT_INLINE
@@ -530,7 +535,7 @@ cdef class Leasing:
             lease.body = 0
             lease.body_bytes = nbytes if frame is None else frame.nbytes
             if frame is None:
-                write_single(lease.inline_, S_VALUE, PyBytes_AS_STRING(task.data), nbytes - SINGLE_HEAD)
+                write_single(lease.inline_, status, PyBytes_AS_STRING(task.data), nbytes - SINGLE_HEAD)
             elif where == AT_INLINE:
                 frame.copy(lease.inline_, 0, frame.nbytes)
             else:
@@ -568,7 +573,7 @@ cdef class Leasing:
         if task.batch is not None:
             items = [span.framed() for span in task.spans]
         else:
-            items = [(S_VALUE, task.data, task.buffers, task.readonly)]
+            items = [(S_PLAIN if task.plain else S_VALUE, task.data, task.buffers, task.readonly)]
         if task.fn_block is None:
             items.insert(0, (S_VALUE, task.fn.data, (), ()))
         return Frame(items)

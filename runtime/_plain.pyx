@@ -1,8 +1,13 @@
 # cython: language_level=3
 """Which values are plain. See _plain.pxd."""
+from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.dict cimport PyDict_Next
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_TYPE
+
+cdef extern from "marshal.h":
+    object PyMarshal_WriteObjectToString(object value, int version)
+    object PyMarshal_ReadObjectFromString(const char *data, Py_ssize_t nbytes)
 
 cdef extern from "Python.h":
     Py_ssize_t PyUnicode_GET_LENGTH(object o)
@@ -14,6 +19,27 @@ cdef extern from "Python.h":
 
 cdef int DEPTH = 6              # of containers in containers
 cdef int64_t ELEMENTS = 256     # looking at more takes as long as it saves
+
+
+cdef int VERSION = 2            # of marshal's format: the last one that shares nothing between values
+
+
+cdef bytes plain_dumps(object value):
+    return PyMarshal_WriteObjectToString(value, VERSION)
+
+
+cdef object plain_loads(const char *data, Py_ssize_t nbytes):
+    return PyMarshal_ReadObjectFromString(data, nbytes)
+
+
+def unpack_plain(data):
+    """A plain value again, from any buffer. Raises: ValueError, EOFError, TypeError for other bytes."""
+    cdef Py_buffer view
+    PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+    try:
+        return plain_loads(<const char *>view.buf, view.len)
+    finally:
+        PyBuffer_Release(&view)
 
 
 cdef int64_t weigh(object value, bint fixed, int depth, int64_t *left):

@@ -1,6 +1,6 @@
 # cython: language_level=3
 """A worker's inner loop. See _runner.pyx."""
-from libc.stdint cimport int64_t, uint32_t
+from libc.stdint cimport int32_t, int64_t, uint32_t
 
 from runtime._layout cimport lease_t
 from runtime._lease cimport WorkerPort
@@ -18,6 +18,6 @@ cdef class Runner(WorkerPort):
     cdef int64_t check_at       # monotonic ns of the next check
 
     cdef object function_for(self, lease_t *lease)
-    cdef int call(self, uint32_t entry, lease_t *lease, fn) except -1
+    cdef int call(self, uint32_t entry, lease_t *lease, fn, int32_t status) except -1
     cdef int chunk(self, uint32_t entry, lease_t *lease) except -1
     cdef int check(self) except -1

@@ -17,7 +17,7 @@ from runtime._atomics cimport *
 from runtime._frame cimport S_CALLS, S_LIST, S_PLAIN, SINGLE_HEAD, read_single, write_single
 from runtime._frame import read_frame
 from runtime._layout cimport *
-from runtime._plain cimport fixed_bytes, plain_bytes
+from runtime._plain cimport fixed_bytes, plain_bytes, plain_dumps, plain_loads
 
 cdef extern from "Python.h":
     object PyObject_Call(object fn, object args, PyObject *kwargs)
@@ -61,6 +61,7 @@ cdef class Runner(WorkerPort):
         cdef uint32_t entry
         cdef lease_t *lease
         cdef int alive
+        cdef int32_t status
         while not (self.leaving or a32_load_acquire(&self.slot.control) & C_STOP):
             found = self.claim()
             if found < 0:
@@ -73,9 +74,10 @@ cdef class Runner(WorkerPort):
                 alive = self.chunk(entry, lease)
             else:
                 fn = self.function_for(lease)
-                if fn is None or lease.where != AT_INLINE or read_single(lease.inline_, lease.body_bytes) < 0:
+                status = read_single(lease.inline_, lease.body_bytes) if lease.where == AT_INLINE else -1
+                if fn is None or status < 0:
                     return entry
-                alive = self.call(entry, lease, fn)
+                alive = self.call(entry, lease, fn, status)
                 fn = None
             if not alive:
                 return LOST
@@ -112,17 +114,19 @@ cdef class Runner(WorkerPort):
                 self.quick[lease.fn] = fn
         return fn
 
-    cdef int call(self, uint32_t entry, lease_t *lease, fn) except -1:
+    cdef int call(self, uint32_t entry, lease_t *lease, fn, int32_t status) except -1:
         """Run a call whose frame lies in the lease. False: the host has killed it."""
         cdef bytes out = None
-        cdef uint64_t nbytes
+        cdef uint64_t nbytes = lease.body_bytes - SINGLE_HEAD
         cdef object result = None
         cdef object item = None
         cdef tuple packed
         self.begin(lease, now_ns())
         try:
-            packed = loads(PyBytes_FromStringAndSize(
-                lease.inline_ + SINGLE_HEAD, <Py_ssize_t>(lease.body_bytes - SINGLE_HEAD)))
+            if status == S_PLAIN:
+                packed = plain_loads(lease.inline_ + SINGLE_HEAD, <Py_ssize_t>nbytes)
+            else:
+                packed = loads(PyBytes_FromStringAndSize(lease.inline_ + SINGLE_HEAD, <Py_ssize_t>nbytes))
             if len(packed) == 3:
                 fn = self.worker.bound(fn, packed)
             kwargs = packed[1]
@@ -131,7 +135,7 @@ cdef class Runner(WorkerPort):
             item = self.worker.failed(error)
         else:
             if not self.arena.private and plain_bytes(result) >= 0:
-                out = dumps(result, 5)
+                out = plain_dumps(result)
             else:
                 item = self.worker.succeeded(result)
         self.end(lease)

@@ -4,17 +4,18 @@
 What is not so takes the long way through serializer.pack_call; both end in the same queue. The short way
 is short because nothing of it can run anybody's code, wait, or fail half-way.
 """
-from _pickle import dumps
 from sys import modules
 
 from cpython.dict cimport PyDict_GetItem
 from cpython.object cimport PyObject
-from posix.unistd cimport getpid
-
 from runtime._dispatch cimport Dispatcher
 from runtime._future cimport Promise
 from runtime._leasing cimport Task
-from runtime._plain cimport plain_bytes
+from runtime._plain cimport plain_bytes, plain_dumps
+
+cdef extern from "Python.h":
+    ctypedef struct PyTypeObject:
+        object (*tp_new)(PyTypeObject *kind, object args, PyObject *kwargs)
 
 cdef tuple _nothing = ()
 
@@ -22,20 +23,18 @@ cdef tuple _nothing = ()
 cdef class Submitter:
     """Makes tasks and futures of one runtime.
 
-    Thread-safety: any thread. Fork-safety: refuses in a fork. Blocking: never.
+    Thread-safety: any thread. Fork-safety: makes nothing in a fork. Blocking: never.
     """
     cdef Dispatcher dispatcher
     cdef object future          # the class of futures
     cdef object core            # what they belong to
     cdef dict plain             # id(function) -> (reference, module, name): FunctionTable.plain
-    cdef int pid
 
     def __init__(self, Dispatcher dispatcher, future, core, dict plain):
         self.dispatcher = dispatcher
         self.future = future
         self.core = core
         self.plain = plain
-        self.pid = getpid()
 
     def submit(self, options, fn, tuple args, dict kwargs):
         """The future of a call, or None: it takes the long way."""
@@ -43,7 +42,7 @@ cdef class Submitter:
         cdef tuple entry
         cdef Task task
         cdef Promise promise
-        if self.dispatcher.refusing or getpid() != self.pid:
+        if self.dispatcher.refusing or self.dispatcher.inert:
             return None
         found = PyDict_GetItem(self.plain, <size_t><PyObject *>fn)
         if found == NULL:
@@ -54,9 +53,10 @@ cdef class Submitter:
             return None
         if plain_bytes(args) < 0 or (kwargs and plain_bytes(kwargs) < 0):
             return None
-        promise = self.future.__new__(self.future)
+        promise = <Promise>(<PyTypeObject *>self.future).tp_new(<PyTypeObject *>self.future, _nothing, NULL)
         task = Task.__new__(Task)
-        task.data = dumps((args, kwargs or None), 5)
+        task.data = plain_dumps((args, kwargs or None))
+        task.plain = True
         task.fn = entry[0]
         task.future = promise
         task.buffers = task.readonly = _nothing
@@ -74,4 +74,6 @@ cdef class Submitter:
         promise._core = self.core
         if not self.dispatcher.enter(task):
             return None
+        if self.dispatcher.noisy():
+            self.core.tell()
         return promise

@@ -296,7 +296,8 @@ class Collector:
             self.fail_or_retry(task, item, serializer.load_exception(data, views))
             return 1
         try:
-            ok, value = True, serializer.loads(data, views)
+            plain = status == _core.S_PLAIN
+            ok, value = True, _core.unpack_plain(data) if plain else serializer.loads(data, views)
         except BaseException as error:
             ok, value = (
                 False,

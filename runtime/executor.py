@@ -221,6 +221,7 @@ class Runtime(Front):
         self._options = TaskOptions(
             self._settings.timeout, self._settings.retries, self._settings.retry_on, 0
         )
+        self._short = None if self._options.plain else self._options
         self._table = serializer.FunctionTable()
         self._shutdown = False
         self._core = Supervisor(self._settings, self._table)
@@ -232,16 +233,24 @@ class Runtime(Front):
 
     # ---- submitting ----------------------------------------------------------------------------------
 
+    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
+        """Run fn(*args, **kwargs) in a worker. The arguments are pickled before this returns.
+
+        What cannot be pickled fails the future. Raises: RuntimeError after shutdown, and in a fork;
+        BrokenRuntime when no worker can be started.
+        """
+        future: Future[T] | None = self._submitter.submit(self._short, fn, args, kwargs)
+        return future if future is not None else self._submit(self._options, fn, args, kwargs)
+
     def _target(self) -> Runtime:
         return self
 
     def _submit(self, options: TaskOptions, fn: Callable[..., T], args: Any, kwargs: Any) -> Future[T]:
         future: Future[T] | None = self._submitter.submit(
-            None if options is self._options and options.plain else options, fn, args, kwargs
+            None if options.plain else options, fn, args, kwargs
         )
         if future is None:
             future = self._submit_anything(options, fn, args, kwargs)
-        if not self._core.dispatcher.quiet:
             self._core.tell()
         return future
 

@@ -227,11 +227,12 @@ class Worker:
         try:
             items = _core.read_frame(exporter)
             fn_data = self.function_data(entry, items)
-            _, data, views, _, _ = items.pop()
-            fn, args, kwargs = serializer.unpack_call(
-                self.functions, self.port.describe(entry)[0], fn_data, data, views
-            )
-            del items, data, views
+            status, data, views, _, _ = items.pop()
+            fn = self.functions.load(self.port.describe(entry)[0], fn_data)
+            call = _core.unpack_plain(data) if status == _core.S_PLAIN else serializer.loads(data, views)
+            fn = serializer.bound(fn, call)
+            args, kwargs = call[0], call[1] or {}
+            del items, data, views, call
             result = fn(*args, **kwargs)
         except BaseException as error:
             return self.failed(error)

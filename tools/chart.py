@@ -1,0 +1,132 @@
+"""Draws the chart of the README from the JSON of a benchmark run.
+
+    python bench/pools.py --json pools.json
+    python tools/chart.py pools.json docs/speed.svg
+
+One panel for each of three rows (submit, round trip, 64 MiB array), a bar for each contender and for the limit,
+as long as its median, on a logarithmic scale: the figures span four orders of magnitude. A contender that has no
+figure is named with its reason. Nothing is chosen here: all contenders of a row are drawn, in one order.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterable
+from html import escape
+from pathlib import Path
+from typing import Any, NamedTuple
+
+# row and figure of the JSON, title, unit, whether more is better
+PANELS = (
+    ("submit", "", "submit of a no-op, futures collected", "tasks/s", True),
+    ("round trip", "p50", "round trip, p50", "µs", False),
+    ("array", "", "64 MiB array as argument", "ms", False),
+)
+
+WIDTH = 760
+LABEL = 190  # pixels for names
+FIGURE = 110  # pixels for figures
+BAR = 20
+GAP = 6
+TITLE = 34
+OURS, THEIRS, LIMIT, INK = "#2f6fde", "#b9c2cf", "#e3b341", "#24292f"
+
+
+class Bar(NamedTuple):
+    """name: of a contender. value: its median, or None with the reason. color: of its role."""
+
+    name: str
+    value: float | None
+    reason: str
+    color: str
+
+
+def bars(row: dict[str, Any], figure: str) -> list[Bar]:
+    """The contenders of a row, in its order."""
+    colors = {"ours": OURS, "limit": LIMIT}
+    found = []
+    for one in row["contenders"]:
+        summary = one["summaries"].get(figure)
+        value = summary["value"]["median"] if summary else None
+        reason = "" if value is not None else str((one["failures"] or ["no figure"])[0])[:60]
+        name = f"limit: {one['name']}" if one["role"] == "limit" else one["name"]
+        found.append(Bar(name, value, reason, colors.get(one["role"], THEIRS)))
+    return found
+
+
+def panel(title: str, unit: str, more: bool, row: list[Bar], top: int) -> Iterable[str]:
+    """One group of bars."""
+    known = [bar.value for bar in row if bar.value]
+    low = math.log10(min(known)) - 0.35 if known else 0.0
+    high = math.log10(max(known)) if known else 1.0
+    room = WIDTH - LABEL - FIGURE
+    better = "longer is better" if more else "shorter is better"
+    yield text(0, top + 18, f"{title}  ({unit}; {better}; logarithmic)", weight="600")
+    for i, bar in enumerate(row):
+        y = top + TITLE + i * (BAR + GAP)
+        yield text(LABEL - 8, y + 15, bar.name, anchor="end", weight="600" if bar.color == OURS else "400")
+        if bar.value:
+            length = max(2.0, room * (math.log10(bar.value) - low) / (high - low))
+            yield f'<rect x="{LABEL}" y="{y}" width="{length:.1f}" height="{BAR}" rx="2" fill="{bar.color}"/>'
+            yield text(int(LABEL + length) + 6, y + 15, figure(bar.value))
+        else:
+            yield text(LABEL, y + 15, bar.reason or "no figure")
+
+
+def text(x: int, y: int, words: str, anchor: str = "start", weight: str = "400") -> str:
+    """A line of text."""
+    return f'<text x="{x}" y="{y}" text-anchor="{anchor}" font-weight="{weight}" fill="{INK}">{escape(words)}</text>'
+
+
+def figure(value: float) -> str:
+    """A number with three digits that count."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def draw(report: dict[str, Any]) -> str:
+    """The SVG of a report. Raises: KeyError for one that lacks a row."""
+    rows = {row["name"]: row for row in report["rows"]}
+    parts: list[str] = []
+    top = 8
+    for name, part, title, unit, more in PANELS:
+        row = bars(rows[name], part)
+        parts += panel(title, unit, more, row, top)
+        top += TITLE + len(row) * (BAR + GAP) + 14
+    parts.append(text(0, top + 8, caption(report["machine"])))
+    height = top + 20
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" '
+        f'height="{height}" font-family="system-ui, sans-serif" font-size="13">\n'
+        f'<rect width="{WIDTH}" height="{height}" fill="#ffffff"/>\n' + "\n".join(parts) + "\n</svg>\n"
+    )
+
+
+def caption(machine: dict[str, Any]) -> str:
+    """Where it was measured."""
+    return (
+        f"medians; two workers; {machine['cpu']}, {machine['cores']} cores, Linux {machine['kernel']}, "
+        f"{machine['python']}"
+    )
+
+
+def main(argv: list[str]) -> int:
+    if len(argv) != 2:
+        print(__doc__, file=sys.stderr)
+        return 2
+    report = json.loads(Path(argv[0]).read_text())
+    try:
+        picture = draw(report)
+    except KeyError as error:
+        print(
+            f"chart: {argv[0]} has no {error}: is it the JSON of a full run of bench/pools.py?",
+            file=sys.stderr,
+        )
+        return 1
+    Path(argv[1]).write_text(picture)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
