@@ -3,9 +3,9 @@
     python bench/pools.py --json pools.json
     python tools/chart.py pools.json docs/speed.svg
 
-One panel for each of three rows (submit, round trip, 64 MiB array), a bar for each contender and for the limit,
-as long as its median, on a logarithmic scale: the figures span four orders of magnitude. A contender that has no
-figure is named with its reason. Nothing is chosen here: all contenders of a row are drawn, in one order.
+One panel for each of three rows (submit, round trip, 64 MiB array), a bar for each contender and for the
+limit, as long as its median, on a logarithmic scale: the figures span four orders of magnitude. A contender
+that has no figure is named with its reason. Nothing is chosen here: all contenders of a row are drawn.
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ def panel(title: str, unit: str, more: bool, row: list[Bar], top: int) -> Iterab
 
 def text(x: int, y: int, words: str, anchor: str = "start", weight: str = "400") -> str:
     """A line of text."""
-    return f'<text x="{x}" y="{y}" text-anchor="{anchor}" font-weight="{weight}" fill="{INK}">{escape(words)}</text>'
+    where = f'x="{x}" y="{y}" text-anchor="{anchor}" font-weight="{weight}" fill="{INK}"'
+    return f"<text {where}>{escape(words)}</text>"
 
 
 def figure(value: float) -> str:
