@@ -6,23 +6,32 @@
 [1, 2, 3]
 """
 
-from runtime._core import Block, MemoryPool, SharedRegion
-from runtime.errors import (
-    BrokenRuntime,
-    KernelFailed,
-    LockTimeout,
-    RegionFull,
-    ReloadFailed,
-    RemoteError,
-    RuntimeFailure,
-    StaleBlock,
-    TaskCancelled,
-    TaskTimeout,
-    WorkerDied,
-)
-from runtime.executor import Future, Runtime, Stats, WorkerInfo
-from runtime.lifecycle import WorkerStatus
-from runtime.worker import current
+from runtime import machine
+
+try:
+    machine.check()  # before anything compiled is loaded
+    from runtime._core import Block, MemoryPool, SharedRegion
+    from runtime.errors import (
+        BrokenRuntime,
+        KernelFailed,
+        LockTimeout,
+        RegionFull,
+        ReloadFailed,
+        RemoteError,
+        RuntimeFailure,
+        StaleBlock,
+        TaskCancelled,
+        TaskTimeout,
+        WorkerDied,
+    )
+    from runtime.executor import Future, Runtime, Stats, WorkerInfo
+    from runtime.lifecycle import WorkerStatus
+    from runtime.worker import current
+except Exception as error:
+    from runtime.cli import broken
+
+    if not broken.keep(error):
+        raise
 
 __version__ = "0.1.0"
 

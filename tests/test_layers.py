@@ -21,7 +21,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("include",),  # C headers
     ("_atomics",),
     ("_layout",),
-    ("errors", "limits"),
+    ("errors", "limits", "machine"),
     ("config", "memory"),
     ("_identity", "segment"),
     ("_region", "_slab"),

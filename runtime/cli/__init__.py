@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from runtime.cli import exits
+from runtime.cli import broken, exits
 
 __all__ = ["main"]
 
@@ -36,6 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _subcommand(arguments: argparse.Namespace) -> int:
     if arguments.command == "run":
+        if broken.reason is not None:
+            print(f"runtime: the package {broken.told()}; ask `runtime doctor` why", file=sys.stderr)
+            return exits.FAILED
         from runtime.cli import run
 
         return run.command(arguments)

@@ -7,22 +7,26 @@ from the bottom up, so the first failure is usually the cause of those below it.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import importlib
 import importlib.metadata
 import json
 import os
 import platform
 import resource
+import select
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
-from runtime import config
-from runtime.cli import exits
+from runtime import config, machine
+from runtime.cli import broken, exits
 
 __all__ = ["Check", "checks", "command", "table"]
 
@@ -61,6 +65,8 @@ def checks() -> list[Check]:
 def _guarded(name: str, check: Callable[[str], Check]) -> Check:
     try:
         return check(name)
+    except ImportError as error:
+        return Check(name, WARN, f"not checked: {error}", "cure what does not load first")
     except Exception as error:
         return Check(
             name, FAIL, f"{type(error).__name__}: {error}", "the check itself failed; please report it"
@@ -85,6 +91,12 @@ def _packages(name: str) -> Check:
     missing = [package for package, found in required.items() if not found]
     if missing:
         return Check(name, FAIL, detail, f"pip install {' '.join(missing)}")
+    for package in ("psutil", "cloudpickle"):  # libzmq has a check of its own
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            cure = f"pip install --force-reinstall {package}"
+            return Check(name, FAIL, f"{detail}; {package} does not load: {error}", cure)
     return Check(name, OK, detail)
 
 
@@ -115,24 +127,67 @@ def _libzmq(name: str) -> Check:
     return Check(name, OK, detail)
 
 
+def _package(name: str) -> Check:
+    if broken.reason is not None:
+        return Check(name, FAIL, broken.told(), "the checks that failed above are the likely cause")
+    return Check(name, OK, os.path.dirname(importlib.import_module("runtime").__file__ or ""))
+
+
 # What the kernel allows
 
 
 def _kernel(name: str) -> Check:
-    missing = []
-    try:
-        os.close(os.pidfd_open(os.getpid()))
-    except OSError as error:
-        missing.append(f"pidfd_open ({error.strerror})")
-    try:
-        os.close(os.memfd_create("runtime-doctor", os.MFD_CLOEXEC))
-    except OSError as error:
-        missing.append(f"memfd_create ({error.strerror})")
     detail = f"{platform.system()} {platform.release()}"
+    missing = []
+    for call, attempt in _CALLS:
+        try:
+            attempt()
+        except OSError as error:
+            missing.append(f"{call} ({error.strerror})")
     if missing:
         cure = "use Linux 5.3 or later; in a container, let its seccomp profile allow these calls"
         return Check(name, FAIL, f"{detail} without {' and '.join(missing)}", cure)
-    return Check(name, OK, f"{detail}, pidfd_open, memfd_create")
+    too_old = machine.problem()
+    if too_old is not None:
+        return Check(name, FAIL, too_old, f"all calls work here: set {machine.ANY_KERNEL}=1")
+    detail += f", {', '.join(call for call, _ in _CALLS)}"
+    if not os.path.exists(f"/proc/self/task/{threading.get_native_id()}/children"):
+        cure = "use a kernel with CONFIG_PROC_CHILDREN: what tasks start may else outlive a killed worker"
+        return Check(name, WARN, f"{detail}; /proc does not tell a process's children", cure)
+    return Check(name, OK, detail)
+
+
+def _try_pidfd() -> None:
+    fd = os.pidfd_open(os.getpid())
+    try:
+        select.select([fd], [], [], 0)
+    finally:
+        os.close(fd)
+
+
+def _try_pidfd_signal() -> None:
+    fd = os.pidfd_open(os.getpid())
+    try:
+        signal.pidfd_send_signal(fd, 0)
+    finally:
+        os.close(fd)
+
+
+def _try_memfd() -> None:
+    """Sealed, as a region is."""
+    fd = os.memfd_create("runtime-doctor", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+    finally:
+        os.close(fd)
+
+
+_CALLS: Final[tuple[tuple[str, Callable[[], None]], ...]] = (
+    ("pidfd_open", _try_pidfd),
+    ("pidfd_send_signal", _try_pidfd_signal),
+    ("memfd_create", _try_memfd),
+    ("eventfd", lambda: os.close(os.eventfd(0, os.EFD_CLOEXEC))),
+)
 
 
 def _cpus(name: str) -> Check:
@@ -253,6 +308,7 @@ _CHECKS: Final[tuple[tuple[str, Callable[[str], Check]], ...]] = (
     ("sockets", _sockets),
     ("libzmq", _libzmq),
     ("core", _core),
+    ("package", _package),
     ("round trip", _round_trip),
 )
 
