@@ -23,7 +23,7 @@ SOURCES    = runtime tools tests setup.py $(wildcard bench examples)
 TYPED      = runtime tools setup.py $(wildcard tests/typing)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build run test lint format types wheel clean distclean
+.PHONY: help setup build run test lint format types wheel smoke clean distclean
 
 help: ## show this text
 	@echo "usage: make TARGET [PYTHON=python3.13] [ARGS=\"...\"]"
@@ -57,6 +57,9 @@ types: setup ## mypy, strict
 wheel: setup ## in dist/: the sdist, and the wheel built from that sdist
 	rm -rf $(DIST)
 	$(RUN) -m build --outdir $(DIST) $(ARGS)
+
+smoke: setup ## sdist and wheel in fresh environments, on each CPython >= 3.11 that is found
+	$(RUN) tools/wheels.py $(ARGS)
 
 clean: ## remove what was built
 	rm -rf build dist *.egg-info

@@ -248,6 +248,13 @@ def test_doctor_names_the_call_that_a_sandbox_refuses(monkeypatch, module, name,
     assert "seccomp" in check.cure
 
 
+def test_doctor_finds_a_python_that_was_built_with_old_headers(monkeypatch):
+    monkeypatch.delattr(os, "pidfd_open")
+    check = doctor._kernel("kernel")
+    assert check.status == "fail" and "no attribute 'pidfd_open'" in check.detail
+    assert "build of Python" in check.cure
+
+
 def test_doctor_misses_the_children_in_proc(monkeypatch):
     monkeypatch.setattr(os.path, "exists", lambda path: not str(path).endswith("/children"))
     check = doctor._kernel("kernel")

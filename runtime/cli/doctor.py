@@ -138,12 +138,17 @@ def _package(name: str) -> Check:
 
 def _kernel(name: str) -> Check:
     detail = f"{platform.system()} {platform.release()}"
-    missing = []
+    missing, unknown = [], []
     for call, attempt in _CALLS:
         try:
             attempt()
         except OSError as error:
             missing.append(f"{call} ({error.strerror})")
+        except AttributeError as error:  # a module lacks what the headers lacked that Python was built with
+            unknown.append(str(error))
+    if unknown:
+        cure = "this build of Python is made for older systems: use another one, such as the distribution's"
+        return Check(name, FAIL, f"{detail}; {' and '.join(unknown)}", cure)
     if missing:
         cure = "use Linux 5.3 or later; in a container, let its seccomp profile allow these calls"
         return Check(name, FAIL, f"{detail} without {' and '.join(missing)}", cure)
