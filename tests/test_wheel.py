@@ -6,6 +6,7 @@ here would bind. The wheels themselves are built and tried by tools/wheels.py (`
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import importlib.util
 import os
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import sysconfig
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -171,6 +173,14 @@ def tool(
     )
 
 
+@pytest.fixture
+def wheels():
+    spec = importlib.util.spec_from_file_location("wheels", ROOT / "tools" / "wheels.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def test_smoke_refuses_the_tree():
     """It has to be the installed package: a smoke that passes on a source tree says nothing of a wheel."""
     done = tool("smoke.py", PYTHONPATH=str(ROOT))
@@ -188,11 +198,25 @@ def test_smoke_refuses_the_tree():
         ("linux_x86_64", False),
     ],
 )
-def test_tag_that_auditwheel_may_name(tag, passes):
-    spec = importlib.util.spec_from_file_location("wheels", ROOT / "tools" / "wheels.py")
-    wheels = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(wheels)
+def test_tag_that_auditwheel_may_name(wheels, tag, passes):
     assert wheels.old_enough(tag) is passes
+
+
+@pytest.mark.parametrize(
+    ("names", "passes"),
+    [
+        (("runtime/_a.pyx", f"runtime/_a{SUFFIX}", "runtime/b.py"), True),
+        (("runtime/_a.pyx", f"runtime/_a{SUFFIX}", "runtime/_c.pyx"), False),
+        (("runtime/_a.pyx", f"runtime/_a{SUFFIX}", f"runtime/_c{SUFFIX}"), False),
+        (("runtime/b.py",), False),
+    ],
+)
+def test_wheel_has_all_its_modules(wheels, tmp_path, names, passes):
+    with zipfile.ZipFile(tmp_path / "some.whl", "w") as archive:
+        for name in names:
+            archive.writestr(name, b"")
+    with contextlib.nullcontext() if passes else pytest.raises(SystemExit, match="was compiled for"):
+        wheels.complete(tmp_path / "some.whl")
 
 
 @pytest.fixture

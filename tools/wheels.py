@@ -21,6 +21,8 @@ import subprocess
 import sys
 import tempfile
 import time
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,13 +30,16 @@ TOOLS = ROOT / "tools"
 NEWEST = (2, 28)  # the C library of the oldest distributions that the wheels are for
 
 
-def run(*argv: str | Path, cwd: Path) -> None:
-    """Without our switches, and without a path that would find the tree."""
+def run(*argv: str | Path, cwd: Path) -> str:
+    """What it printed. Without our switches, and without a path that would find the tree."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith("RUNTIME_") and k != "PYTHONPATH"}
     words = [str(word) for word in argv]
-    code = subprocess.run(words, cwd=cwd, env=clean).returncode
-    if code:
-        sys.exit(f"wheels: exit code {code}: {' '.join(words)}")
+    done = subprocess.run(
+        words, cwd=cwd, env=clean, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    if done.returncode:
+        sys.exit(f"{done.stdout}wheels: exit code {done.returncode}: {' '.join(words)}")
+    return done.stdout
 
 
 def interpreters() -> list[str]:
@@ -54,17 +59,32 @@ def make_sdist(folder: Path) -> Path:
 
 def rehearse(python: str, sdist: Path, folder: Path) -> Path:
     """The wheel that `python` makes of the sdist, after it has passed in a fresh environment."""
+    start = time.monotonic()
     folder.mkdir()
     environment = folder / "environment"
     run(python, TOOLS / "bootstrap.py", "--empty", "--venv", environment, cwd=folder)
     inside = environment / "bin" / "python"
-    run(inside, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, sdist, cwd=folder)
+    run(inside, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", folder, sdist, cwd=folder)
     wheel = only(folder, "*.whl")
-    run(inside, "-m", "pip", "install", "--quiet", wheel, cwd=folder)
-    run(inside, TOOLS / "smoke.py", cwd=folder)
-    run(inside, "-m", "pip", "install", "--quiet", "numpy", cwd=folder)
-    run(inside, TOOLS / "smoke.py", cwd=folder)
+    complete(wheel)
+    run(inside, "-m", "pip", "install", wheel, cwd=folder)
+    said = run(inside, TOOLS / "smoke.py", cwd=folder)
+    run(inside, "-m", "pip", "install", "--no-compile", "numpy", cwd=folder)
+    said += run(inside, TOOLS / "smoke.py", cwd=folder)
+    print(f"{said}wheels: {wheel.name} by {python} passed, {time.monotonic() - start:.0f} s", flush=True)
     return wheel
+
+
+def complete(wheel: Path) -> None:
+    """It has a compiled module for each .pyx that it holds, and no other."""
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    sources = {name.removesuffix(".pyx") for name in names if name.endswith(".pyx")}
+    built = {name.partition(".")[0] for name in names if name.endswith(".so")}
+    if not sources or built != sources:
+        sys.exit(
+            f"wheels: {wheel.name} was compiled for {sorted(built)}, and its sources are {sorted(sources)}"
+        )
 
 
 def audit(wheel: Path) -> str:
@@ -95,17 +115,18 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="runtime-wheels-") as scratch:
         sdist = make_sdist(Path(scratch))
-        made = [sdist]
-        for number, python in enumerate(options.python or interpreters()):
-            start = time.monotonic()
-            print(f"wheels: {sdist.name} on {python}", flush=True)
-            wheel = rehearse(python, sdist, Path(scratch, str(number)))
-            print(f"wheels: {wheel.name} passed, {time.monotonic() - start:.0f} s", flush=True)
-            made.append(wheel)
-        print(f"wheels: {made[1].name} may be tagged {audit(made[1])}")
+        pythons = options.python or interpreters()
+        print(f"wheels: {sdist.name} on {', '.join(pythons)}", flush=True)
+        with ThreadPoolExecutor(2) as pool:  # the compilers use all cores; the rest of each does not
+            rounds = [
+                pool.submit(rehearse, python, sdist, Path(scratch, str(number)))
+                for number, python in enumerate(pythons)
+            ]
+        made = [done.result() for done in rounds]
+        print(f"wheels: {made[0].name} may be tagged {audit(made[0])}")
         if options.keep:
             options.keep.mkdir(parents=True, exist_ok=True)
-            for file in made:
+            for file in (sdist, *made):
                 shutil.copy2(file, options.keep)
 
 
