@@ -41,4 +41,5 @@ cdef extern from "include/atomics.h" nogil:
     unsigned int MFD_CLOEXEC
     unsigned int MFD_ALLOW_SEALING
     int sys_memfd_create(const char *name, unsigned int flags)
+    int sys_pidfd_open(int pid)
     int sys_pidfd_send_signal(int pidfd, int sig)

@@ -28,6 +28,7 @@ from runtime._layout cimport (
     P_LEAVING as _LEAVING,
     P_READY as _READY,
 )
+from runtime._identity import memfd_create, pidfd_open, pidfd_send_signal
 from runtime._leasing import (
     OUTCOME_ABANDONED,
     OUTCOME_DIED,

@@ -11,7 +11,10 @@ from posix.unistd cimport close as c_close
 from posix.unistd cimport getpid
 from posix.unistd cimport read as c_read
 
-from runtime._atomics cimport a64_load_relaxed, a64_store_relaxed
+from runtime._atomics cimport (
+    MFD_ALLOW_SEALING, MFD_CLOEXEC, a64_load_relaxed, a64_store_relaxed, sys_memfd_create, sys_pidfd_open,
+    sys_pidfd_send_signal,
+)
 
 import os
 
@@ -124,3 +127,27 @@ cdef int read_stat(int pid, uint64_t *start, bint *ended) noexcept nogil:
     # The main thread may have left a process that lives on: then it is a zombie with threads.
     ended[0] = (state == c"Z" or state == c"X") and threads <= 1
     return 0
+
+
+# ---- system calls that not every Python has: its os module is built against the headers of its builder ----
+
+def pidfd_open(int pid):
+    """A descriptor of a process. Raises: OSError."""
+    cdef int fd = sys_pidfd_open(pid)
+    if fd < 0:
+        raise OSError(errno, os.strerror(errno))
+    return fd
+
+
+def pidfd_send_signal(int fd, int number):
+    """A signal to the process behind a descriptor. Raises: OSError, ProcessLookupError when it is gone."""
+    if sys_pidfd_send_signal(fd, number) != 0:
+        raise OSError(errno, os.strerror(errno))
+
+
+def memfd_create(bytes name not None):
+    """A file in memory that can be sealed, closed on exec. Raises: OSError."""
+    cdef int fd = sys_memfd_create(name, MFD_CLOEXEC | MFD_ALLOW_SEALING)
+    if fd < 0:
+        raise OSError(errno, os.strerror(errno))
+    return fd

@@ -4,7 +4,6 @@ from cpython.mem cimport PyMem_Calloc, PyMem_Free
 from libc.errno cimport EINTR, errno
 from libc.signal cimport SIGKILL
 from libc.stdio cimport snprintf
-from libc.stdlib cimport strtol
 from posix.fcntl cimport O_RDONLY, open
 from posix.signal cimport kill
 from posix.unistd cimport _exit, close, getppid, read, rmdir, unlink, write
@@ -134,6 +133,21 @@ def become_subreaper():
         raise OSError(errno, "prctl(PR_SET_CHILD_SUBREAPER) failed")
 
 
+cdef int number_in(char **text) noexcept nogil:
+    """The next number of a text, which moves behind it, or -1. (strtol binds too new a symbol.)"""
+    cdef char *p = text[0]
+    cdef int number = 0
+    while p[0] == c' ':
+        p += 1
+    if not c'0' <= p[0] <= c'9':
+        return -1
+    while c'0' <= p[0] <= c'9':
+        number = 10 * number + (p[0] - c'0')
+        p += 1
+    text[0] = p
+    return number
+
+
 cdef int children(int task, int *found, int room) noexcept nogil:
     """Pids of the direct children that thread `task` of this process made or adopted."""
     cdef char path[64]
@@ -143,7 +157,6 @@ cdef int children(int task, int *found, int room) noexcept nogil:
     cdef int count = 0
     cdef int fd
     cdef char *p
-    cdef char *end
     snprintf(path, sizeof(path), b"/proc/self/task/%d/children", task)
     fd = open(path, O_RDONLY)
     if fd < 0:
@@ -157,11 +170,10 @@ cdef int children(int task, int *found, int room) noexcept nogil:
     text[got] = 0
     p = text
     while count < room:
-        found[count] = <int>strtol(p, &end, 10)
-        if end == p:
+        found[count] = number_in(&p)
+        if found[count] < 0:
             break
         count += 1
-        p = end
     return count
 
 
@@ -181,6 +193,7 @@ cdef int end_children() noexcept nogil:
     cdef int n, i, total = 0
     cdef DIR *threads = opendir(b"/proc/self/task")
     cdef dirent *entry
+    cdef char *name
     if threads == NULL:
         return 0
     while True:
@@ -189,7 +202,8 @@ cdef int end_children() noexcept nogil:
             break
         if entry.d_name[0] == c'.':
             continue
-        n = children(<int>strtol(entry.d_name, NULL, 10), found, 512)
+        name = entry.d_name
+        n = children(number_in(&name), found, 512)
         for i in range(n):
             kill(found[i], SIGKILL)     # a child that nobody has waited for: its pid cannot be reused
         total += n

@@ -365,11 +365,11 @@ class Supervisor:
         """A process was made for a slot."""
         if pidfd < 0:  # the descriptor got lost, for want of one; the zygote has not reaped it yet
             with contextlib.suppress(OSError):
-                pidfd = os.pidfd_open(pid)
+                pidfd = _core.pidfd_open(pid)
         if worker is None or worker.died:
             if pidfd >= 0:  # nobody waits for it any more
                 with contextlib.suppress(OSError):
-                    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+                    _core.pidfd_send_signal(pidfd, signal.SIGKILL)
                 os.close(pidfd)
             return
         worker.pid, worker.pidfd = pid, pidfd

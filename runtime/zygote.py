@@ -73,9 +73,9 @@ class Zygote:
                 "sys.executable is empty: an embedded Python cannot start workers; set it to a Python binary"
             )
         self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
-        host = os.pidfd_open(os.getpid())
-        config = _written("runtime-zygote", pickle.dumps(settings, protocol=5))
-        self.stack_fd = os.memfd_create("runtime-stack")
+        host = _core.pidfd_open(os.getpid())
+        config = _written(b"runtime-zygote", pickle.dumps(settings, protocol=5))
+        self.stack_fd = _core.memfd_create(b"runtime-stack")
         # The child gets /dev/null as 0, and keeps 1 and 2: ours must not be among these, even if the host
         # has closed its own.
         given = (theirs.fileno(), arena.fd, host, config, self.stack_fd)
@@ -98,7 +98,7 @@ class Zygote:
                 os.close(fd)
         self.socket.setblocking(False)
         self.pid = self.process.pid
-        self.pidfd = os.pidfd_open(self.pid)
+        self.pidfd = _core.pidfd_open(self.pid)
         self.importing = ""  # the preload module that is being imported now
         self.unsent: deque[bytes] = deque()
 
@@ -148,7 +148,7 @@ class Zygote:
     def kill(self) -> None:
         """SIGKILL, through the pidfd."""
         with contextlib.suppress(ProcessLookupError, OSError):
-            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+            _core.pidfd_send_signal(self.pidfd, signal.SIGKILL)
 
     def close(self, patience: float) -> None:
         """Ask it to quit, wait, and kill it when it has not gone after `patience` seconds."""
@@ -161,9 +161,9 @@ class Zygote:
             os.close(fd)
 
 
-def _written(name: str, data: bytes) -> int:
+def _written(name: bytes, data: bytes) -> int:
     """A memfd that holds `data`."""
-    fd = os.memfd_create(name)
+    fd = _core.memfd_create(name)
     view = memoryview(data)
     while view:
         view = view[os.write(fd, view) :]
@@ -269,7 +269,7 @@ class _Process:
             return
         if pid == 0:
             self.become_worker(order, parent)
-        pidfd = os.pidfd_open(pid)
+        pidfd = _core.pidfd_open(pid)
         self.children[pidfd] = (pid, order["slot"], order["incarnation"])
         self.poller.register(pidfd, select.POLLIN)
         self.report("forked", fd=pidfd, slot=order["slot"], incarnation=order["incarnation"], pid=pid)
