@@ -6,6 +6,8 @@
 [1, 2, 3]
 """
 
+from typing import TYPE_CHECKING, Any
+
 from runtime import machine
 
 try:
@@ -24,14 +26,39 @@ try:
         TaskTimeout,
         WorkerDied,
     )
-    from runtime.executor import Future, Runtime, Stats, WorkerInfo
-    from runtime.lifecycle import WorkerStatus
     from runtime.worker import current
 except Exception as error:
     from runtime.cli import broken
 
     if not broken.keep(error):
         raise
+
+if TYPE_CHECKING:
+    from runtime.executor import Future, Runtime, Stats, WorkerInfo
+    from runtime.lifecycle import WorkerStatus
+
+# The host's side, imported when it is asked for: a zygote and its workers start sooner without it.
+_HOST = {
+    "Future": "executor",
+    "Runtime": "executor",
+    "Stats": "executor",
+    "WorkerInfo": "executor",
+    "WorkerStatus": "lifecycle",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOST:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = globals()[name] = getattr(import_module(f"{__name__}.{_HOST[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
 
 __version__ = "0.1.0"
 

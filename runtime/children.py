@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 import os
-import subprocess
+import sys
 import threading
 import time
 
@@ -49,6 +49,9 @@ class Children:
     def _own(self) -> set[int]:
         """Children that a task made: forked, or behind a Popen object that lives."""
         self._forked = {pid for pid in self._forked if os.path.exists(f"/proc/{pid}")}
+        subprocess = sys.modules.get("subprocess")
+        if subprocess is None:
+            return set(self._forked)
         return self._forked | {it.pid for it in gc.get_objects() if issubclass(type(it), subprocess.Popen)}
 
 

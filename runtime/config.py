@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, Final
 
+from runtime import limits
 from runtime.errors import TaskTimeout
 from runtime.limits import available_cpus, cpu_quota, memory_limit, memory_total
 
@@ -44,8 +45,6 @@ _MAX_COUNT: Final = 2**31 - 1
 _MAX_SECONDS: Final = 1e9  # 31 years: a deadline in nanoseconds stays far from 2^63
 _MAX_BYTES: Final = 2**46  # half of the address space of a process
 
-in_worker = False
-"""True in a worker process (worker.py sets it): a Runtime made there has one worker by default."""
 
 _mp_context_warned = False
 
@@ -230,7 +229,7 @@ def parse_size(size: int | str) -> int:
 
 def default_workers() -> int:
     """Workers of a Runtime that names no number: the CPUs it can keep busy; 1 inside a worker."""
-    return 1 if in_worker else min(available_cpus(), MAX_WORKERS)
+    return 1 if limits.in_worker else min(available_cpus(), MAX_WORKERS)
 
 
 def lanes() -> tuple[bool, int]:

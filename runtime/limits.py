@@ -17,6 +17,9 @@ from collections.abc import Iterator
 
 __all__ = ["available_cpus", "cpu_quota", "memory_limit", "memory_total"]
 
+in_worker = False
+"""True in a worker process (worker.py sets it): a Runtime made there has one worker by default."""
+
 # v1 says "no limit" as the largest page-aligned value below 2^63; no machine has 2^62 bytes.
 _UNLIMITED = 1 << 62
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import os
 import select
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -48,6 +47,8 @@ def make_folder() -> str:
     In XDG_RUNTIME_DIR, else the temporary folder, else /tmp: the first that can be written and whose
     paths fit a socket address. Raises: OSError that says what is wrong with each and what to do.
     """
+    import tempfile  # not at the top: a worker needs none of it, and it brings a lot along
+
     tried = []
     for name, parent in _parents():
         if not parent:
@@ -69,6 +70,8 @@ def make_folder() -> str:
 
 
 def _parents() -> Iterator[tuple[str, str | None]]:
+    import tempfile
+
     yield "XDG_RUNTIME_DIR", os.environ.get("XDG_RUNTIME_DIR")
     try:
         temporary = tempfile.gettempdir()

@@ -22,7 +22,7 @@ import threading
 import time
 from typing import Any, NamedTuple
 
-from runtime import _core, config, serializer
+from runtime import _core, limits, serializer
 from runtime.children import Children
 from runtime.sockets import Paths, WorkerLink
 
@@ -320,7 +320,7 @@ def main(arena: _core.Arena, orders: Orders) -> None:
     code = 1
     try:
         arena.adopt_process()
-        config.in_worker = True
+        limits.in_worker = True
         _reset_signals()
         _reseed()
         _prefer_for_oom()

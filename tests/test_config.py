@@ -397,7 +397,7 @@ def test_default_workers_respect_the_limit(monkeypatch):
 
 def test_a_worker_has_one_worker_by_default(monkeypatch):
     monkeypatch.setattr(config, "available_cpus", lambda: 8)
-    monkeypatch.setattr(config, "in_worker", True)
+    monkeypatch.setattr(limits, "in_worker", True)
     assert config.default_workers() == 1
     assert config.settings().max_workers == 1
     assert config.settings(3).max_workers == 3
