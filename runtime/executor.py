@@ -85,7 +85,9 @@ class Future(_core.Promise, concurrent.futures.Future[T]):
     def cancel(self) -> bool:
         """Cancel the call if no worker has started it. True: it never runs."""
         task, core = self._task, self._core
-        if task is not None and core is not None and not self.done():
+        if task is None or core is None:
+            return super().cancel()  # settled, or made by hand: whoever made it notifies
+        if not self.done():
             if core.dispatcher.cancel(task) != _core.CANCEL_DONE:
                 return False
             core.tell()
@@ -105,9 +107,14 @@ class Future(_core.Promise, concurrent.futures.Future[T]):
     def running(self) -> bool:
         """Whether a worker is running the call now."""
         task, core = self._task, self._core
-        if task is None or core is None or self.done():
-            return self._state == "RUNNING"
-        return bool(core.dispatcher.running(task))
+        if task is None or core is None:
+            return super().running()
+        return not self.done() and bool(core.dispatcher.running(task))
+
+    def __repr__(self) -> str:
+        if self.running():  # which the stdlib's reads from a state that nobody sets here
+            return f"<{type(self).__name__} at {id(self):#x} state=running>"
+        return super().__repr__()
 
     def __reduce__(self) -> Any:
         raise TypeError("a Future belongs to its process; send its result() instead")

@@ -119,7 +119,11 @@ class Supervisor:
             self._drained = self.collector.stopped = True
             self.keeper.stop()
             self.link.wake()
+            for thread in self.threads:
+                if thread.ident is not None:
+                    thread.join()
             self.link.close()
+            self._bell.close()
             self.ended.set()
             raise
 
