@@ -17,6 +17,7 @@ Should a destructor let another thread in, that one defers to the inbox in the s
 ever waits. Outcomes collect in a list of tuples; unpickling and futures are the collector's business.
 """
 from cpython.bytes cimport PyBytes_FromStringAndSize
+from cpython.exc cimport PyErr_CheckSignals
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from runtime._atomics cimport *
@@ -47,13 +48,10 @@ cdef enum:
     DO_DRAIN_ALL = 9
 
 
-cdef extern from "<sched.h>" nogil:
-    int sched_yield()
-
-cdef int64_t WAKING = 8     # times as long that one looks, who had to wake a worker
+cdef int64_t BACKSTOP = 50_000_000          # ns: futex waits are bounded, so a lost wake-up only costs time
 
 
-cdef void look_around(Arena arena, int64_t until, bint polite) noexcept nogil:
+cdef void look_around(Arena arena, int64_t until) noexcept nogil:
     cdef uint32_t i, _k
     cdef slot_t *slot
     while True:
@@ -61,11 +59,8 @@ cdef void look_around(Arena arena, int64_t until, bint polite) noexcept nogil:
             slot = arena.slot(i)
             if a64_load_acquire(&slot.outbox_tail) != a64_load_relaxed(&slot.outbox_head):
                 return
-        if polite:
-            sched_yield()
-        else:
-            for _k in range(16):
-                cpu_relax()
+        for _k in range(16):
+            cpu_relax()
         if now_ns() >= until:
             return
 
@@ -209,7 +204,7 @@ cdef class Dispatcher(Harvest):
         if self.inert:
             return CANCEL_NO
         if task.state == T_WAITING:
-            task.state = T_CANCELLED                # the queue skips it
+            self.over(task, T_CANCELLED)            # the queue skips it
             self.waiting -= 1
             self.vanished += 1
             self.inbox.append((DO_FORGET, task))    # not now: whoever is inside may be looking at it
@@ -232,7 +227,7 @@ cdef class Dispatcher(Harvest):
                 result = 2
         guard_release(guard)
         if result == 1:
-            task.state = T_CANCELLED
+            self.over(task, T_CANCELLED)
             self.vanished += task.count
             self.inbox.append((DO_RELEASE, task))   # the entry is reused once its bookkeeping is done
             self.work()
@@ -313,11 +308,15 @@ cdef class Dispatcher(Harvest):
         self.work()
 
     def park(self):
-        """The collector is about to sleep: from now on it must be told. False: there is something to do."""
+        """The collector is about to sleep: from now on it must be told. False: there is something to do.
+
+        While a user's thread sleeps on the parked word, that one is told, and tells the collector.
+        """
         if not self.arena.lanes or self.arena.head == NULL:
             return True
         self.asleep = True
-        park(&self.arena.head.parked)
+        if self.sleeping_for is None:
+            park(&self.arena.head.parked, PARKED)
         if self.unread():
             self.unpark()
             return False
@@ -329,6 +328,8 @@ cdef class Dispatcher(Harvest):
         if not self.arena.lanes or self.arena.head == NULL:
             return False
         self.asleep = False
+        if self.sleeping_for is not None:
+            return False
         untold = a32_load_relaxed(&self.arena.head.parked) == PARKED
         a32_store_relaxed(&self.arena.head.parked, AWAKE)
         return untold
@@ -341,38 +342,84 @@ cdef class Dispatcher(Harvest):
         """Look at the outboxes for a moment, without the GIL. Whether there is something in one."""
         if self.arena.spin == 0 or self.leased == 0 or self.arena.head == NULL:
             return False
-        self.look_until(now_ns() + self.arena.spin, False)
+        self.look_until(now_ns() + self.arena.spin)
         return self.unread()
 
-    cdef int look_until(self, int64_t until, bint polite) except -1:
+    cdef int look_until(self, int64_t until) except -1:
         """Until an outbox has something in it, or the time has come. Without the GIL."""
         self.arena.lookers += 1                     # the tables stay mapped
         with nogil:
-            look_around(self.arena, until, polite)
+            look_around(self.arena, until)
         self.arena.lookers -= 1
         if self.arena.ending:
             self.arena.release()
         return 0
 
-    def await_call(self, Task task not None):
-        """A thread that needs this call looks for its end itself, for a moment: that spares two wake-ups.
+    def await_call(self, Task task not None, int64_t patience):
+        """A thread that needs this call takes results in by itself: that spares a wake-up, or all of them.
 
-        Not if a worker had to be woken for it (it would be put on the processor that this would keep
-        busy), and not if calls take longer than such a moment. While it looks, workers tell nobody.
+        For a moment it watches; then it sleeps on the parked word, where the worker wakes it: no I/O thread,
+        no collector in between. One thread can sleep so; a second one comes back after its moment, and
+        waits for the collector. patience: nanoseconds, negative for ever. Raises: what a signal handler does.
         """
-        cdef int64_t until
-        if (self.arena.spin == 0 or task.state != T_LEASED or self.call_ns > self.arena.spin
-                or self.arena.head == NULL or self.inert):
+        cdef int64_t now = now_ns()
+        cdef int64_t until = now + self.arena.spin
+        cdef int64_t end = now + patience
+        if not self.arena.lanes or self.inert or self.arena.head == NULL:
             return
-        until = now_ns() + self.arena.spin * (WAKING if task.woke else 1)
-        a32_store_relaxed(&self.arena.head.parked, AWAKE)
-        while task.state == T_LEASED and self.arena.head != NULL and now_ns() < until:
-            self.look_until(until, task.woke)
-            self.drain_everything()
-        if self.asleep and self.arena.head != NULL:
-            park(&self.arena.head.parked)
+        # Not after a worker had to be woken (it would be put on the processor that this keeps busy), and
+        # not if calls take longer than such a moment.
+        if task.state == T_LEASED and not task.woke and self.call_ns < self.arena.spin:
+            if self.sleeping_for is None:
+                a32_store_relaxed(&self.arena.head.parked, AWAKE)
+            while task.state == T_LEASED and self.arena.head != NULL and now_ns() < until:
+                self.look_until(until)
+                self.drain_everything()
+        if self.sleeping_for is None:
+            self.sleeping_for = task
+            try:
+                while (task.state == T_LEASED or task.state == T_WAITING) and self.arena.head != NULL:
+                    now = now_ns()
+                    if patience >= 0 and now >= end:
+                        break
+                    self.sleep_here(min(BACKSTOP, end - now) if patience >= 0 else BACKSTOP)
+                    PyErr_CheckSignals()
+            finally:
+                self.sleeping_for = None
+                self.hand_back()
+
+    cdef int sleep_here(self, int64_t ns) except -1:
+        """Until a worker has put something into its outbox, or the task that is slept for is over."""
+        cdef bint late
+        cdef a32_t *parked = &self.arena.head.parked
+        park(parked, PARKED_HERE)
+        if not self.unread():
+            self.arena.lookers += 1
+            with nogil:
+                late = futex_wait(parked, PARKED_HERE, ns)
+                late = late and a32_load_relaxed(parked) == PARKED_HERE
+            self.arena.lookers -= 1
+            if self.arena.ending:
+                self.arena.release()
+                return 0
+            if late and self.unread():
+                self.lost()
+        self.drain_everything()
+        if self.noisy():
+            self.tell()                             # whoever else has something to do now
+        return 0
+
+    cdef int hand_back(self) except -1:
+        """The thread looks no more: whoever did before is told from now on."""
+        if self.arena.head == NULL:
+            return 0
+        if self.asleep:
+            park(&self.arena.head.parked, PARKED)
             if self.unread():
                 self.drain_everything()
+        else:
+            a32_store_relaxed(&self.arena.head.parked, AWAKE)
+        return 0
 
     def take_outcome(self, Task task not None):
         """What has come in for one task, or None."""
@@ -656,7 +703,7 @@ cdef class Dispatcher(Harvest):
                     (<Batch>entry).waiting = 0
                     self.outcomes.append((OUTCOME_ABANDONED, None, entry, rest, cancelled))
                 elif (<Task>entry).state == T_WAITING:
-                    (<Task>entry).state = T_CANCELLED if cancelled else T_OVER
+                    self.over(<Task>entry, T_CANCELLED if cancelled else T_OVER)
                     self.forget(<Task>entry)
                     self.waiting -= 1
                     self.outcomes.append((OUTCOME_ABANDONED, entry, None, None, cancelled))

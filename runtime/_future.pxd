@@ -15,3 +15,4 @@ cdef class Promise:
 
     cdef bint watched(self) noexcept
     cdef bint fulfil(self, value)
+    cdef object expected(self, timeout)

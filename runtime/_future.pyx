@@ -10,6 +10,7 @@ either finds a condition (and then leaves the outcome to who may lock and notify
 anybody has one; whoever makes it afterwards looks at the state under it first, as the stdlib does.
 """
 from threading import Condition
+from time import monotonic
 
 from concurrent.futures._base import (
     CANCELLED,
@@ -102,16 +103,24 @@ cdef class Promise:
         """
         if self._state is _finished and self._exception is None:
             return self._result
-        if self._task is not None and (timeout is None or timeout > 0):
-            self._core.expect(self)
-            if self._state is _finished and self._exception is None:
-                return self._result
+        timeout = self.expected(timeout)
+        if self._state is _finished and self._exception is None:
+            return self._result
         return _Future.result(self, timeout)
 
     def exception(self, timeout=None):
         """The exception that the call raised, or None, when it is over. Raises as `result` does else."""
-        if self._state is _finished:
-            return self._exception
-        if self._task is not None and (timeout is None or timeout > 0):
-            self._core.expect(self)
-        return _Future.exception(self, timeout)
+        if self._state is not _finished:
+            timeout = self.expected(timeout)
+        return self._exception if self._state is _finished else _Future.exception(self, timeout)
+
+    cdef object expected(self, timeout):
+        """Let the thread look for the outcome by itself. What is left of its timeout then."""
+        if self._task is None or (timeout is not None and timeout <= 0):
+            return timeout
+        if timeout is None:
+            self._core.expect(self, None)
+            return None
+        end = monotonic() + timeout
+        self._core.expect(self, timeout)
+        return max(0.0, end - monotonic())

@@ -139,7 +139,7 @@ cdef class Harvest(Leasing):
                 table.early.discard(key)
             else:
                 table.kept[key] = task.block
-        task.state = T_OVER
+        self.over(task, T_OVER)
         a64_store_release(&lease.word, lease_word(L_FREE, 0, task.tag))
         if (exporter is None and not plain) or ran > task.count or ran < delivered:
             self.outcomes.append((OUTCOME_LOST, task, delivered, "its worker wrote a malformed result"))
@@ -260,7 +260,7 @@ cdef class Harvest(Leasing):
         """The process died, or was killed, while it ran this: only the item that ran answers for it."""
         cdef uint64_t item = l_item(word) if task.batch is not None else 0
         cdef bint killed = l_state(word) == L_KILLED
-        task.state = T_OVER
+        self.over(task, T_OVER)
         if task.batch is not None:
             self.put_back(task, task.delivered, <int64_t>item)
         if task.batch is None or task.delivered <= item < task.count:
@@ -289,7 +289,7 @@ cdef class Harvest(Leasing):
             if task.retry_timeouts and not task.reason:
                 continue                            # the next attempt waits until this process is dead
             item = l_item(word) if task.batch is not None else 0
-            task.state = T_OVER
+            self.over(task, T_OVER)
             if task.batch is None or task.delivered <= item < task.count:
                 self.outcomes.append((OUTCOME_KILLED, task, item, task.reason))
         return 0

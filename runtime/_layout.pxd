@@ -130,18 +130,20 @@ ctypedef struct record_t:
 
 # ---- Parking -------------------------------------------------------------------------------------------
 # Whoever waits (a worker for its ring, the host for the outboxes) watches the memory for a moment, then
-# sleeps in zmq. Its parked word says which, so that a message is sent only to one that sleeps:
+# sleeps. Its parked word says which, so that only one that sleeps is woken:
 #
-#   waiter:    parked = 1 · fence · look once more · sleep · parked = 0 · look at everything
-#   producer:  put · fence · parked == 1?  then swap 1 -> 0, and who wins sends the message
+#   waiter:    parked = P · fence · look once more · sleep · parked = AWAKE · look at everything
+#   producer:  put · fence · parked != AWAKE?  then swap it to AWAKE, and who wins wakes the waiter
 #
 # Of a put and a look that cross, one sees the other: that is what the two fences are for (each stands
-# between a store and a load of another word). Not 1 means: a message is on its way, or the waiter looks
-# again before it sleeps. A producer that is killed between swap and message leaves a sleeper behind: the
-# host is then woken by that death; a stopped one is what the rescan is for.
+# between a store and a load of another word). That holds also when the word goes from one P to another, or
+# when the swap fails. AWAKE means: a wake-up is on its way, or the waiter looks again before it sleeps. A
+# producer that is killed between swap and wake-up leaves a sleeper behind: the host is then woken by that
+# death, or by its own backstop; for a stopped one there is the rescan.
 cdef enum:
     AWAKE = 0
-    PARKED = 1
+    PARKED = 1              # asleep in zmq: send a message
+    PARKED_HERE = 2         # a thread of the host that needs a result sleeps on this very word: futex_wake
 
 
 # ---- slots -------------------------------------------------------------------------------------------

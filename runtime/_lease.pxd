@@ -55,15 +55,17 @@ cdef inline bint outbox_put(slot_t *slot, record_t *records, uint32_t mask, reco
     return True
 
 
-cdef inline bint must_tell(a32_t *parked) noexcept nogil:
-    """A producer, after its put: whether the other side sleeps and it is on us to send the message."""
+cdef inline uint32_t must_tell(a32_t *parked) noexcept nogil:
+    """A producer, after its put: how the other side sleeps, if it is on us to wake it; else AWAKE."""
+    cdef uint32_t how
     fence_seq_cst()                                             # P1 pairs with P2
-    return a32_load_relaxed(parked) == PARKED and a32_cas_relaxed(parked, PARKED, AWAKE)
+    how = a32_load_relaxed(parked)
+    return how if how != AWAKE and a32_cas_relaxed(parked, how, AWAKE) else AWAKE
 
 
-cdef inline void park(a32_t *parked) noexcept nogil:
+cdef inline void park(a32_t *parked, uint32_t how) noexcept nogil:
     """A waiter, before it sleeps; it must look once more between this and its sleep."""
-    a32_store_relaxed(parked, PARKED)
+    a32_store_relaxed(parked, how)
     fence_seq_cst()                                             # P2
 
 

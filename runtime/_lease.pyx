@@ -313,7 +313,10 @@ cdef class WorkerPort:
 
     cdef int tell(self) except -1:
         """Tell the host to look at the outbox, unless it is awake and will."""
-        if not self.arena.lanes or must_tell(&self.arena.head.parked):
+        cdef uint32_t how = must_tell(&self.arena.head.parked) if self.arena.lanes else PARKED
+        if how == PARKED_HERE:
+            futex_wake(&self.arena.head.parked, 1)
+        elif how != AWAKE:
             self.pushed = True
             self.notify()
         return 0
@@ -365,7 +368,7 @@ cdef class WorkerPort:
 
     def park(self):
         """From now on the host sends a message with a lease. False: there is one already, do not sleep."""
-        park(&self.slot.parked)
+        park(&self.slot.parked, PARKED)
         if a64_load_acquire(&self.slot.ring_tail) != a64_load_relaxed(&self.slot.ring_head):
             self.unpark()
             return False

@@ -123,10 +123,12 @@ cdef class Leasing:
     cdef readonly uint64_t vanished         # of them, cancelled before they started, or dropped
     cdef readonly uint64_t done, failed     # of them, ended; what the collector says
     cdef list outcomes                      # what the collector has not taken yet
+    cdef Task sleeping_for                  # a thread sleeps on the parked word until this task is over
     cdef dict stuck                         # slot -> what the last rescan saw
 
     cdef int enqueue(self, entry, bint front) except -1
     cdef int forget(self, Task task) except -1
+    cdef void over(self, Task task, int state) noexcept
     cdef int release(self, Task task) except -1
     cdef int64_t pick(self, uint32_t depth) except -2
     cdef int pump(self) except -1

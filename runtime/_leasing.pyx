@@ -276,6 +276,13 @@ cdef class Leasing:
         task.inbound = None
         return 0
 
+    cdef void over(self, Task task, int state) noexcept:
+        """The last state of a task; a thread that sleeps until then is woken."""
+        task.state = state
+        if self.sleeping_for is task and self.arena.head != NULL:
+            a32_store_relaxed(&self.arena.head.parked, AWAKE)
+            futex_wake(&self.arena.head.parked, 1)
+
     cdef int release(self, Task task) except -1:
         """The lease word is FREE: give the entry back."""
         cdef SlotTable table = self.slots[task.slot]
@@ -456,7 +463,7 @@ cdef class Leasing:
             return self.publish(task, index)
         except Exception as error:
             self.waiting -= task.count
-            task.state = T_OVER
+            self.over(task, T_OVER)
             what = f"it could not be laid out: {type(error).__name__}: {error}"
             self.outcomes.append((OUTCOME_LOST, task, 0, what))
             return True
@@ -558,7 +565,7 @@ cdef class Leasing:
         a64_store_release(&lease.word, lease_word(L_LEASED, 0, task.tag))
         ring_put(slot, self.arena.ring(index), &table.ring_tail, self.arena.leases - 1,
                  ring_place(number, task.tag))
-        task.woke = not self.arena.lanes or must_tell(&slot.parked)
+        task.woke = not self.arena.lanes or must_tell(&slot.parked) != AWAKE
         if task.woke:
             table.untold += task.count
             self.announce.add(index)
@@ -581,7 +588,7 @@ cdef class Leasing:
     cdef bint skipped(self, Task task) except -1:
         """A task that is not wanted any more is not leased."""
         if task.state == T_WAITING:                 # its batch was dropped
-            task.state = T_CANCELLED
+            self.over(task, T_CANCELLED)
             self.waiting -= task.count
             self.vanished += task.count
         self.forget(task)

@@ -94,6 +94,7 @@ class Collector:
         self.dispatcher = dispatcher
         self.link = link
         self.watcher = watcher
+        dispatcher.tell = self.tell
         self.broken: BrokenRuntime | None = None  # set when no task can run any more: what they are told
         self.stopped = False
         self._worth = 0
@@ -202,12 +203,12 @@ class Collector:
                 self.settle(*outcomes.pop())
             self.announce()
 
-    def expect(self, future: Any) -> None:
-        """A thread needs the result of a future: it may find it itself, before it goes to sleep."""
+    def expect(self, future: Any, timeout: float | None) -> None:
+        """A thread needs the result of a future within so many seconds: it may take it in by itself."""
         task = future._task
         if task is None:
             return
-        self.dispatcher.await_call(task)
+        self.dispatcher.await_call(task, -1 if timeout is None else int(min(timeout, 1e9) * 1e9))
         if not future.awaited:  # callbacks run in the collector
             outcome = self.dispatcher.take_outcome(task)
             if outcome is not None:

@@ -87,6 +87,7 @@ class Supervisor:
         self.keeper = _core.DeadlineKeeper(self.arena, self._bell.fd)
         self.dispatcher = _core.Dispatcher(self.arena, self.keeper)
         self.collector = Collector(self.dispatcher, self.link, self)
+        self.expect = self.collector.expect  # what a future calls when its result is needed
         self._numbers = {n: Number() for n in range(settings.max_workers)}
         self._slots: dict[int, Worker] = {}  # slot -> its process, until the slot is swept
         self._looks: deque[int] = deque()  # slots whose phase may have changed
@@ -151,10 +152,6 @@ class Supervisor:
     def wake(self) -> None:
         """Make the loop look at everything."""
         self._bell.ring()
-
-    def expect(self, future: Any) -> None:
-        """A thread needs the result of a future: it may look for it, before it goes to sleep."""
-        self.collector.expect(future)
 
     def tell(self) -> None:
         """After the dispatcher was called: tell whoever has something to do now."""

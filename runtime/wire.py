@@ -8,6 +8,7 @@ reports travel between host and zygote through a socket pair that only these two
 from __future__ import annotations
 
 import enum
+import functools
 import json
 import struct
 from typing import Any, NamedTuple
@@ -53,6 +54,7 @@ class Hint(NamedTuple):
     incarnation: int
 
 
+@functools.lru_cache(1024)
 def encode_hint(kind: int, slot: int, incarnation: int) -> bytes:
     """The bytes of a hint."""
     return _HINT.pack(_MAGIC, kind, HINT_BYTES, slot, 0, incarnation)

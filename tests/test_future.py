@@ -32,8 +32,8 @@ from typing import Any
 
 import pytest
 import tasks
-from tasks import PATIENCE, Gate, pass_through, until
-from watching import all_ready, fields, host, send
+from tasks import PATIENCE, Gate, pass_through
+from watching import all_ready, fields, host, send, until
 
 from runtime import Future, Runtime
 
