@@ -25,7 +25,8 @@ from runtime._harvest cimport Harvest
 from runtime._layout cimport *
 from runtime._lease cimport outbox_waiting, park
 from runtime._leasing cimport T_CANCELLED, T_LEASED, T_OVER, T_WAITING, Batch, SlotTable, Span, Task
-from runtime._leasing import OUTCOME_ABANDONED
+from runtime._future cimport Promise
+from runtime._leasing import OUTCOME_ABANDONED, OUTCOME_FRAME
 from runtime._extent cimport Arena, HostBlock
 from runtime._frame cimport S_VALUE, Frame
 from runtime._threads cimport guard_acquire, guard_release, guard_t, kill_lease
@@ -421,13 +422,35 @@ cdef class Dispatcher(Harvest):
             a32_store_relaxed(&self.arena.head.parked, AWAKE)
         return 0
 
-    def take_outcome(self, Task task not None):
-        """What has come in for one task, or None."""
+    def fulfil(self, Task task not None, read):
+        """Set the future of a call whose result has come in: read(*outcome) is its value.
+
+        Not if anybody else waits for it: callbacks run in the collector. Python code runs in `read` alone,
+        and when that raises, the outcome stays for the collector. So wherever Ctrl-C strikes, nothing is
+        lost. Raises: what `read` raises, but for an Exception: the collector deals with those.
+        """
+        cdef Promise future = task.future
+        cdef bint fulfilled = False
         cdef Py_ssize_t i
+        cdef tuple outcome
         for i in range(len(self.outcomes)):
-            if (<tuple>self.outcomes[i])[1] is task:
-                return self.outcomes.pop(i)
-        return None
+            outcome = <tuple>self.outcomes[i]
+            if outcome[1] is task:
+                break
+        else:
+            return
+        if future is None or future.watched() or outcome[0] != OUTCOME_FRAME:
+            return
+        self.outcomes.pop(i)
+        try:
+            fulfilled = future.fulfil(read(*outcome))
+        except Exception:
+            pass
+        finally:
+            if fulfilled:
+                self.done += 1
+            else:
+                self.outcomes.append(outcome)
 
     def take_outcomes(self):
         """What has come in since the last call."""

@@ -79,11 +79,6 @@ cdef class Promise:
         """Whether anybody may wait for it, or has added a callback."""
         return self.condition is not None
 
-    @property
-    def awaited(self):
-        """Whether anybody may wait for it, or has added a callback."""
-        return self.condition is not None
-
     def done(self):
         """Whether it was cancelled or is finished."""
         return not (self._state is _pending or self._state is _running)

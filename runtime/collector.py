@@ -208,19 +208,30 @@ class Collector:
         task = future._task
         if task is None:
             return
-        self.dispatcher.await_call(task, -1 if timeout is None else int(min(timeout, 1e9) * 1e9))
-        if not future.awaited:  # callbacks run in the collector
-            outcome = self.dispatcher.take_outcome(task)
-            if outcome is not None:
-                self.settle(*outcome)
-        self.tell()
+        try:
+            self.dispatcher.await_call(
+                task, -1 if timeout is None else int(min(timeout, 1e9) * 1e9)
+            )
+            self.dispatcher.fulfil(task, self.read)
+        finally:
+            self.tell()
+
+    def read(self, kind: int, task: Any, first: int, count: int, exporter: Any, ran: int) -> Any:
+        """What a call has returned. Raises if it is not as simple as that, or if it cannot be unpickled."""
+        ((status, data, views, _, _),) = _core.read_frame(self.stored(exporter))
+        if status == _core.S_ERROR:
+            raise ValueError("it has raised")
+        return _core.unpack_plain(data) if status == _core.S_PLAIN else serializer.loads(data, views)
 
     def tell(self) -> None:
         """After the dispatcher was called: tell workers of new leases, and the collector of outcomes."""
         if not self.dispatcher.quiet:
             self.announce()
             if self.dispatcher.take_news():
-                self.link.wake()
+                if self.stopped:  # the collector has ended: nobody else does it any more
+                    self.complete()
+                else:
+                    self.link.wake()
         if self.watcher.stopping:
             self.watcher.wake()
 
@@ -253,12 +264,7 @@ class Collector:
     def deliver(self, task: _core.Task, first: int, count: int, exporter: Any, ran: int) -> None:
         """Results of items first .. first+count-1, in a frame."""
         try:
-            if isinstance(exporter, _core.HostBlock) and self.dispatcher.arena.held > self._half:
-                with contextlib.suppress(MemoryError):
-                    exporter = bytearray(
-                        exporter
-                    )  # the region is for what is under way, not for what is stored
-            items = _core.read_frame(exporter)
+            items = _core.read_frame(self.stored(exporter))
         except Exception as error:
             self.unreadable(task, first, first + count, error)
             return
@@ -269,6 +275,13 @@ class Collector:
             first += self.arrived(task, first, end - first, *items.pop())
         if items or first != end:
             self.unreadable(task, first, end, ValueError("it holds another number of items"))
+
+    def stored(self, exporter: Any) -> Any:
+        """The frame, in private memory if the region is half full: that is for what is under way."""
+        if isinstance(exporter, _core.HostBlock) and self.dispatcher.arena.held > self._half:
+            with contextlib.suppress(MemoryError):
+                return bytearray(exporter)
+        return exporter
 
     def unreadable(self, task: _core.Task, first: int, end: int, error: BaseException) -> None:
         """A worker has written what makes no sense."""

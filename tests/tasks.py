@@ -92,6 +92,27 @@ def add(*args: Any, **kwargs: Any) -> Any:
     return sum(args) + sum(kwargs.values())
 
 
+on_knock: Any = None  # what a test does when its process unpickles a Knocker
+
+
+class Knocker:
+    """Calls on_knock() when it is unpickled, and is "come" then."""
+
+    def __reduce__(self) -> Any:
+        return _knocked, ()
+
+
+def _knocked() -> str:
+    if on_knock is not None:
+        on_knock()
+    return "come"
+
+
+def knocker(_: Any = None) -> Knocker:
+    """A Knocker."""
+    return Knocker()
+
+
 def pid_and(value: Any) -> tuple[int, Any]:
     """(pid, value)."""
     return os.getpid(), value
