@@ -22,5 +22,6 @@ cdef class Dispatcher(Harvest):
     cdef int look_until(self, int64_t until) except -1
     cdef int sleep_here(self, int64_t ns) except -1
     cdef int hand_back(self) except -1
+    cdef int stop_looking(self) except -1
     cdef bint others(self, uint32_t index) except -1
     cdef int abandon_now(self, cancelled) except -1

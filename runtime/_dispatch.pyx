@@ -78,6 +78,7 @@ cdef class Dispatcher(Harvest):
         if self.busy:
             return 0
         self.busy = True
+        self.arena.lookers += 1                     # a destructor may let in who ends the runtime
         try:
             while True:
                 while self.inbox:
@@ -87,6 +88,7 @@ cdef class Dispatcher(Harvest):
                     return 0
         finally:
             self.busy = False
+            self.stop_looking()
 
     cdef int take_in(self, entry) except -1:
         """A Task or Batch to queue, or a tuple (what to do, arguments...) that was deferred."""
@@ -351,6 +353,11 @@ cdef class Dispatcher(Harvest):
         self.arena.lookers += 1                     # the tables stay mapped
         with nogil:
             look_around(self.arena, until)
+        self.stop_looking()
+        return 0
+
+    cdef int stop_looking(self) except -1:
+        """The tables may go: if the runtime has ended meanwhile, now."""
         self.arena.lookers -= 1
         if self.arena.ending:
             self.arena.release()
@@ -399,9 +406,8 @@ cdef class Dispatcher(Harvest):
             with nogil:
                 late = futex_wait(parked, PARKED_HERE, ns)
                 late = late and a32_load_relaxed(parked) == PARKED_HERE
-            self.arena.lookers -= 1
-            if self.arena.ending:
-                self.arena.release()
+            self.stop_looking()
+            if self.arena.head == NULL:
                 return 0
             if late and self.unread():
                 self.lost()

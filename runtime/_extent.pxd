@@ -33,7 +33,7 @@ cdef class Arena:
     cdef int frozen         # forks under way: blocks that are dropped meanwhile are freed after them
     cdef list dropped       # (head, tag) of those
     cdef bint ending        # release() was called
-    cdef int lookers        # threads that read the tables without the GIL at this moment
+    cdef int lookers        # threads that are in the tables: without the GIL, or inside the dispatcher
     cdef bint private       # this is a fork of the process that the mapping serves
     cdef readonly int pid   # the process this mapping serves; in a user's fork it is inert
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
@@ -18,7 +19,7 @@ import tasks
 from tasks import Gate
 from watching import ready, settled, until
 
-from runtime import Runtime, config
+from runtime import BrokenRuntime, Runtime, config
 
 pytestmark = pytest.mark.skipif(not config.lanes()[1], reason="nobody watches the memory on one CPU")
 
@@ -172,3 +173,26 @@ def test_an_error_that_a_thread_finds_itself(patient: Runtime, gate: Gate) -> No
             future.result(tasks.PATIENCE)
     settled(patient)
 
+
+# ---- a destructor in the middle of the dispatcher ----------------------------------------------------
+
+
+def test_the_runtime_ends_inside_the_dispatcher(patient: Runtime, gate: Gate) -> None:
+    """A weak reference's callback, run as a dropped future goes, lets another thread end everything."""
+    with collector_busy(patient, gate) as go:
+        dropped = run_unseen(patient, tasks.echo, 1)
+        called = []
+
+        def end(_: object) -> None:
+            go.set()
+            ender = threading.Thread(target=patient.kill_workers)
+            ender.start()
+            ender.join(tasks.PATIENCE)
+            called.append(ender.is_alive())
+
+        watch = weakref.ref(dropped, end)
+        del dropped
+        with contextlib.suppress(BrokenRuntime):
+            patient.submit(tasks.echo, 2).result(tasks.PATIENCE)
+    assert called == [False] and watch() is None
+    settled(patient)
