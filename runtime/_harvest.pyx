@@ -141,7 +141,7 @@ cdef class Harvest(Leasing):
                 table.kept[key] = task.block
         self.over(task, T_OVER)
         a64_store_release(&lease.word, lease_word(L_FREE, 0, task.tag))
-        if (exporter is None and not plain) or ran > task.count or ran < delivered:
+        if (exporter is None and not plain) or ran > task.count or ran <= delivered:
             self.outcomes.append((OUTCOME_LOST, task, delivered, "its worker wrote a malformed result"))
             self.release(task)
             return self.strange()
@@ -168,7 +168,7 @@ cdef class Harvest(Leasing):
             return False
         try:
             found.append(plain_loads(copy.inline_ + SINGLE_HEAD, <Py_ssize_t>(copy.out_bytes - SINGLE_HEAD)))
-        except Exception:
+        except BaseException:
             return False                            # not what it says: the collector tells the user
         return True
 

@@ -296,9 +296,9 @@ class Collector:
         if status == _core.S_LIST and task.batch is not None:
             try:
                 values = serializer.loads(data)[start : start + count]
-                if not 0 < len(values) == count <= most:
-                    raise ValueError(f"a list of {len(values)} results")
-            except Exception as error:
+                if type(values) is not list or not 0 < len(values) == count <= most:
+                    raise ValueError(f"not a list of {count} results")
+            except BaseException as error:
                 self.unreadable(task, item, item + 1, error)
                 return 1
             self.dispatcher.note(count, 0)
