@@ -10,6 +10,7 @@ cdef extern from "marshal.h":
     object PyMarshal_ReadObjectFromString(const char *data, Py_ssize_t nbytes)
 
 cdef extern from "Python.h":
+    long long PyLong_AsLongLongAndOverflow(object o, int *overflow) except? -1
     Py_ssize_t PyUnicode_GET_LENGTH(object o)
     Py_ssize_t PyBytes_GET_SIZE(object o)
     Py_ssize_t PyList_GET_SIZE(object o)
@@ -42,6 +43,14 @@ def unpack_plain(data):
         PyBuffer_Release(&view)
 
 
+cdef int64_t weigh_int(value):
+    cdef int overflow = 0
+    PyLong_AsLongLongAndOverflow(value, &overflow)
+    if overflow:
+        return 10 + <int64_t>value.bit_length() // 8
+    return 5
+
+
 cdef int64_t weigh(object value, bint fixed, int depth, int64_t *left):
     cdef object kind = <object>Py_TYPE(value)
     cdef int64_t total = 4, each
@@ -49,8 +58,10 @@ cdef int64_t weigh(object value, bint fixed, int depth, int64_t *left):
     cdef Py_ssize_t at = 0
     cdef PyObject *key
     cdef PyObject *item
-    if value is None or kind is int or kind is bool:
-        return 5                # an integer of thousands of digits takes more; who has a limit looks again
+    if value is None or kind is bool:
+        return 5
+    if kind is int:
+        return weigh_int(value)
     if kind is str:
         return 10 + PyUnicode_GET_LENGTH(value)
     if kind is float:
