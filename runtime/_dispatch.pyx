@@ -320,7 +320,7 @@ cdef class Dispatcher(Harvest):
         self.asleep = True
         if self.sleeping_for is None:
             park(&self.arena.head.parked, PARKED)
-        if self.unread():
+        if self.outcomes or self.unread():
             self.unpark()
             return False
         return True

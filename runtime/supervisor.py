@@ -527,6 +527,7 @@ class Supervisor:
         for worker in self._slots.values():
             if not worker.died:
                 self.dispatcher.killed(worker.slot)
+        self.collector.announce()
         if self.dispatcher.has_outcomes:
             self.link.wake()
 
@@ -565,6 +566,7 @@ class Supervisor:
     def _ask_to_leave(self, worker: Worker) -> None:
         worker.stopping = True
         self.dispatcher.stop_slot(worker.slot)
+        self.collector.tell()
         self.link.publish(worker.slot, self.dispatcher.incarnation(worker.slot))
 
     def _warn(self) -> None:
