@@ -130,7 +130,7 @@ cdef class Dispatcher(Harvest):
         """
         cdef Frame frame = Frame([(S_VALUE, data, buffers, readonly)])
         cdef HostBlock block
-        if self.arena.held + frame.nbytes > self.arena.data_bytes // 2:
+        if self.closed or self.arena.held + frame.nbytes > self.arena.data_bytes // 2:
             return False
         task.fn_block = self.function_block(task.fn)
         if task.fn_block is None:

@@ -290,6 +290,7 @@ class Runtime(Front):
         future.retry_on = options.retry_on
         future._task, future._core = task, core
         if not core.dispatcher.submit(task):
+            future._task = None  # the two would keep each other, and a block
             raise self._ended()
         return future
 
