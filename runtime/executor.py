@@ -352,9 +352,10 @@ class Runtime(Front):
             raise ValueError("this future is not of this runtime")
         if future.cancel():
             return True
-        if not running or future._task is None or future.done():
+        task = future._task
+        if not running or task is None or future.done():
             return False
-        killed: bool = self._core.dispatcher.cancel(future._task, True) == _core.CANCEL_KILLED
+        killed: bool = self._core.dispatcher.cancel(task, True) == _core.CANCEL_KILLED
         self._core.wake()
         return killed
 
