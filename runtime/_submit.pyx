@@ -53,9 +53,13 @@ cdef class Submitter:
             return None
         if plain_bytes(args) < 0 or (kwargs and plain_bytes(kwargs) < 0):
             return None
+        try:
+            data = plain_dumps((args, kwargs or None))
+        except Exception:                           # no memory for it: the future says so
+            return None
         promise = <Promise>(<PyTypeObject *>self.future).tp_new(<PyTypeObject *>self.future, _nothing, NULL)
         task = Task.__new__(Task)
-        task.data = plain_dumps((args, kwargs or None))
+        task.data = data
         task.plain = True
         task.fn = entry[0]
         task.future = promise
