@@ -188,8 +188,8 @@ cdef class Runner(WorkerPort):
                         each = -1
                     elif status == S_LIST or status == S_CALLS:
                         if values is None:
-                            values = loads(data)
                             fn = self.functions.load(lease.fn, fn_data)
+                            values = loads(data)
                         value = values[k]
                         values[k] = None
                         if status == S_LIST:
