@@ -107,7 +107,10 @@ cdef class Runner(WorkerPort):
             return None
         fn = self.quick.get(lease.fn)
         if fn is None and lease.fn in self.functions:
-            fn = self.functions.load(lease.fn)
+            try:
+                fn = self.functions.load(lease.fn)
+            except BaseException:                   # the long way meets it again, and says so
+                return None
             if self.functions.settled(lease.fn):
                 if len(self.quick) >= QUICK:
                     self.quick.clear()
