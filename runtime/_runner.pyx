@@ -138,9 +138,13 @@ cdef class Runner(WorkerPort):
             item = self.worker.failed(error)
         else:
             if not self.arena.private and plain_bytes(result) >= 0:
-                out = plain_dumps(result)
-            else:
+                try:
+                    out = plain_dumps(result)
+                except Exception:               # no memory for it: the outcome says so
+                    pass
+            if out is None:
                 item = self.worker.succeeded(result)
+        fn = packed = kwargs = result = None    # their destructors run within the time of the call
         self.end(lease)
         self.left -= 1
         if out is not None:
@@ -203,6 +207,10 @@ cdef class Runner(WorkerPort):
                         each = -1 if self.arena.private else fixed_bytes(outcome)
                         if each < 0:
                             outcome = self.worker.succeeded(outcome)
+                        elif each > COMMIT_BYTES:   # by itself: there may be no memory for its pickle
+                            outcome = (S_PLAIN, plain_dumps(outcome), (), ())
+                            nbytes += each
+                            each = -1
                     else:
                         outcome = self.worker.run_item(lease.fn, fn_data, data, views)
                         each = -1
