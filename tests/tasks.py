@@ -113,6 +113,59 @@ def knocker(_: Any = None) -> Knocker:
     return Knocker()
 
 
+class HangsWhenDropped:
+    """Its destructor never returns, in a process other than the one that made it."""
+
+    def __init__(self) -> None:
+        self.pid = os.getpid()
+
+    def __del__(self) -> None:
+        while os.getpid() != self.pid:
+            time.sleep(1)
+
+
+def none_left(nbytes: int, spare: int = 0) -> bytes:
+    """So many bytes, when this process can have half as many more, and those to spare."""
+    import resource
+
+    with open("/proc/self/statm") as file:
+        mapped = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    limit = mapped + nbytes + nbytes // 2 + spare
+    resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+    return bytes(nbytes)
+
+
+def write_as_plain(pickle: bytes) -> None:
+    """From now on this worker says of every plain result that this is its pickle."""
+    from runtime import _runner
+
+    _runner.dumps = lambda *_: pickle
+
+
+def deliver_nothing() -> None:
+    """From now on this worker ends chunks without having run anything."""
+    from runtime.worker import Worker
+
+    Worker.deliver = lambda self, entry, *_: self.port.finish(entry, [], 0, False)
+
+
+def break_relinking() -> None:
+    """From now on no global can be moved back in this worker, and each needs it."""
+    from runtime import functions
+
+    functions.relink = _broken
+    functions.Links.stamp += 1
+
+
+def _broken(_: Any) -> NoReturn:
+    raise KeyError("broken")
+
+
+def own_pid(*_: Any) -> int:
+    """Whatever the arguments."""
+    return os.getpid()
+
+
 def pid_and(value: Any) -> tuple[int, Any]:
     """(pid, value)."""
     return os.getpid(), value

@@ -7,19 +7,26 @@ thread under test is the one that takes its result in; Ctrl-C comes at each byte
 from __future__ import annotations
 
 import contextlib
+import gc
+import os
+import resource
 import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import evil
+import numpy as np
 import pytest
 import tasks
 from tasks import Gate
-from watching import ready, settled, until
+from watching import pids, ready, settled, until
 
-from runtime import BrokenRuntime, Runtime, config
+from runtime import BrokenRuntime, Runtime, RuntimeFailure, TaskTimeout, config
+from runtime._core import Span
 
 pytestmark = pytest.mark.skipif(not config.lanes()[1], reason="nobody watches the memory on one CPU")
 
@@ -196,3 +203,154 @@ def test_the_runtime_ends_inside_the_dispatcher(patient: Runtime, gate: Gate) ->
             patient.submit(tasks.echo, 2).result(tasks.PATIENCE)
     assert called == [False] and watch() is None
     settled(patient)
+
+
+# ---- whoever sleeps is told ----------------------------------------------------------------------------
+
+
+def test_nobody_sleeps_over_outcomes(patient: Runtime, gate: Gate) -> None:
+    """What another thread took in between the collector's look at the outcomes and its sleep."""
+    dispatcher = patient._core.dispatcher
+    with collector_busy(patient, gate):
+        future = run_unseen(patient, tasks.echo, {1})
+        assert dispatcher.unread()
+        dispatcher.drain_everything()
+        assert dispatcher.has_outcomes and not dispatcher.unread()
+        assert not dispatcher.park()
+    assert future.result(tasks.PATIENCE) == {1}
+
+
+# ---- the compiled loops --------------------------------------------------------------------------------
+
+
+def test_function_that_cannot_be_loaded_in_a_chunk(pool: Runtime, tmp_path: Path) -> None:
+    bad = evil.AtUnpickling("raise", str(tmp_path / "pids"), os.getpid())
+    outcomes = list(pool.map(lambda x: (x, bad), range(20), chunksize=5, return_exceptions=True))
+    assert [type(outcome) for outcome in outcomes] == [evil.Refused] * 20
+
+
+BIG = 256 << 20
+
+
+@pytest.mark.parametrize("by_map", [False, True])
+def test_plain_result_without_memory_for_its_pickle(rt: Runtime, by_map: bool) -> None:
+    with pytest.raises(MemoryError):
+        if by_map:
+            list(rt.map(tasks.none_left, [BIG]))
+        else:
+            rt.submit(tasks.none_left, BIG).result(tasks.PATIENCE)
+
+
+def test_plain_result_without_memory_in_a_call_of_a_known_function(factory: Factory) -> None:
+    rt = ready(factory(1))
+    before = pids(rt)
+    rt.submit(tasks.none_left, 0, BIG).result(tasks.PATIENCE)  # now the worker has the function
+    with pytest.raises(MemoryError):
+        rt.submit(tasks.none_left, BIG).result(tasks.PATIENCE)
+    assert pids(rt) == before
+
+
+def test_plain_argument_without_memory_for_its_pickle(pool: Runtime) -> None:
+    assert pool.submit(len, b"").result() == 0
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    argument = tasks.none_left(BIG)
+    try:
+        future = pool.submit(len, argument)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    assert isinstance(future.exception(), MemoryError)
+
+
+def test_large_integers_do_not_share_one_pickle() -> None:
+    for bits in (1, 62, 63, 64, 10_000, 1_000_000):
+        span = Span.pack(0, [1 << bits] * 1000, 0, False)
+        assert span.count == 1 or span.nbytes < 40_000
+        assert Span.pack(0, [-(1 << bits)] * 1000, 0, False).nbytes < max(40_000, span.nbytes + 10)
+
+
+def test_destructor_of_an_argument_runs_within_the_timeout(factory: Factory) -> None:
+    rt = ready(factory(1, timeout=0.5))
+    rt.submit(tasks.own_pid).result()
+    with pytest.raises(TaskTimeout):
+        rt.submit(tasks.own_pid, tasks.HangsWhenDropped()).result(tasks.PATIENCE)
+    rt.submit(tasks.own_pid).result(tasks.PATIENCE)
+
+
+def test_function_whose_globals_cannot_be_moved_back(factory: Factory) -> None:
+    rt = ready(factory(1))
+
+    def fn() -> float:
+        return tasks.PATIENCE + BIG
+
+    assert rt.submit(fn).result() == tasks.PATIENCE + BIG
+    before = pids(rt)
+    rt.submit(tasks.break_relinking).result()
+    with pytest.raises(KeyError, match="broken"):
+        rt.submit(fn).result(tasks.PATIENCE)
+    assert pids(rt) == before
+
+
+# ---- a worker that runs wild ---------------------------------------------------------------------------
+
+EXIT = b"csys\nexit\n(tR."
+
+
+def test_pickle_that_is_not_plain_in_a_plain_result(factory: Factory) -> None:
+    rt = ready(factory(1))
+    rt.submit(tasks.echo, 0).result()
+    rt.submit(tasks.write_as_plain, EXIT).exception(tasks.PATIENCE)
+    for _ in range(3):
+        future = rt.submit(tasks.echo, 1)
+        until(future.done, "the call has ended")  # nobody waits on its lock: it is set in the harvest
+        assert isinstance(future.exception(), SystemExit)
+    settled(rt)
+
+
+@pytest.mark.parametrize("pickle", [EXIT, b"", b"N.", b"].", b"X\x28\0\0\0" + b"x" * 40 + b".", b"}."])
+def test_list_of_results_that_is_none(factory: Factory, pickle: bytes) -> None:
+    rt = ready(factory(1))
+    rt.submit(tasks.write_as_plain, pickle).exception(tasks.PATIENCE)
+    outcomes = list(rt.map(tasks.echo, range(40), chunksize=40, return_exceptions=True))
+    assert [type(outcome) for outcome in outcomes] == [RuntimeFailure] * 40
+    settled(rt)
+
+
+def test_chunk_that_ends_without_an_item_run(factory: Factory) -> None:
+    rt = ready(factory(1))
+    rt.submit(tasks.deliver_nothing).exception(tasks.PATIENCE)
+    outcomes = list(rt.map(tasks.echo, range(40), chunksize=1, return_exceptions=True))
+    assert [type(outcome) for outcome in outcomes] == [RuntimeFailure] * 40
+    settled(rt)
+
+
+# ---- endings -------------------------------------------------------------------------------------------
+
+
+def test_call_that_was_placed_and_refused_leaves_no_block(factory: Factory) -> None:
+    rt = ready(factory(1))
+    rt._core.dispatcher.close()  # as if it had ended between the look at that and the call
+    gc.collect()
+    gc.disable()
+    try:
+        before = rt.stats().used
+        with pytest.raises(RuntimeError):
+            rt.submit(len, np.zeros(20_000))
+        assert rt.stats().used == before
+    finally:
+        gc.enable()
+
+
+def test_cancel_of_a_call_that_ends_meanwhile(rt: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    future = rt.submit(tasks.echo, 1)
+    still = future._task
+    assert future.result() == 1
+    future._task = still
+    states = iter([False, False, True])
+
+    def done() -> bool:
+        future._task = None
+        return next(states)
+
+    monkeypatch.setattr(future, "cancel", lambda: False)
+    monkeypatch.setattr(future, "done", done)
+    assert not rt.cancel(future, running=True)
