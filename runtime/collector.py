@@ -209,9 +209,7 @@ class Collector:
         if task is None:
             return
         try:
-            self.dispatcher.await_call(
-                task, -1 if timeout is None else int(min(timeout, 1e9) * 1e9)
-            )
+            self.dispatcher.await_call(task, -1 if timeout is None else int(min(timeout, 1e9) * 1e9))
             self.dispatcher.fulfil(task, self.read)
         finally:
             self.tell()
