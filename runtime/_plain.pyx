@@ -4,6 +4,8 @@ from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.dict cimport PyDict_Next
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_TYPE
+from libc.stdint cimport int32_t, int64_t, uint32_t
+from libc.string cimport memcpy
 
 cdef extern from "marshal.h":
     object PyMarshal_WriteObjectToString(object value, int version)
@@ -30,7 +32,58 @@ cdef bytes plain_dumps(object value):
 
 
 cdef object plain_loads(const char *data, Py_ssize_t nbytes):
+    if scan(data, nbytes, 2 * DEPTH) != nbytes:
+        raise ValueError("the bytes are no plain value")
     return PyMarshal_ReadObjectFromString(data, nbytes)
+
+
+cdef Py_ssize_t scan(const char *data, Py_ssize_t room, int depth) noexcept nogil:
+    """How many bytes the value takes that begins here; -1: it is none, or does not fit into the room.
+
+    marshal believes the lengths that it reads: three bytes of nonsense make a tuple of 16 GiB.
+    """
+    cdef char kind
+    cdef uint32_t n
+    cdef int _n
+    cdef int32_t digits
+    cdef Py_ssize_t at, each
+    if room < 1 or depth < 0:
+        return -1
+    kind = data[0]
+    if kind == c'N' or kind == c'T' or kind == c'F':
+        return 1
+    if kind == c'g':
+        return 9 if room >= 9 else -1
+    if room < 5 and kind != c'{':
+        return -1
+    if kind == c'i':
+        return 5
+    if kind == c'{':
+        at = 1
+        while at < room and data[at] != c'0':
+            for _n in range(2):
+                each = scan(data + at, room - at, depth - 1)
+                if each < 0:
+                    return -1
+                at += each
+        return at + 1 if at < room else -1
+    memcpy(&n, data + 1, 4)                     # marshal is little-endian, as all that we run on
+    if kind == c'l':
+        memcpy(&digits, data + 1, 4)
+        each = 2 * <Py_ssize_t>(digits if digits >= 0 else -<int64_t>digits)
+        return 5 + each if each <= room - 5 else -1
+    if kind == c'u' or kind == c's':
+        return 5 + <Py_ssize_t>n if <Py_ssize_t>n <= room - 5 else -1
+    if kind != c'(' and kind != c'[' or <Py_ssize_t>n > room - 5:
+        return -1
+    at = 5
+    while n:
+        each = scan(data + at, room - at, depth - 1)
+        if each < 0:
+            return -1
+        at += each
+        n -= 1
+    return at
 
 
 def unpack_plain(data):

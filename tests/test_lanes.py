@@ -295,21 +295,22 @@ def test_function_whose_globals_cannot_be_moved_back(factory: Factory) -> None:
 EXIT = b"csys\nexit\n(tR."
 
 
-def test_pickle_that_is_not_plain_in_a_plain_result(factory: Factory) -> None:
+@pytest.mark.parametrize("data", [b"", b"?", b"(\xff\xff\xff\x7f", b"i\1\0", b"[\5\0\0\0N", b"R\x09\0\0\0"])
+def test_plain_result_that_is_damaged(factory: Factory, data: bytes) -> None:
     rt = ready(factory(1))
     rt.submit(tasks.echo, 0).result()
-    rt.submit(tasks.write_as_plain, EXIT).exception(tasks.PATIENCE)
+    rt.submit(tasks.write_as_plain, data).exception(tasks.PATIENCE)
     for _ in range(3):
-        future = rt.submit(tasks.echo, 1)
-        until(future.done, "the call has ended")  # nobody waits on its lock: it is set in the harvest
-        assert isinstance(future.exception(), SystemExit)
+        future = rt.submit(tasks.echo, 1j)
+        until(future.done, "the call has ended")  # nobody waits on its lock: it is looked at in the harvest
+        assert isinstance(future.exception(), ValueError | EOFError | TypeError | MemoryError)
     settled(rt)
 
 
 @pytest.mark.parametrize("pickle", [EXIT, b"", b"N.", b"].", b"X\x28\0\0\0" + b"x" * 40 + b".", b"}."])
 def test_list_of_results_that_is_none(factory: Factory, pickle: bytes) -> None:
     rt = ready(factory(1))
-    rt.submit(tasks.write_as_plain, pickle).exception(tasks.PATIENCE)
+    rt.submit(tasks.write_as_list, pickle).exception(tasks.PATIENCE)
     outcomes = list(rt.map(tasks.echo, range(40), chunksize=40, return_exceptions=True))
     assert [type(outcome) for outcome in outcomes] == [RuntimeFailure] * 40
     settled(rt)

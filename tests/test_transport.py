@@ -7,6 +7,7 @@ too: RUNTIME_LANES=off is a step of .ci/run.
 from __future__ import annotations
 
 import concurrent.futures
+import marshal
 import os
 import random
 import signal
@@ -229,3 +230,56 @@ def test_a_worker_that_is_stopped_while_it_watches(rt: runtime.Runtime) -> None:
         finally:
             send(pids[0], signal.SIGCONT)
     assert all_ready(rt) == pids
+
+
+# ---- plain values --------------------------------------------------------------------------------
+
+PLAIN: list[Any] = [
+    None, True, False, 0, -1, 2**31 - 1, -(2**31), 2**31, 2**63, -(2**200), 2**10000,
+    0.0, -0.0, 1e308, float("inf"), "", "ascii", "ü€😀", "\ud800", "x" * 300,
+    b"", b"\0" * 300, (), (1, (2, (3,))), [], [1, [2.5, "x"]], {},
+    {"a": 1, 2: [None], (3, "b"): {"c": b"d"}}, [True] * 200, {i: str(i) for i in range(100)},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", PLAIN, ids=lambda value: repr(value)[:20])
+def test_plain_values_there_and_back(pool: runtime.Runtime, value: Any) -> None:
+    future = pool.submit(echo, value)
+    until(future.done, "the call has ended")  # so it is the dispatcher that has taken it in
+    back = future.result()
+    assert (type(back), repr(back)) == (type(value), repr(value))
+
+
+def test_what_comes_back_is_ones_own(pool: runtime.Runtime) -> None:
+    """Nothing that can change is shared between results, or with the caller."""
+    value = [1, [2]]
+    first, second = (pool.submit(echo, value).result(30) for _ in range(2))
+    first[1].append(3)
+    assert (value, second) == ([1, [2]], [1, [2]])
+    rows = list(pool.map(echo, [value, value, (1, 2)]))
+    rows[0].append(4)
+    assert rows[1:] == [[1, [2]], (1, 2)]
+
+
+def test_damaged_plain_values_are_refused() -> None:
+    """Whatever a worker leaves there: a value, or a clean error, and no memory for lengths that lie."""
+    from runtime._core import unpack_plain
+
+    chance = random.Random(7)
+    for value in PLAIN:
+        raw = marshal.dumps(value, 2)
+        assert repr(unpack_plain(raw)) == repr(value)
+        for _ in range(300):
+            torn = bytearray(raw)
+            for _ in range(chance.randrange(1, 4)):
+                action = chance.randrange(3)
+                if action == 0 and torn:
+                    torn[chance.randrange(len(torn))] = chance.randrange(256)
+                elif action == 1:
+                    del torn[chance.randrange(len(torn) + 1) :]
+                else:
+                    torn[chance.randrange(len(torn) + 1) : 0] = chance.randbytes(5)
+            try:
+                unpack_plain(torn)
+            except (ValueError, EOFError, TypeError):
+                pass
