@@ -433,7 +433,7 @@ cdef class Dispatcher(Harvest):
 
         Not if anybody else waits for it: callbacks run in the collector. Python code runs in `read` alone,
         and when that raises, the outcome stays for the collector. So wherever Ctrl-C strikes, nothing is
-        lost. Raises: what `read` raises, but for an Exception: the collector deals with those.
+        lost. Raises: KeyboardInterrupt; all else that `read` raises is the collector's to deal with.
         """
         cdef Promise future = task.future
         cdef bint fulfilled = False
@@ -450,7 +450,9 @@ cdef class Dispatcher(Harvest):
         self.outcomes.pop(i)
         try:
             fulfilled = future.fulfil(read(*outcome))
-        except Exception:
+        except KeyboardInterrupt:                   # Ctrl-C, in all likelihood, not the result's doing
+            raise
+        except BaseException:
             pass
         finally:
             if fulfilled:

@@ -137,21 +137,21 @@ def _package(name: str) -> Check:
 
 def _kernel(name: str) -> Check:
     detail = f"{platform.system()} {platform.release()}"
-    missing = []
+    missing, tried = [], ", ".join(call for call, _ in _CALLS)
     for call, attempt in _CALLS:
         try:
             attempt()
         except OSError as error:
             missing.append(f"{call} ({error.strerror})")
         except ImportError:
-            missing.append(f"{call} (it cannot be tried: the core does not load)")
+            tried = "its calls cannot be tried: the core does not load"
     if missing:
         cure = "use Linux 5.3 or later; in a container, let its seccomp profile allow these calls"
         return Check(name, FAIL, f"{detail} without {' and '.join(missing)}", cure)
     too_old = machine.problem()
     if too_old is not None:
         return Check(name, FAIL, too_old, f"all calls work here: set {machine.ANY_KERNEL}=1")
-    detail += f", {', '.join(call for call, _ in _CALLS)}"
+    detail += f", {tried}"
     if not os.path.exists(f"/proc/self/task/{threading.get_native_id()}/children"):
         cure = "use a kernel with CONFIG_PROC_CHILDREN: what tasks start may else outlive a killed worker"
         return Check(name, WARN, f"{detail}; /proc does not tell a process's children", cure)
