@@ -13,6 +13,7 @@
     _harvest                                         what came back, and what the dead leave
     _dispatch  Dispatcher                            the door to the three above; slots
     _submit    Submitter                             the short way of submit
+    _stream    Stream                                the iterator of a map
 """
 
 from runtime._dispatch import CANCEL_DONE, CANCEL_KILLED, CANCEL_NO, Dispatcher
@@ -43,6 +44,7 @@ from runtime._plain import unpack_plain
 from runtime._pool import Block, MemoryPool
 from runtime._region import SharedRegion
 from runtime._runner import LEASE_LOST, Runner
+from runtime._stream import Stream
 from runtime._submit import Submitter
 from runtime._threads import DeadlineKeeper, become_subreaper, kill_descendants, watch_host
 

@@ -383,6 +383,8 @@ cdef class Dispatcher(Harvest):
             while task.state == T_LEASED and self.arena.head != NULL and now_ns() < until:
                 self.look_until(until)
                 self.drain_everything()
+                if self.noisy():
+                    self.tell()                     # of what is not this thread's
         if self.sleeping_for is None:
             self.sleeping_for = task
             try:

@@ -81,6 +81,7 @@ cdef enum:
 # lease_t.flags, written by the host at the lease
 cdef enum:
     F_PRIVATE_VIEW = 1      # another attempt may follow: the worker must not write into the original
+    F_TIMED = 2             # an item has a deadline: the clock is started for each
 # lease_t.out_flags, written by the worker before DONE
 cdef enum:
     F_KEPT = 1              # a view of the arguments' block outlives the call

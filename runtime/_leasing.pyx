@@ -132,15 +132,15 @@ cdef class Batch:
     cdef uint32_t chunk(self, uint32_t workers):
         """Items for the next chunk: about 2 ms of work, and towards the end a fair share of what is left."""
         cdef uint32_t left = <uint32_t>min(self.waiting, <uint64_t>LONGEST_CHUNK)
-        cdef uint32_t n
+        cdef double most, share
         if self.fixed:
             return min(self.fixed, left)
         if self.ran_items <= 0:
             return 1
-        n = MAX_CHUNK
-        if self.ran_ns * MAX_CHUNK > CHUNK_NS * self.ran_items:
-            n = <uint32_t>(CHUNK_NS * self.ran_items / self.ran_ns)
-        return max(1, min(n, left, max(1, <uint32_t>min(self.waiting // (2 * workers), <uint64_t>MAX_CHUNK))))
+        most = min(<double>MAX_CHUNK, CHUNK_NS * self.ran_items / self.ran_ns)
+        # A share that takes less than a tenth of that is not worth a lease of its own.
+        share = max(<double>self.waiting / (2 * workers), most / 10)
+        return max(1, min(<uint32_t>min(most, share), left))
 
     cdef void measured(self, int64_t ns, uint64_t items):
         if ns > 0 and items:
@@ -522,7 +522,7 @@ cdef class Leasing:
         lease.fn = <uint64_t>task.fn.id
         lease.kind = KIND_CHUNK if task.batch is not None else KIND_CALL
         lease.attempt = task.attempt
-        lease.flags = F_PRIVATE_VIEW if task.private_view else 0
+        lease.flags = (F_PRIVATE_VIEW if task.private_view else 0) | (F_TIMED if task.timeout else 0)
         lease.where = where
         lease.out_where = AT_NOWHERE
         lease.out_flags = 0

@@ -96,7 +96,7 @@ def unpack_plain(data):
         PyBuffer_Release(&view)
 
 
-cdef int64_t weigh_int(value):
+cdef inline int64_t weigh_int(object value):
     cdef int overflow = 0
     PyLong_AsLongLongAndOverflow(value, &overflow)
     if overflow:
@@ -178,8 +178,13 @@ cdef Py_ssize_t fixed_run(list values, Py_ssize_t start, int64_t limit):
     cdef Py_ssize_t i = start
     cdef Py_ssize_t n = len(values)
     cdef int64_t each, total = 0
+    cdef PyObject *item
     while i < n:
-        each = fixed_bytes(<object>PyList_GET_ITEM(values, i))
+        item = PyList_GET_ITEM(values, i)
+        if <object>Py_TYPE(<object>item) is int:
+            each = weigh_int(<object>item)
+        else:
+            each = fixed_bytes(<object>item)
         if each < 0:
             break
         total += each

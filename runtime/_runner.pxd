@@ -1,9 +1,29 @@
 # cython: language_level=3
 """A worker's inner loop. See _runner.pyx."""
-from libc.stdint cimport int32_t, int64_t, uint32_t
+from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
 
 from runtime._layout cimport lease_t
 from runtime._lease cimport WorkerPort
+
+
+ctypedef struct Clock:
+    int64_t last            # monotonic ns when it was read last: the start of the items since
+    int64_t since           # ns of work since results were committed
+    int64_t took            # ns of the last item; 0: not known
+    uint32_t stride         # items for which the clock is read once
+    bint timed              # each item has a deadline: it is read for each
+    uint32_t skipped        # items since it was read
+
+
+cdef class Answers:
+    cdef list done              # items of a frame
+    cdef list fixed             # results behind them that will share a pickle
+    cdef int64_t nbytes         # of these, about
+    cdef uint64_t count         # outcomes in all
+
+    cdef int add(self, item) except -1
+    cdef int close(self) except -1
+    cdef list items(self)
 
 
 cdef class Runner(WorkerPort):
@@ -20,4 +40,7 @@ cdef class Runner(WorkerPort):
     cdef object function_for(self, lease_t *lease)
     cdef int call(self, uint32_t entry, lease_t *lease, fn, int32_t status) except -1
     cdef int chunk(self, uint32_t entry, lease_t *lease) except -1
+    cdef int answer(self, Answers answers, fn, list values, uint32_t k, uint32_t status) except -1
+    cdef int tick(self, lease_t *lease, Clock *clock, bint last) except -1
+    cdef int commit_answers(self, uint32_t entry, Answers answers) except -1
     cdef int check(self) except -1

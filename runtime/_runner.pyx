@@ -25,6 +25,8 @@ cdef extern from "Python.h":
 cdef int64_t SLOW_ITEM = 50_000         # ns: an item of a chunk that runs longer is committed by itself
 cdef int64_t COMMIT = 500_000           # ns: quicker items are committed together, this much work at a time
 cdef int64_t COMMIT_BYTES = 256 << 10   # or when their results have grown to this
+cdef int64_t QUICK_ITEM = 2_000         # ns: for items that take less the clock is read once for several,
+cdef uint32_t STRIDE = 16               # at most so many
 cdef int64_t CHECK = 1_000_000          # ns between two checks while there is work
 LEASE_LOST = -2                         # what `serve` returns then
 cdef int LOST = -2
@@ -161,15 +163,12 @@ cdef class Runner(WorkerPort):
     cdef int chunk(self, uint32_t entry, lease_t *lease) except -1:
         """Run the items of a chunk, committing results as they come. False: the host has killed it."""
         cdef list items = []
-        cdef list done = []             # outcomes that were not delivered yet, as items of a frame
-        cdef list fixed = []            # of them, plain values that end up in one pickle
-        cdef uint64_t ran = 0, held = 0
-        cdef int64_t since = 0, nbytes = 0, took, before, each
+        cdef Answers answers = Answers.__new__(Answers)
+        cdef Clock clock
+        cdef uint64_t ran = 0
         cdef uint32_t status, start, count, k
-        cdef bint more = True
-        cdef object failure = None
-        cdef object fn_data = None
-        cdef object exporter = None
+        cdef object failure = None, fn_data = None, exporter = None
+        cdef object data, views, values, fn
         try:
             exporter = self.frame(entry)
             items = read_frame(exporter)
@@ -178,9 +177,10 @@ cdef class Runner(WorkerPort):
             failure = self.worker.failed(error)
         if failure is not None and not items:   # the frame cannot be read: the first item answers for it
             return self.worker.deliver(entry, [failure], 1, 1, exporter)
-        before = now_ns()
+        answers.done, answers.fixed = [], []
+        clock = Clock(now_ns(), 0, 0, 1, lease.flags & F_TIMED, 0)
         items.reverse()
-        while items and more:
+        while items:
             status, data, views, start, count = items.pop()
             values = fn = None
             if status != S_LIST and status != S_CALLS:
@@ -188,76 +188,108 @@ cdef class Runner(WorkerPort):
             for k in range(start, start + count):
                 if ran and not self.advance(lease):
                     return False
-                self.begin(lease, before)
-                try:
-                    if failure is not None:
-                        outcome = failure
-                        each = -1
-                    elif status == S_LIST or status == S_CALLS:
+                if clock.skipped == 0:
+                    self.begin(lease, clock.last)
+                if failure is not None:
+                    answers.add(failure)
+                elif status != S_LIST and status != S_CALLS:
+                    answers.add(self.worker.run_item(lease.fn, fn_data, data, views))
+                else:
+                    try:
                         if values is None:
                             fn = self.functions.load(lease.fn, fn_data)
                             values = loads(data)
-                        value = values[k]
-                        values[k] = None
-                        if status == S_LIST:
-                            outcome = fn(value)
-                        else:
-                            outcome = PyObject_Call(fn, value, NULL)
-                        value = None
-                        each = -1 if self.arena.private else fixed_bytes(outcome)
-                        if each < 0:
-                            outcome = self.worker.succeeded(outcome)
-                        elif each > COMMIT_BYTES:   # by itself: there may be no memory for its pickle
-                            outcome = (S_PLAIN, plain_dumps(outcome), (), ())
-                            nbytes += each
-                            each = -1
-                    else:
-                        outcome = self.worker.run_item(lease.fn, fn_data, data, views)
-                        each = -1
-                except BaseException as error:
-                    value = None
-                    outcome = self.worker.failed(error)
-                    each = -1
-                if each >= 0:
-                    fixed.append(outcome)
-                    nbytes += each
-                else:
-                    if fixed:
-                        done.append((S_LIST, dumps(fixed, 5), (), (), 0, len(fixed)))
-                        fixed = []
-                    done.append(outcome)
-                outcome = None
+                        self.answer(answers, fn, values, k, status)
+                    except BaseException as error:
+                        answers.add(self.worker.failed(error))
                 ran += 1
-                held += 1
                 self.left -= 1
-                took = before
-                before = self.end(lease)
-                took = before - took
-                since += took
+                self.tick(lease, &clock, not items and k + 1 == start + count)
                 PyErr_CheckSignals()
                 if self.left == 0 or self.leaving or a32_load_relaxed(&self.slot.control) & C_STOP:
-                    more = False
+                    if clock.skipped:
+                        self.end(lease)
+                    items.clear()
                     break
-                if (took >= SLOW_ITEM or since >= COMMIT or nbytes >= COMMIT_BYTES) and (
+                if (clock.took >= SLOW_ITEM or clock.since >= COMMIT or answers.nbytes >= COMMIT_BYTES) and (
                         items or k + 1 < start + count):
-                    since = nbytes = 0
-                    if fixed:
-                        done.append((S_LIST, dumps(fixed, 5), (), (), 0, len(fixed)))
-                        fixed = []
-                    if self.committed(entry, done, held):
-                        done = []
-                        held = 0
-                    before = now_ns()
-            data = views = None
-        items.clear()
-        values = fn = None
-        if fixed:
-            done.append((S_LIST, dumps(fixed, 5), (), (), 0, len(fixed)))
-        return self.worker.deliver(entry, done, ran, held, exporter)
+                    clock.since = clock.took = 0
+                    self.commit_answers(entry, answers)
+                    if clock.skipped == 0:
+                        clock.last = now_ns()
+            data = views = values = fn = None
+        return self.worker.deliver(entry, answers.items(), ran, answers.count, exporter)
 
-    def committed(self, uint32_t entry, list items, uint64_t count):
-        """Deliver outcomes ahead of the rest. False: they go with the last ones."""
+    cdef int answer(self, Answers answers, fn, list values, uint32_t k, uint32_t status) except -1:
+        """Call the function with one of the values, which is kept no longer than that."""
+        cdef object value = values[k]
+        cdef object outcome
+        cdef int64_t nbytes
+        values[k] = None
+        outcome = fn(value) if status == S_LIST else PyObject_Call(fn, value, NULL)
+        value = None
+        nbytes = -1 if self.arena.private else fixed_bytes(outcome)
+        if nbytes < 0:
+            answers.add(self.worker.succeeded(outcome))
+        elif nbytes > COMMIT_BYTES:             # by itself: there may be no memory for its pickle
+            answers.add((S_PLAIN, plain_dumps(outcome), (), ()))
+            answers.nbytes += nbytes
+        else:
+            answers.fixed.append(outcome)
+            answers.count += 1
+            answers.nbytes += nbytes
+        return 0
+
+    cdef int tick(self, lease_t *lease, Clock *clock, bint last) except -1:
+        """An item has ended. While they are quick and have no deadline, the clock is read for several."""
+        cdef int64_t now
+        clock.skipped += 1
+        clock.took = 0
+        if not last and not clock.timed and clock.skipped < clock.stride:
+            a64_store_relaxed(&self.slot.tasks_done, a64_load_relaxed(&self.slot.tasks_done) + 1)
+            return 0
+        now = self.end(lease)
+        clock.took = (now - clock.last) // clock.skipped
+        clock.since += now - clock.last
+        if clock.took > QUICK_ITEM:
+            clock.stride = 1
+        elif clock.stride < STRIDE:
+            clock.stride *= 2
+        clock.last = now
+        clock.skipped = 0
+        return 0
+
+    cdef int commit_answers(self, uint32_t entry, Answers answers) except -1:
+        """Deliver outcomes ahead of the rest, if there is room; else they go with the last ones."""
+        cdef list items = answers.items()
         try:
-            return self.commit(entry, items, count)
+            if self.commit(entry, items, answers.count):
+                answers.done = []
+                answers.count = 0
         except (BufferError, MemoryError):
-            return False
+            pass
+        return 0
+
+
+cdef class Answers:
+    """The outcomes of a chunk's items that were not delivered yet."""
+
+    cdef int add(self, item) except -1:
+        """An outcome with a pickle of its own."""
+        self.close()
+        self.done.append(item)
+        self.count += 1
+        return 0
+
+    cdef int close(self) except -1:
+        """The plain values so far become one item of the frame."""
+        if self.fixed:
+            self.done.append((S_LIST, dumps(self.fixed, 5), (), (), 0, len(self.fixed)))
+            self.fixed = []
+        return 0
+
+    cdef list items(self):
+        """What a frame is made of."""
+        self.close()
+        self.nbytes = 0
+        return self.done

@@ -99,6 +99,7 @@ class Collector:
         self.stopped = False
         self._worth = 0
         self._polled = 0.0
+        self._busy = 0.0  # when something was last seen to be out
         self._half = dispatcher.arena.data_bytes // 2
         self._hello: dict[int, set[int]] = {}  # slot -> kinds of greeting that came
         self._welcome: set[int] = set()  # slots whose welcome could not be sent yet
@@ -154,7 +155,10 @@ class Collector:
             return _GREETING
         if self.dispatcher.urgent:
             return _ROOM
-        return _RESCAN if self.dispatcher.leased or self.dispatcher.waiting else _IDLE
+        if self.dispatcher.leased or self.dispatcher.waiting:
+            self._busy = self._polled
+        # A little longer than that: tasks that come one by one should not wait for a lost hint either.
+        return _RESCAN if self._polled - self._busy < _IDLE else _IDLE
 
     def obey(self, hint: Hint) -> None:
         """Look where a hint points; one from a process that is gone is counted and dropped."""

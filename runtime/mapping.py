@@ -24,7 +24,7 @@ __all__ = ["Results", "Run", "check_sizes"]
 
 _WINDOW_PER_WORKER = 256  # items of an unsized input that are out per worker, at most
 _WINDOW_BYTES = 32 << 20  # bytes of their pickles, at most
-_GROUP = 1024  # items that are taken from the input at a time, at most
+_GROUP = 4096  # items that are taken from the input at a time, at most
 _QUICK = 0.0005  # seconds: an input that needs longer for a group gives smaller ones
 _REPR = 200  # characters of an item in the note on its error
 
@@ -99,7 +99,7 @@ class Failure:
 
 
 class Results:
-    """What feeds a map, and the generator that `map` returns."""
+    """What feeds a map, and where the iterator that `map` returns has its results from."""
 
     def __init__(
         self,
@@ -232,36 +232,29 @@ class Results:
 
     def iterate(self) -> Iterator[Any]:
         """The results. Dropped or closed after it has begun, it cancels what has not started."""
+        return _core.Stream(self._more, self.close)
+
+    def _more(self) -> list[Any]:
+        """The next results, the last one first. Raises: StopIteration at the end; what an item has raised."""
         run = self._run
+        if self._input is not None and self._thirsty():
+            self._feed()
+        if self._taken == self._fed:
+            failure, self._failure = self._failure, None
+            raise failure if failure is not None else StopIteration
+        index, outcome = run.take(self._deadline)
+        if isinstance(outcome, list):
+            self._count(len(outcome))
+            return outcome
+        self._count(1)
+        error = outcome.error
+        error.add_note(f"This is the outcome of item {index} of the map: {_short_of(outcome.span)}")
+        if run.return_exceptions:
+            return [error]
         try:
-            while True:
-                if self._input is not None and self._thirsty():
-                    self._feed()
-                if self._taken == self._fed:
-                    if self._failure is not None:
-                        raise self._failure
-                    return
-                index, outcome = run.take(self._deadline)
-                if isinstance(outcome, list):
-                    self._count(len(outcome))
-                    while outcome:
-                        yield outcome.pop()
-                else:
-                    self._count(1)
-                    error = outcome.error
-                    shown = _short_of(outcome.span)
-                    del outcome
-                    error.add_note(f"This is the outcome of item {index} of the map: {shown}")
-                    if not run.return_exceptions:
-                        try:
-                            raise error
-                        finally:
-                            del error  # no cycle between the exception and this frame
-                    yield error
-                    del error
+            raise error
         finally:
-            self._failure = None  # its traceback knows this frame
-            self.close()
+            del error, outcome  # no cycle between the exception and this frame
 
     def _thirsty(self) -> bool:
         """Whether there is room for more of the input."""
@@ -274,7 +267,7 @@ class Results:
 
     def close(self) -> None:
         """Cancel what has not started. Idempotent."""
-        self._input = None
+        self._input = self._failure = None
         batches, self._batches = self._batches, []
         if self._taken < self._fed:
             self._fed = self._taken

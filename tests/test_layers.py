@@ -25,7 +25,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("config", "memory"),
     ("_identity", "segment"),
     ("_region", "_slab"),
-    ("_extent", "_frame", "_plain", "_future"),
+    ("_extent", "_frame", "_plain", "_future", "_stream"),
     ("_pool", "_lease"),
     ("_state", "_threads", "_runner"),
     ("_leasing",),
