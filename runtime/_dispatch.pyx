@@ -49,6 +49,15 @@ cdef enum:
     DO_DRAIN_ALL = 9
 
 
+cdef extern from "<sys/prctl.h>" nogil:
+    int prctl(int option, unsigned long arg2, unsigned long arg3, unsigned long arg4, unsigned long arg5)
+    int PR_SET_TIMERSLACK, PR_GET_TIMERSLACK
+
+# A processor that has fallen idle takes longer to be woken by another one than by its own timer. So who had
+# to wake a worker, and waits for a short call, sleeps in naps for as long as that may take.
+cdef int64_t DOZE = 300_000                 # ns of naps
+cdef int64_t NAP = 20_000                   # ns
+cdef int64_t SHARP = 1_000                  # ns by which a nap may be late
 cdef int64_t BACKSTOP = 50_000_000          # ns: futex waits are bounded, so a lost wake-up only costs time
 
 
@@ -373,6 +382,9 @@ cdef class Dispatcher(Harvest):
         cdef int64_t now = now_ns()
         cdef int64_t until = now + self.arena.spin
         cdef int64_t end = now + patience
+        cdef int64_t dozing = now + DOZE if task.woke and self.call_ns < DOZE else 0
+        cdef int64_t nap
+        cdef int slack
         if not self.arena.lanes or self.inert or self.arena.head == NULL:
             return
         # Not after a worker had to be woken (it would be put on the processor that this keeps busy), and
@@ -387,14 +399,20 @@ cdef class Dispatcher(Harvest):
                     self.tell()                     # of what is not this thread's
         if self.sleeping_for is None:
             self.sleeping_for = task
+            slack = prctl(PR_GET_TIMERSLACK, 0, 0, 0, 0)
+            if dozing and slack > SHARP:
+                prctl(PR_SET_TIMERSLACK, <unsigned long>SHARP, 0, 0, 0)
             try:
                 while (task.state == T_LEASED or task.state == T_WAITING) and self.arena.head != NULL:
                     now = now_ns()
                     if patience >= 0 and now >= end:
                         break
-                    self.sleep_here(min(BACKSTOP, end - now) if patience >= 0 else BACKSTOP)
+                    nap = BACKSTOP if now >= dozing else NAP
+                    self.sleep_here(min(nap, end - now) if patience >= 0 else nap)
                     PyErr_CheckSignals()
             finally:
+                if dozing and slack > SHARP:
+                    prctl(PR_SET_TIMERSLACK, <unsigned long>slack, 0, 0, 0)
                 self.sleeping_for = None
                 self.hand_back()
 

@@ -26,6 +26,7 @@ _RESCAN = 0.1  # seconds between two looks at everything while work is out
 _ROOM = 0.05  # the same, while a task waits for room in the region
 _IDLE = 2.0  # the same, while nothing is out
 _GREETING = 0.001  # the same, while a worker waits for its welcome
+_LOOK = HintKind.LOOK  # an enum's member takes its time to be looked up
 _POLL = 0.001  # seconds after which hints are read even if the outboxes alone keep the collector busy
 _WORTH = 2  # times in a row that watching the outboxes may be in vain
 
@@ -192,7 +193,7 @@ class Collector:
     def announce(self) -> None:
         """Tell workers of leases in their rings."""
         for slot in self.dispatcher.announcements():
-            if self.link.send(HintKind.LOOK, slot, self.dispatcher.incarnation(slot)):
+            if self.link.send(_LOOK, slot, self.dispatcher.incarnation(slot)):
                 self.dispatcher.told(slot)
         for slot in self.dispatcher.repetitions():
             self.link.send(HintKind.AGAIN, slot, self.dispatcher.incarnation(slot))

@@ -33,8 +33,8 @@ _COMMAND = 32  # bytes that zmq puts around a topic when it subscribes
 _QUEUE = 100_000  # hints that may wait for a peer that does not read
 
 
+_send = zmq.backend.Socket.send  # without what zmq.Socket.send does for other kinds of message
 _NOBLOCK = int(zmq.NOBLOCK)  # arithmetic with an enum takes as long as all the rest of a send
-_POLLIN = int(zmq.POLLIN)
 
 
 class Paths(NamedTuple):
@@ -197,7 +197,7 @@ class HostLink:
             if push is None:
                 return False
             try:
-                push.send(encode_hint(kind, slot, incarnation), _NOBLOCK)
+                _send(push, encode_hint(kind, slot, incarnation), _NOBLOCK)
             except zmq.Again:
                 return False
         return True
@@ -274,9 +274,9 @@ class WorkerLink:
         self._push.connect(f"ipc://{paths.up}")
         self._pull.connect(f"ipc://{paths.down}")
         self._control.connect(f"ipc://{paths.control}")
-        self._poller = zmq.Poller()
-        self._poller.register(self._pull, zmq.POLLIN)
-        self._poller.register(self._control, zmq.POLLIN)
+        self._poller = select.poll()
+        for socket in (self._pull, self._control):
+            self._poller.register(socket.FD, select.POLLIN)
 
     def greet(self, give_up: Callable[[], bool]) -> bool:
         """Say hello until the host is connected on all three sockets. False: gave up.
@@ -300,18 +300,24 @@ class WorkerLink:
         with contextlib.suppress(zmq.Again):
             self._push.send(self._look, _NOBLOCK)
 
-    def wait(self, timeout: float) -> bool:
-        """Until a hint comes, or for `timeout` seconds. Look at everything after it, whatever it said.
+    def wait(self, timeout: float) -> None:
+        """Until a hint comes, or for `timeout` seconds. Look at everything after it, whatever it says.
+
+        It is read by `forget`, before the next wait: until then there is better to do.
+        """
+        self._poller.poll(timeout * 1000)
+
+    def forget(self) -> bool:
+        """Read the hints that have come: what they tell of has been looked at, or will be before the wait.
 
         True: only AGAIN came. Hints keep their order, so the one that it repeats was lost, not late.
         """
         came = repeated = 0
-        for socket, _ in self._poller.poll(int(timeout * 1000)):
-            while True:
-                came += 1
-                repeated += socket.recv(_NOBLOCK) == self._again
-                if not socket.get(zmq.EVENTS) & _POLLIN:
-                    break
+        for socket in (self._pull, self._control):
+            with contextlib.suppress(zmq.Again):  # the descriptor is quiet from here on
+                while True:
+                    repeated += socket.recv(_NOBLOCK) == self._again
+                    came += 1
         return 0 < came == repeated
 
     def close(self) -> None:

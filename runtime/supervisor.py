@@ -88,6 +88,7 @@ class Supervisor:
         self.dispatcher = _core.Dispatcher(self.arena, self.keeper)
         self.collector = Collector(self.dispatcher, self.link, self)
         self.expect = self.collector.expect  # what a future calls when its result is needed
+        self.tell = self.collector.tell  # after the dispatcher was called: whoever has something to do now
         self._numbers = {n: Number() for n in range(settings.max_workers)}
         self._slots: dict[int, Worker] = {}  # slot -> its process, until the slot is swept
         self._looks: deque[int] = deque()  # slots whose phase may have changed
@@ -152,10 +153,6 @@ class Supervisor:
     def wake(self) -> None:
         """Make the loop look at everything."""
         self._bell.ring()
-
-    def tell(self) -> None:
-        """After the dispatcher was called: tell whoever has something to do now."""
-        self.collector.tell()
 
     def look(self, slot: int) -> None:
         """The collector: a worker may have changed its phase (-1: any may have)."""

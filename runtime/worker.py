@@ -113,6 +113,7 @@ class Worker:
         self.functions = serializer.FunctionCache()
         self.children = Children()
         self.waiting = False
+        self.found = False  # there were leases when it woke up last
         self.rss_checked = 0.0
         self.port.attend(
             self, context, self.functions, orders.host_pidfd,
@@ -199,9 +200,12 @@ class Worker:
         """Wait for a hint, unless SIGTERM has come; or until it comes."""
         self.waiting = True
         try:
+            if self.link.forget() and self.found:
+                self.port.rescued()  # a repeated hint was what it took to find them
+            self.found = False
             if not self.port.leaving and self.port.park() and not self.port.stopping:
-                if self.link.wait(_IDLE_WAIT) and self.port.unseen:
-                    self.port.rescued()
+                self.link.wait(_IDLE_WAIT)
+                self.found = self.port.unseen
         except _Leave:
             pass
         finally:
