@@ -21,6 +21,7 @@ cdef class Dispatcher(Harvest):
     cdef int drop_now(self, Batch batch) except -1
     cdef int look_until(self, int64_t until) except -1
     cdef int sleep_here(self, int64_t ns) except -1
+    cdef bint wait_here(self, int64_t ns) except -1
     cdef int hand_back(self) except -1
     cdef int stop_looking(self) except -1
     cdef bint others(self, uint32_t index) except -1

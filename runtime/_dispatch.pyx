@@ -335,16 +335,17 @@ cdef class Dispatcher(Harvest):
         return True
 
     def unpark(self):
-        """The collector is awake. Whether nobody had told it: nothing has taken its parked word back."""
-        cdef bint untold
-        if not self.arena.lanes or self.arena.head == NULL:
-            return False
-        self.asleep = False
-        if self.sleeping_for is not None:
-            return False
-        untold = a32_load_relaxed(&self.arena.head.parked) == PARKED
-        a32_store_relaxed(&self.arena.head.parked, AWAKE)
-        return untold
+        """The collector is awake."""
+        if self.arena.lanes and self.arena.head != NULL:
+            self.asleep = False
+            if self.sleeping_for is None:
+                a32_store_relaxed(&self.arena.head.parked, AWAKE)
+
+    @property
+    def untold(self):
+        """Whether there is something to do, of which the sleeping collector was not told."""
+        return (self.arena.lanes and self.arena.head != NULL and self.sleeping_for is None
+                and a32_load_relaxed(&self.arena.head.parked) == PARKED and self.unread())
 
     def lost(self):
         """Something was found that nobody had told of, though somebody should have."""
@@ -418,23 +419,29 @@ cdef class Dispatcher(Harvest):
 
     cdef int sleep_here(self, int64_t ns) except -1:
         """Until a worker has put something into its outbox, or the task that is slept for is over."""
-        cdef bint late
-        cdef a32_t *parked = &self.arena.head.parked
-        park(parked, PARKED_HERE)
+        cdef bint late = False
+        park(&self.arena.head.parked, PARKED_HERE)
         if not self.unread():
-            self.arena.lookers += 1
-            with nogil:
-                late = futex_wait(parked, PARKED_HERE, ns)
-                late = late and a32_load_relaxed(parked) == PARKED_HERE
-            self.stop_looking()
-            if self.arena.head == NULL:
-                return 0
-            if late and self.unread():
+            late = self.wait_here(ns)
+            # A worker may be about to wake us: what is lost is what it does not tell in all that time.
+            if late and ns == BACKSTOP and self.unread() and self.wait_here(BACKSTOP):
                 self.lost()
         self.drain_everything()
         if self.noisy():
             self.tell()                             # whoever else has something to do now
         return 0
+
+    cdef bint wait_here(self, int64_t ns) except -1:
+        """Sleep on the parked word. Whether nobody has taken it back in that time."""
+        cdef bint late
+        if self.arena.head == NULL:
+            return False
+        self.arena.lookers += 1                     # the word stays mapped
+        with nogil:
+            late = futex_wait(&self.arena.head.parked, PARKED_HERE, ns)
+            late = late and a32_load_relaxed(&self.arena.head.parked) == PARKED_HERE
+        self.stop_looking()
+        return late
 
     cdef int hand_back(self) except -1:
         """The thread looks no more: whoever did before is told from now on."""

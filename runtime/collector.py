@@ -141,9 +141,12 @@ class Collector:
             patience = 0.0
         hints = self.link.poll(patience)
         self._polled = time.monotonic()
-        slept = patience > 0 and self._polled - now >= patience
-        if self.dispatcher.unpark() and slept and not hints and self.dispatcher.unread():
-            self.dispatcher.lost()
+        if patience and not hints and self._polled - now >= patience and self.dispatcher.untold:
+            # A worker may be about to tell: what is lost is what it does not tell in all that time.
+            hints = self.link.poll(patience)
+            if not hints and self.dispatcher.untold:
+                self.dispatcher.lost()
+        self.dispatcher.unpark()
         for hint in hints:
             self.obey(hint)
             self._worth = _WORTH

@@ -156,12 +156,19 @@ def zygote_settings(settings: config.Settings, table: serializer.FunctionTable) 
         "path": [entry or os.getcwd() for entry in sys.path],
         "argv": list(sys.argv),
         "warnings": _warning_filters(),
+        "authkey": _authkey(),
         "preload": list(settings.preload),
         "imports": [],
         "initializer": initializer,
         "max_tasks": settings.max_tasks_per_child,
         "max_rss": settings.max_worker_rss,
     }
+
+
+def _authkey() -> bytes | None:
+    """What a multiprocessing Manager asks of those who use its proxies, if there can be one."""
+    process = sys.modules.get("multiprocessing.process")
+    return bytes(process.current_process().authkey) if process is not None else None
 
 
 def _warning_filters() -> list[tuple[Any, ...]]:

@@ -374,6 +374,8 @@ def _like_the_host(settings: dict[str, Any]) -> None:
         with contextlib.suppress(Exception):  # a category whose module cannot be imported here
             filters.append((action, message, pickle.loads(category), module, lineno))
     warnings.filters[:] = filters  # type: ignore[index]
+    if settings.get("authkey") is not None:
+        importlib.import_module("multiprocessing.process").current_process().authkey = settings["authkey"]
 
 
 def _children() -> list[int]:

@@ -58,7 +58,6 @@ EXCLUDED = {
     "ProcessPoolExecutorTest": {
         "test_max_workers_too_large": "a limit of Windows; makes a ProcessPoolExecutor by name",
         "test_killed_child": "kills through _processes, and wants the whole pool broken",
-        "test_ressources_gced_in_workers": "sends a Manager's proxy: workers have another authkey",
         "test_saturation": "counts _processes",
         "test_idle_process_reuse_one": "counts _processes",
         "test_idle_process_reuse_multiple": "counts _processes",
