@@ -93,7 +93,8 @@ cdef class WorkerPort:
     cdef uint64_t full_at       # arena.frees when a search for room failed last: no use to search again
     cdef bint was_full
     cdef bint untold            # records were published that no hint has told of
-    cdef bint pushed            # the host had to be woken since work was found last
+    cdef bint pushed            # the host had to be woken by a message since work was found last
+    cdef bint woke              # a thread that waited for the result was woken; it may have more to do
     cdef list unkept            # (head, tag) of released views whose record found the outbox full
     cdef object notify          # called to tell the host to look at the outbox
 

@@ -23,6 +23,7 @@ from posix.unistd cimport getpid
 
 
 cdef int64_t ROOM_PATIENCE = 50_000_000     # ns to look for room before a payload travels by value
+cdef int64_t WAKING = 4                     # times as long that one watches, who has woken a thread for a result
 cdef int64_t BACKSTOP = 50_000_000          # ns: futex waits are bounded, so a lost wake-up only costs time
 
 
@@ -117,7 +118,7 @@ cdef class WorkerPort:
                 continue                        # taken back: its place stayed behind
             if a64_cas_acq_rel(&lease.word, word, lease_word(L_RUNNING, 0, l_tag(word))):
                 a32_store_release(&self.slot.running, entry + 1)
-                self.pushed = False
+                self.pushed = self.woke = False
                 return entry
 
     def describe(self, uint32_t entry):
@@ -315,6 +316,7 @@ cdef class WorkerPort:
         """Tell the host to look at the outbox, unless it is awake and will."""
         cdef uint32_t how = must_tell(&self.arena.head.parked) if self.arena.lanes else PARKED
         if how == PARKED_HERE:
+            self.woke = True
             futex_wake(&self.arena.head.parked, 1)
         elif how != AWAKE:
             self.pushed = True
@@ -358,7 +360,7 @@ cdef class WorkerPort:
         if self.arena.spin == 0 or self.pushed:
             return False
         with nogil:
-            until = now_ns() + self.arena.spin
+            until = now_ns() + self.arena.spin * (WAKING if self.woke else 1)
             while a64_load_acquire(&self.slot.ring_tail) == a64_load_relaxed(&self.slot.ring_head):
                 for _k in range(16):
                     cpu_relax()
