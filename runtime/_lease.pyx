@@ -23,7 +23,7 @@ from posix.unistd cimport getpid
 
 
 cdef int64_t ROOM_PATIENCE = 50_000_000     # ns to look for room before a payload travels by value
-cdef int64_t WAKING = 4                     # times as long that one watches, who has woken a thread for a result
+cdef int64_t WAKING = 4                     # times as long that one watches who has woken a thread
 cdef int64_t BACKSTOP = 50_000_000          # ns: futex waits are bounded, so a lost wake-up only costs time
 
 
