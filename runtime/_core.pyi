@@ -4,9 +4,6 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Self, final
 
-INLINE_BYTES: int
-LAYOUT_VERSION: int
-PHASE_BOOT: int
 PHASE_READY: int
 PHASE_FAILED: int
 PHASE_LEAVING: int

@@ -6,10 +6,10 @@
     _extent    Arena, HostBlock                      a runtime's region: tables, and blocks of any size
     _frame     Frame, read_frame                     how pickles and their buffers lie in a block
     _lease, _runner  Runner                          a worker's end of its slot, and its inner loop
-    _plain                                           values that take the short way
+    _plain     unpack_plain                          values that take the short way
     _future    Promise                               what a Future is made of
     _threads   DeadlineKeeper, watch_host, ...       native threads that need no GIL
-    _leasing   Task, Batch                           what waits, and how it is leased
+    _leasing   Task, Batch, Span                     what waits, and how it is leased
     _harvest                                         what came back, and what the dead leave
     _dispatch  Dispatcher                            the door to the three above; slots
     _submit    Submitter                             the short way of submit
@@ -21,14 +21,7 @@ from runtime._extent import Arena, HostBlock
 from runtime._frame import Frame, read_frame
 from runtime._frame cimport S_CALLS as _S_CALLS, S_ERROR as _S_ERROR, S_LIST as _S_LIST, S_PLAIN as _S_PLAIN, S_VALUE as _S_VALUE
 from runtime._future import Promise
-from runtime._layout cimport (
-    INLINE_BYTES as _INLINE_BYTES,
-    LAYOUT_VERSION as _LAYOUT_VERSION,
-    P_BOOT as _BOOT,
-    P_FAILED as _FAILED,
-    P_LEAVING as _LEAVING,
-    P_READY as _READY,
-)
+from runtime._layout cimport P_FAILED as _FAILED, P_LEAVING as _LEAVING, P_READY as _READY
 from runtime._identity import memfd_create, pidfd_open, pidfd_send_signal
 from runtime._leasing import (
     OUTCOME_ABANDONED,
@@ -48,7 +41,5 @@ from runtime._stream import Stream
 from runtime._submit import Submitter
 from runtime._threads import DeadlineKeeper, become_subreaper, kill_descendants, watch_host
 
-INLINE_BYTES = _INLINE_BYTES
-LAYOUT_VERSION = _LAYOUT_VERSION
-PHASE_BOOT, PHASE_READY, PHASE_FAILED, PHASE_LEAVING = _BOOT, _READY, _FAILED, _LEAVING
+PHASE_READY, PHASE_FAILED, PHASE_LEAVING = _READY, _FAILED, _LEAVING
 S_VALUE, S_ERROR, S_PLAIN, S_LIST, S_CALLS = _S_VALUE, _S_ERROR, _S_PLAIN, _S_LIST, _S_CALLS

@@ -456,7 +456,7 @@ cdef class Dispatcher(Harvest):
         return 0
 
     def fulfil(self, Task task not None, read):
-        """Set the future of a call whose result has come in: read(*outcome) is its value.
+        """Set the future of a call whose result has come in: read(exporter) is its value.
 
         Not if anybody else waits for it: callbacks run in the collector. Python code runs in `read` alone,
         and when that raises, the outcome stays for the collector. So wherever Ctrl-C strikes, nothing is
@@ -476,7 +476,7 @@ cdef class Dispatcher(Harvest):
             return
         self.outcomes.pop(i)
         try:
-            fulfilled = future.fulfil(read(*outcome))
+            fulfilled = future.fulfil(read(outcome[4]))
         except KeyboardInterrupt:                   # Ctrl-C, in all likelihood, not the result's doing
             raise
         except BaseException:

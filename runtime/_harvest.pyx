@@ -105,7 +105,7 @@ cdef class Harvest(Leasing):
             return 0                                # killed before this came: after that nothing is an answer
         if exporter is None or task.batch is None or record.count > task.count - task.delivered:
             return self.strange()
-        self.outcomes.append((OUTCOME_FRAME, task, task.delivered, record.count, exporter, -1))
+        self.outcomes.append((OUTCOME_FRAME, task, task.delivered, record.count, exporter))
         task.delivered += record.count
         self.leased -= record.count
         return 0
@@ -147,7 +147,7 @@ cdef class Harvest(Leasing):
             return self.strange()
         if task.batch is not None:
             task.batch.measured(copy.out_ns, ran)
-            self.outcomes.append((OUTCOME_FRAME, task, delivered, ran - delivered, exporter, ran))
+            self.outcomes.append((OUTCOME_FRAME, task, delivered, ran - delivered, exporter))
             self.put_back(task, ran, -1)
         else:
             self.call_ns = 0.9 * self.call_ns + 0.1 * copy.out_ns if self.call_ns > 0 else copy.out_ns
@@ -157,7 +157,7 @@ cdef class Harvest(Leasing):
             else:
                 if plain:                           # somebody has begun to wait while it was loaded
                     exporter = PyBytes_FromStringAndSize(copy.inline_, <Py_ssize_t>copy.out_bytes)
-                self.outcomes.append((OUTCOME_FRAME, task, 0, 1, exporter, 1))
+                self.outcomes.append((OUTCOME_FRAME, task, 0, 1, exporter))
         self.release(task)
         return 0
 

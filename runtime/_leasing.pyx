@@ -34,7 +34,7 @@ cdef uint32_t CHUNK_DEPTH = 2               # chunks ahead per worker: one runs,
 cdef uint32_t FUNCTIONS = 256               # function pickles kept in the region
 
 # what an outcome tuple begins with
-OUTCOME_FRAME = 0           # (.., task, first item, items, exporter of the frame, how many items ran or -1)
+OUTCOME_FRAME = 0           # (.., task, first item, items, exporter of the frame)
 OUTCOME_DIED = 1            # (.., task, item or -1, information that settle() was given)
 OUTCOME_KILLED = 2          # (.., task, item, reason)
 OUTCOME_LOST = 3            # (.., task, item, what went wrong)

@@ -1,8 +1,9 @@
 """The collector: turns what workers leave in their outboxes into results of futures.
 
-One thread, one loop: wait for hints, drain the outboxes they name, complete what came out (unpickle, set
-the future, run its callbacks), tell workers of new leases. Every 100 ms, while work is out, it looks at
-everything itself: a hint may be lost, a result may not.
+One thread, one loop: watch the outboxes or sleep until a hint comes, drain them all, complete what came out
+(unpickle, set the future, run its callbacks), tell workers of new leases. Every 100 ms, while work is out, it
+looks at everything itself: a hint may be lost, a result may not. What is plain and watched by nobody was set
+by the dispatcher before, and a thread in `result()` takes its own (`expect`).
 """
 
 from __future__ import annotations
@@ -222,12 +223,12 @@ class Collector:
         finally:
             self.tell()
 
-    def read(self, kind: int, task: Any, first: int, count: int, exporter: Any, ran: int) -> Any:
+    def read(self, exporter: Any) -> Any:
         """What a call has returned. Raises if it is not as simple as that, or if it cannot be unpickled."""
         ((status, data, views, _, _),) = _core.read_frame(self.stored(exporter))
         if status == _core.S_ERROR:
             raise ValueError("it has raised")
-        return _core.unpack_plain(data) if status == _core.S_PLAIN else serializer.loads(data, views)
+        return _unpacked(status, data, views)
 
     def tell(self) -> None:
         """After the dispatcher was called: tell workers of new leases, and the collector of outcomes."""
@@ -267,7 +268,7 @@ class Collector:
             for item in range(first, task.count):
                 self.finish(task, item, False, RuntimeFailure(f"the task was lost: {what}"))
 
-    def deliver(self, task: _core.Task, first: int, count: int, exporter: Any, ran: int) -> None:
+    def deliver(self, task: _core.Task, first: int, count: int, exporter: Any) -> None:
         """Results of items first .. first+count-1, in a frame."""
         try:
             items = _core.read_frame(self.stored(exporter))
@@ -316,8 +317,7 @@ class Collector:
             self.fail_or_retry(task, item, serializer.load_exception(data, views))
             return 1
         try:
-            plain = status == _core.S_PLAIN
-            ok, value = True, _core.unpack_plain(data) if plain else serializer.loads(data, views)
+            ok, value = True, _unpacked(status, data, views)
         except BaseException as error:
             ok, value = (
                 False,
@@ -414,6 +414,10 @@ class Collector:
             function(*args)
         except BaseException:
             log.exception("a callback of a future raised")
+
+
+def _unpacked(status: int, data: memoryview, views: list[memoryview]) -> Any:
+    return _core.unpack_plain(data) if status == _core.S_PLAIN else serializer.loads(data, views)
 
 
 def _noted(error: BaseException, note: str) -> BaseException:
