@@ -58,7 +58,7 @@ cdef inline int32_t read_single(const char *src, uint64_t total) noexcept nogil:
     cdef const frame_item_t *item = <const frame_item_t *>(src + sizeof(frame_head_t))
     if total < SINGLE_HEAD or head.items != 1 or head.buffers != 0 or item.buffers != 0:
         return -1
-    return <int32_t>item.status if item.data_bytes == total - SINGLE_HEAD and item.status < 3 else -1
+    return <int32_t>item.status if item.data_bytes == total - SINGLE_HEAD and item.status <= S_PLAIN else -1
 
 
 cdef class Frame:

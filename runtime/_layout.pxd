@@ -96,7 +96,7 @@ ctypedef struct lease_t:
     uint64_t fn_bytes       # its length. Host
     uint32_t kind           # KIND_*. Host
     uint32_t attempt        # 1 for the first. Host
-    uint32_t flags          # F_PRIVATE_VIEW. Host
+    uint32_t flags          # F_PRIVATE_VIEW, F_TIMED. Host
     uint32_t where          # AT_* of the arguments' frame. Host
     uint64_t body           # offset of the arguments' block. Host
     uint64_t body_tag       # and its tag
@@ -197,7 +197,7 @@ ctypedef struct slot_t:
     # until it has moved `turn`. One record is out at a time; see receive and offer in _lease.pyx
     a32_t turn              # futex: the number of pieces the host has served
     char pad6[60]
-    # line 7: the worker's, but whoever tells it takes the word back; see "Parking" below
+    # line 7: the worker's, but whoever tells it takes the word back; see "Parking" above
     a32_t parked
     char pad7[60]
 
@@ -219,7 +219,7 @@ ctypedef struct arena_t:
     char pad0[PAGE - 80]
     a64_t frees             # blocks freed so far, by anyone: who found no room waits for it to move
     char pad1[56]
-    a32_t parked            # the host's; see "Parking" below
+    a32_t parked            # the host's; see "Parking" above
     char pad2[60]
 
 

@@ -39,6 +39,11 @@ cdef inline int64_t ring_take(slot_t *slot, a32_t *ring, uint32_t mask) noexcept
     return place
 
 
+cdef inline bint ring_waiting(slot_t *slot) noexcept nogil:
+    """Worker: whether there is a place to take."""
+    return a64_load_acquire(&slot.ring_tail) != a64_load_relaxed(&slot.ring_head)   # G2
+
+
 cdef inline uint32_t ring_room(slot_t *slot, uint64_t tail, uint32_t mask) noexcept nogil:
     """Host: free places. Leases that were taken back leave their places behind, so this is the credit."""
     cdef uint64_t used = tail - a64_load_acquire(&slot.ring_head)

@@ -73,15 +73,6 @@ cdef class WorkerPort:
 
     # ---- phases ----
 
-    @property
-    def unseen(self):
-        """Whether there is something in the ring."""
-        return a64_load_acquire(&self.slot.ring_tail) != a64_load_relaxed(&self.slot.ring_head)
-
-    def rescued(self):
-        """Leases were found that no hint had announced."""
-        a64_store_relaxed(&self.slot.rescued, a64_load_relaxed(&self.slot.rescued) + 1)
-
     def ready(self):
         """From now on the host leases to this worker."""
         a32_store_release(&self.slot.phase, P_READY)
@@ -350,6 +341,15 @@ cdef class WorkerPort:
 
     # ---- waiting ----
 
+    @property
+    def unseen(self):
+        """Whether there is something in the ring."""
+        return ring_waiting(self.slot)
+
+    def rescued(self):
+        """Leases were found that no hint had announced."""
+        a64_store_relaxed(&self.slot.rescued, a64_load_relaxed(&self.slot.rescued) + 1)
+
     def watch(self):
         """Look at the ring for a moment, without the GIL. Whether there is something in it.
 
@@ -361,17 +361,17 @@ cdef class WorkerPort:
             return False
         with nogil:
             until = now_ns() + self.arena.spin * (WAKING if self.woke else 1)
-            while a64_load_acquire(&self.slot.ring_tail) == a64_load_relaxed(&self.slot.ring_head):
+            while not ring_waiting(self.slot):
                 for _k in range(16):
                     cpu_relax()
                 if now_ns() >= until:
                     break
-        return a64_load_acquire(&self.slot.ring_tail) != a64_load_relaxed(&self.slot.ring_head)
+        return ring_waiting(self.slot)
 
     def park(self):
         """From now on the host sends a message with a lease. False: there is one already, do not sleep."""
         park(&self.slot.parked, PARKED)
-        if a64_load_acquire(&self.slot.ring_tail) != a64_load_relaxed(&self.slot.ring_head):
+        if ring_waiting(self.slot):
             self.unpark()
             return False
         return True

@@ -28,8 +28,8 @@ cdef int64_t COMMIT_BYTES = 256 << 10   # or when their results have grown to th
 cdef int64_t QUICK_ITEM = 2_000         # ns: for items that take less the clock is read once for several,
 cdef uint32_t STRIDE = 16               # at most so many
 cdef int64_t CHECK = 1_000_000          # ns between two checks while there is work
-LEASE_LOST = -2                         # what `serve` returns then
 cdef int LOST = -2
+LEASE_LOST = LOST                       # what `serve` returns when the host has killed the lease that ran
 cdef int QUICK = 64                     # functions that are found without the cache's bookkeeping
 
 

@@ -195,17 +195,18 @@ class Results:
     def _send_one(self, item: Any) -> None:
         """Queue an item by itself."""
         args = item if self._several else (item,)
-        span = _core.Span.of(self._fed, (), _short(args))
+        shown = _short(args)
         try:
             ref, payload = serializer.pack_call(self._table, self._fn, args)
         except BaseException as error:
+            span = _core.Span.of(self._fed, (), shown)
             self._fed += 1
             self._run.fail(span, error)
             if not isinstance(error, Exception):
                 raise
             return
-        item = (_core.S_VALUE, payload.data, payload.buffers, payload.readonly)
-        self._queue(ref, _core.Span.of(self._fed, item, _short(args)))
+        packed = (_core.S_VALUE, payload.data, payload.buffers, payload.readonly)
+        self._queue(ref, _core.Span.of(self._fed, packed, shown))
 
     def _queue(self, ref: Any, span: _core.Span) -> None:
         self._fed += span.count

@@ -165,10 +165,10 @@ class Worker:
     def packed_failure(self, error: BaseException) -> bytes:
         """An exception as one frame that fits the bounce block."""
         limit = self.port.arena.bounce_bytes
-        frame = _core.Frame([_item(1, serializer.dump_exception(error))])
+        frame = _core.Frame([_item(_core.S_ERROR, serializer.dump_exception(error))])
         if frame.nbytes > limit:
             short = RuntimeError(f"{type(error).__name__}: {ascii(error)[: limit // 64]} ...")
-            frame = _core.Frame([_item(1, serializer.dump_exception(short))])
+            frame = _core.Frame([_item(_core.S_ERROR, serializer.dump_exception(short))])
         return bytes(frame.tobytes())
 
     # ---- the loop ------------------------------------------------------------------------------------
@@ -269,7 +269,7 @@ class Worker:
         if _forked:
             os._exit(0)  # a task forked and its child came back here: it has nothing to deliver
         try:
-            return _item(0, serializer.dumps(result))
+            return _item(_core.S_VALUE, serializer.dumps(result))
         except BaseException as error:
             error.add_note(f"The result of the task, a {type(result).__qualname__}, could not be pickled.")
             return self.failed(error)
@@ -280,10 +280,9 @@ class Worker:
             os._exit(1)
         if isinstance(error, _Leave):
             error = KeyboardInterrupt()
-        item = _item(1, serializer.dump_exception(error))
-        error.__traceback__ = (
-            None  # its frames know the error and the arguments: a cycle that would keep both
-        )
+        item = _item(_core.S_ERROR, serializer.dump_exception(error))
+        # Its frames know the error and the arguments: a cycle that would keep both.
+        error.__traceback__ = None
         return item
 
     def deliver(self, entry: int, items: list[Any], ran: int, count: int, exporter: Any) -> bool:
