@@ -11,7 +11,9 @@
     _threads   DeadlineKeeper, watch_host, ...       native threads that need no GIL
     _leasing   Task, Batch, Span                     what waits, and how it is leased
     _harvest                                         what came back, and what the dead leave
-    _dispatch  Dispatcher                            the door to the three above; slots
+    _slots                                           the life of a slot
+    _waiting                                         who sleeps, who must be told
+    _dispatch  Dispatcher                            the door to the four above
     _submit    Submitter                             the short way of submit
     _stream    Stream                                the iterator of a map
 """

@@ -7,27 +7,24 @@
                   ▲                                   KILLED
                   └───────── settle: the sweep of a dead slot ─────────► outcomes
 
-Everything here runs under the GIL and releases it nowhere, and calls no Python code but C containers:
-so a method is atomic to every other Python thread, and a signal handler cannot cut it in two. What can
-still come in between is a destructor, run by the garbage collector at an allocation, that submits or
-cancels: it finds `busy` set and leaves its wish in the inbox, which whoever is inside empties before
-leaving. The only other thread is the deadline keeper (_threads), ordered by the guards.
+Everything here runs under the GIL, and calls no Python code but C containers: so a method is atomic to
+every other Python thread, and a signal handler cannot cut it in two. (Two parts let the GIL go, where no
+bookkeeping is half done: `place` while it copies, and the waiting in _waiting.) What can still come in
+between is a destructor, run by the garbage collector at an allocation, that submits or cancels: it finds
+`busy` set and leaves its wish in the inbox, which whoever is inside empties before leaving. The only other
+thread is the deadline keeper (_threads), ordered by the guards.
 
 Should a destructor let another thread in, that one defers to the inbox in the same way, so no method
-ever waits. Outcomes collect in a list of tuples; unpickling and futures are the collector's business.
+here ever waits. Outcomes collect in a list of tuples; unpickling and futures are the collector's business.
 """
-from cpython.bytes cimport PyBytes_FromStringAndSize
-from cpython.exc cimport PyErr_CheckSignals
-from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.stdint cimport uint32_t, uint64_t
 
 from runtime._atomics cimport *
-from runtime._harvest cimport Harvest
 from runtime._layout cimport *
-from runtime._lease cimport outbox_waiting, park
+from runtime._lease cimport outbox_waiting
 from runtime._leasing cimport T_CANCELLED, T_LEASED, T_OVER, T_WAITING, Batch, SlotTable, Span, Task
-from runtime._future cimport Promise
-from runtime._leasing import OUTCOME_ABANDONED, OUTCOME_FRAME
-from runtime._extent cimport Arena, HostBlock
+from runtime._leasing import OUTCOME_ABANDONED
+from runtime._extent cimport HostBlock
 from runtime._frame cimport S_VALUE, Frame
 from runtime._threads cimport guard_acquire, guard_release, guard_t, kill_lease
 
@@ -49,37 +46,11 @@ cdef enum:
     DO_DRAIN_ALL = 9
 
 
-cdef extern from "<sys/prctl.h>" nogil:
-    int prctl(int option, unsigned long arg2, unsigned long arg3, unsigned long arg4, unsigned long arg5)
-    int PR_SET_TIMERSLACK, PR_GET_TIMERSLACK
-
-# A processor that has fallen idle takes longer to be woken by another one than by its own timer. So who had
-# to wake a worker, and waits for a short call, sleeps in naps for as long as that may take.
-cdef int64_t DOZE = 300_000                 # ns of naps
-cdef int64_t NAP = 20_000                   # ns
-cdef int64_t SHARP = 1_000                  # ns by which a nap may be late
-cdef int64_t BACKSTOP = 50_000_000          # ns: futex waits are bounded, so a lost wake-up only costs time
-
-
-cdef void look_around(Arena arena, int64_t until) noexcept nogil:
-    cdef uint32_t i, _k
-    cdef slot_t *slot
-    while True:
-        for i in range(arena.slots):
-            slot = arena.slot(i)
-            if a64_load_acquire(&slot.outbox_tail) != a64_load_relaxed(&slot.outbox_head):
-                return
-        for _k in range(16):
-            cpu_relax()
-        if now_ns() >= until:
-            return
-
-
-cdef class Dispatcher(Harvest):
+cdef class Dispatcher(Waiting):
     """Queue, leases and slots of one runtime.
 
     Thread-safety: every method may be called from any thread. Fork-safety: none; the caller checks the pid.
-    Blocking: never.
+    Blocking: only `watch`, `await_call`.
     """
 
     cdef int work(self) except -1:
@@ -269,28 +240,6 @@ cdef class Dispatcher(Harvest):
                         self.cancel(<Task>held)
         return 0
 
-    def announcements(self):
-        """Slots to tell that there are leases in their ring; each is returned once."""
-        if not self.announce:
-            return ()
-        fresh = set()                               # first: what an allocation lets in must not get lost
-        told, self.announce = self.announce, fresh
-        return tuple(told)
-
-    def told(self, uint32_t index):
-        """A message has announced the leases of a slot."""
-        cdef SlotTable table = self.slots[index]
-        self.by_message += table.untold
-        table.untold = 0
-
-    def repetitions(self):
-        """Slots to tell once more; each is returned once."""
-        if not self.repeat:
-            return ()
-        fresh = set()
-        told, self.repeat = self.repeat, fresh
-        return tuple(told)
-
     def drain(self, uint32_t index, bint hinted=False):
         """Process a slot's outbox. `hinted`: the worker's hint says so."""
         cdef SlotTable table = self.slots[index]
@@ -302,314 +251,9 @@ cdef class Dispatcher(Harvest):
         self.inbox.append((DO_DRAIN, index))
         self.work()
 
-    # ---- who looks at the outboxes ----
-
-    def unread(self):
-        """Whether a worker has left something that was not taken in."""
-        cdef uint32_t i
-        cdef SlotTable table
-        for i in range(self.arena.slots):
-            table = self.slots[i]
-            if table.state == S_LIVE and outbox_waiting(self.arena.slot(i), table.outbox_head):
-                return True
-        return False
-
-    def drain_everything(self):
-        """Take in what every worker has finished."""
+    cdef int drain_out(self) except -1:
         self.inbox.append((DO_DRAIN_ALL, None))
-        self.work()
-
-    def park(self):
-        """The collector is about to sleep: from now on it must be told. False: there is something to do.
-
-        While a user's thread sleeps on the parked word, that one is told, and tells the collector.
-        """
-        if not self.arena.lanes or self.arena.head == NULL:
-            return True
-        self.asleep = True
-        if self.sleeping_for is None:
-            park(&self.arena.head.parked, PARKED)
-        if self.outcomes or self.unread():
-            self.unpark()
-            return False
-        return True
-
-    def unpark(self):
-        """The collector is awake."""
-        if self.arena.lanes and self.arena.head != NULL:
-            self.asleep = False
-            if self.sleeping_for is None:
-                a32_store_relaxed(&self.arena.head.parked, AWAKE)
-
-    @property
-    def untold(self):
-        """Whether there is something to do, of which the sleeping collector was not told."""
-        return (self.arena.lanes and self.arena.head != NULL and self.sleeping_for is None
-                and a32_load_relaxed(&self.arena.head.parked) == PARKED and self.unread())
-
-    def lost(self):
-        """Something was found that nobody had told of, though somebody should have."""
-        self.rescued += 1
-
-    def watch(self):
-        """Look at the outboxes for a moment, without the GIL. Whether there is something in one."""
-        if self.arena.spin == 0 or self.leased == 0 or self.arena.head == NULL:
-            return False
-        self.look_until(now_ns() + self.arena.spin)
-        return self.unread()
-
-    cdef int look_until(self, int64_t until) except -1:
-        """Until an outbox has something in it, or the time has come. Without the GIL."""
-        self.arena.lookers += 1                     # the tables stay mapped
-        with nogil:
-            look_around(self.arena, until)
-        self.stop_looking()
-        return 0
-
-    cdef int stop_looking(self) except -1:
-        """The tables may go: if the runtime has ended meanwhile, now."""
-        self.arena.lookers -= 1
-        if self.arena.ending:
-            self.arena.release()
-        return 0
-
-    def await_call(self, Task task not None, int64_t patience):
-        """A thread that needs this call takes results in by itself: that spares a wake-up, or all of them.
-
-        For a moment it watches; then it sleeps on the parked word, where the worker wakes it: no I/O thread,
-        no collector in between. One thread can sleep so; a second one comes back after its moment, and
-        waits for the collector. patience: nanoseconds, negative for ever. Raises: what a signal handler does.
-        """
-        cdef int64_t now = now_ns()
-        cdef int64_t until = now + self.arena.spin
-        cdef int64_t end = now + patience
-        cdef int64_t dozing = now + DOZE if task.woke and self.call_ns < DOZE else 0
-        cdef int64_t nap
-        cdef int slack
-        if not self.arena.lanes or self.inert or self.arena.head == NULL:
-            return
-        # Not after a worker had to be woken (it would be put on the processor that this keeps busy), and
-        # not if calls take longer than such a moment.
-        if task.state == T_LEASED and not task.woke and self.call_ns < self.arena.spin:
-            if self.sleeping_for is None:
-                a32_store_relaxed(&self.arena.head.parked, AWAKE)
-            while task.state == T_LEASED and self.arena.head != NULL and now_ns() < until:
-                self.look_until(until)
-                self.drain_everything()
-                if self.noisy():
-                    self.tell()                     # of what is not this thread's
-        if self.sleeping_for is None:
-            self.sleeping_for = task
-            slack = prctl(PR_GET_TIMERSLACK, 0, 0, 0, 0)
-            if dozing and slack > SHARP:
-                prctl(PR_SET_TIMERSLACK, <unsigned long>SHARP, 0, 0, 0)
-            try:
-                while (task.state == T_LEASED or task.state == T_WAITING) and self.arena.head != NULL:
-                    now = now_ns()
-                    if patience >= 0 and now >= end:
-                        break
-                    nap = BACKSTOP if now >= dozing else NAP
-                    self.sleep_here(min(nap, end - now) if patience >= 0 else nap)
-                    PyErr_CheckSignals()
-            finally:
-                if dozing and slack > SHARP:
-                    prctl(PR_SET_TIMERSLACK, <unsigned long>slack, 0, 0, 0)
-                self.sleeping_for = None
-                self.hand_back()
-
-    cdef int sleep_here(self, int64_t ns) except -1:
-        """Until a worker has put something into its outbox, or the task that is slept for is over."""
-        cdef bint late = False
-        park(&self.arena.head.parked, PARKED_HERE)
-        if not self.unread():
-            late = self.wait_here(ns)
-            # A worker may be about to wake us: what is lost is what it does not tell in all that time.
-            if late and ns == BACKSTOP and self.unread() and self.wait_here(BACKSTOP):
-                self.lost()
-        self.drain_everything()
-        if self.noisy():
-            self.tell()                             # whoever else has something to do now
-        return 0
-
-    cdef bint wait_here(self, int64_t ns) except -1:
-        """Sleep on the parked word. Whether nobody has taken it back in that time."""
-        cdef bint late
-        if self.arena.head == NULL:
-            return False
-        self.arena.lookers += 1                     # the word stays mapped
-        with nogil:
-            late = futex_wait(&self.arena.head.parked, PARKED_HERE, ns)
-            late = late and a32_load_relaxed(&self.arena.head.parked) == PARKED_HERE
-        self.stop_looking()
-        return late
-
-    cdef int hand_back(self) except -1:
-        """The thread looks no more: whoever did before is told from now on."""
-        if self.arena.head == NULL:
-            return 0
-        if self.asleep:
-            park(&self.arena.head.parked, PARKED)
-            if self.unread():
-                self.drain_everything()
-        else:
-            a32_store_relaxed(&self.arena.head.parked, AWAKE)
-        return 0
-
-    def fulfil(self, Task task not None, read):
-        """Set the future of a call whose result has come in: read(exporter) is its value.
-
-        Not if anybody else waits for it: callbacks run in the collector. Python code runs in `read` alone,
-        and when that raises, the outcome stays for the collector. So wherever Ctrl-C strikes, nothing is
-        lost. Raises: KeyboardInterrupt; all else that `read` raises is the collector's to deal with.
-        """
-        cdef Promise future = task.future
-        cdef bint fulfilled = False
-        cdef Py_ssize_t i
-        cdef tuple outcome
-        for i in range(len(self.outcomes)):
-            outcome = <tuple>self.outcomes[i]
-            if outcome[1] is task:
-                break
-        else:
-            return
-        if future is None or future.watched() or outcome[0] != OUTCOME_FRAME:
-            return
-        self.outcomes.pop(i)
-        try:
-            fulfilled = future.fulfil(read(outcome[4]))
-        except KeyboardInterrupt:                   # Ctrl-C, in all likelihood, not the result's doing
-            raise
-        except BaseException:
-            pass
-        finally:
-            if fulfilled:
-                self.done += 1
-            else:
-                self.outcomes.append(outcome)
-
-    def take_outcomes(self):
-        """What has come in since the last call."""
-        cdef list outcomes = self.outcomes
-        self.nudged = False
-        self.outcomes = []
-        return outcomes
-
-    @property
-    def has_outcomes(self):
-        """Whether there is something for the collector."""
-        return len(self.outcomes) > 0
-
-    def take_news(self):
-        """Whether the collector must be told of outcomes; True once until it has taken them."""
-        if self.nudged or not self.outcomes:
-            return False
-        self.nudged = True
-        return True
-
-    @property
-    def quiet(self):
-        """Whether nobody has to be told of anything."""
-        return not self.noisy()
-
-    cdef bint noisy(self) except -1:
-        return (len(self.announce) > 0 or len(self.repeat) > 0
-                or (not self.nudged and len(self.outcomes) > 0))
-
-    def open_slot(self, uint32_t number, uint32_t generation):
-        """A free slot, made LIVE for a new process; -1: none is free."""
-        cdef uint32_t i
-        cdef slot_t *slot
-        cdef SlotTable table
-        for i in range(self.arena.slots):
-            slot = self.arena.slot(i)
-            table = self.slots[i]
-            if table.state == S_FREE:
-                table.state = S_LIVE
-                table.incarnation += 1
-                table.ring_tail = 0
-                table.outbox_head = 0
-                table.suspect = False
-                table.acted = False
-                table.untold = 0
-                a64_store_relaxed(&slot.rescued, 0)
-                slot.incarnation = table.incarnation
-                slot.number = number
-                slot.generation = generation
-                slot.failure_bytes = 0
-                a32_store_relaxed(&slot.control, 0)
-                a64_store_relaxed(&slot.ring_tail, 0)
-                a64_store_relaxed(&slot.ring_head, 0)
-                a64_store_relaxed(&slot.outbox_tail, 0)
-                a64_store_relaxed(&slot.outbox_head, 0)
-                a32_store_relaxed(&slot.phase, P_BOOT)
-                a32_store_relaxed(&slot.running, 0)
-                a64_store_relaxed(&slot.tasks_done, 0)
-                a32_store_relaxed(&slot.turn, 0)
-                a32_store_relaxed(&slot.parked, AWAKE)
-                a32_store_release(&slot.state, S_LIVE)
-                return i
-        return -1
-
-    def occupy(self, uint32_t index, int pidfd):
-        """A process lives in the slot: its leases may be killed through this pidfd."""
-        cdef guard_t *guard = &self.keeper.guards[index]
-        guard_acquire(guard)
-        guard.pidfd = pidfd
-        guard.killing = False
-        guard.armed = True
-        guard_release(guard)
-
-    def vacate(self, uint32_t index):
-        """The process is gone: nothing is signalled through its pidfd any more, which is returned."""
-        cdef guard_t *guard = &self.keeper.guards[index]
-        cdef int pidfd
-        cdef SlotTable table = self.slots[index]
-        guard_acquire(guard)
-        pidfd = guard.pidfd
-        guard.pidfd = -1
-        guard.armed = False
-        guard_release(guard)
-        table.ready = False
-        table.state = S_DYING
-        a32_store_release(&self.arena.slot(index).state, S_DYING)
-        return pidfd
-
-    def worked(self, uint32_t index):
-        """Whether the process in a slot has done any of its work, or was killed for it.
-
-        From the words, not from the worker's hints: it may have been killed between the two.
-        """
-        cdef uint64_t word
-        if self.keeper.guards[index].killing or a64_load_relaxed(&self.arena.slot(index).tasks_done):
-            return True
-        for task in (<SlotTable>self.slots[index]).tasks:
-            if task is not None:
-                word = a64_load_acquire(&self.arena.lease(index, (<Task>task).entry).word)
-                if l_state(word) != L_LEASED and l_state(word) != L_FREE:
-                    return True
-        return False
-
-    def signal(self, uint32_t index, int number):
-        """Send a signal to the process in a slot. False: there is none."""
-        return not self.inert and self.send_signal(index, number)
-
-    def incarnation(self, uint32_t index):
-        """Counts the processes that lived in a slot."""
-        return (<SlotTable>self.slots[index]).incarnation
-
-    def phase(self, uint32_t index):
-        """What the worker in a slot says of itself: P_*; anything else reads as P_BOOT."""
-        cdef uint32_t phase
-        if index >= self.arena.slots:               # the runtime has ended
-            return P_LEAVING
-        phase = a32_load_acquire(&self.arena.slot(index).phase)
-        return phase if phase <= P_LEAVING else P_BOOT
-
-    def failure(self, uint32_t index):
-        """The pickled exception that a worker left when it could not start."""
-        cdef uint64_t n = self.arena.slot(index).failure_bytes
-        n = min(n, self.arena.bounce_bytes)
-        return PyBytes_FromStringAndSize(self.arena.bounce(index), <Py_ssize_t>n)
+        return self.work()
 
     def make_ready(self, uint32_t index):
         """Lease to this slot from now on."""

@@ -30,6 +30,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("_state", "_threads", "_runner"),
     ("_leasing",),
     ("_harvest",),
+    ("_slots",),
+    ("_waiting",),
     ("_dispatch",),
     ("_submit",),
     ("_core",),  # the compiled door

@@ -1,0 +1,112 @@
+# cython: language_level=3
+"""The life of a slot: a process moves in, says how it is, and is signalled, until it is gone.
+
+The sweep behind it is in _harvest.pyx; whether it is leased to, and what becomes of that, in _dispatch.pyx.
+"""
+from cpython.bytes cimport PyBytes_FromStringAndSize
+from libc.stdint cimport uint32_t, uint64_t
+
+from runtime._atomics cimport *
+from runtime._layout cimport *
+from runtime._leasing cimport SlotTable, Task
+from runtime._threads cimport guard_acquire, guard_release, guard_t
+
+
+cdef class Slots(Harvest):
+    """Processes in slots, as the supervisor opens and closes them."""
+
+    def open_slot(self, uint32_t number, uint32_t generation):
+        """A free slot, made LIVE for a new process; -1: none is free."""
+        cdef uint32_t i
+        cdef slot_t *slot
+        cdef SlotTable table
+        for i in range(self.arena.slots):
+            slot = self.arena.slot(i)
+            table = self.slots[i]
+            if table.state == S_FREE:
+                table.state = S_LIVE
+                table.incarnation += 1
+                table.ring_tail = 0
+                table.outbox_head = 0
+                table.suspect = False
+                table.acted = False
+                table.untold = 0
+                a64_store_relaxed(&slot.rescued, 0)
+                slot.incarnation = table.incarnation
+                slot.number = number
+                slot.generation = generation
+                slot.failure_bytes = 0
+                a32_store_relaxed(&slot.control, 0)
+                a64_store_relaxed(&slot.ring_tail, 0)
+                a64_store_relaxed(&slot.ring_head, 0)
+                a64_store_relaxed(&slot.outbox_tail, 0)
+                a64_store_relaxed(&slot.outbox_head, 0)
+                a32_store_relaxed(&slot.phase, P_BOOT)
+                a32_store_relaxed(&slot.running, 0)
+                a64_store_relaxed(&slot.tasks_done, 0)
+                a32_store_relaxed(&slot.turn, 0)
+                a32_store_relaxed(&slot.parked, AWAKE)
+                a32_store_release(&slot.state, S_LIVE)
+                return i
+        return -1
+
+    def occupy(self, uint32_t index, int pidfd):
+        """A process lives in the slot: its leases may be killed through this pidfd."""
+        cdef guard_t *guard = &self.keeper.guards[index]
+        guard_acquire(guard)
+        guard.pidfd = pidfd
+        guard.killing = False
+        guard.armed = True
+        guard_release(guard)
+
+    def vacate(self, uint32_t index):
+        """The process is gone: nothing is signalled through its pidfd any more, which is returned."""
+        cdef guard_t *guard = &self.keeper.guards[index]
+        cdef int pidfd
+        cdef SlotTable table = self.slots[index]
+        guard_acquire(guard)
+        pidfd = guard.pidfd
+        guard.pidfd = -1
+        guard.armed = False
+        guard_release(guard)
+        table.ready = False
+        table.state = S_DYING
+        a32_store_release(&self.arena.slot(index).state, S_DYING)
+        return pidfd
+
+    def worked(self, uint32_t index):
+        """Whether the process in a slot has done any of its work, or was killed for it.
+
+        From the words, not from the worker's hints: it may have been killed between the two.
+        """
+        cdef uint64_t word
+        if self.keeper.guards[index].killing or a64_load_relaxed(&self.arena.slot(index).tasks_done):
+            return True
+        for task in (<SlotTable>self.slots[index]).tasks:
+            if task is not None:
+                word = a64_load_acquire(&self.arena.lease(index, (<Task>task).entry).word)
+                if l_state(word) != L_LEASED and l_state(word) != L_FREE:
+                    return True
+        return False
+
+    def signal(self, uint32_t index, int number):
+        """Send a signal to the process in a slot. False: there is none."""
+        return not self.inert and self.send_signal(index, number)
+
+    def incarnation(self, uint32_t index):
+        """Counts the processes that lived in a slot."""
+        return (<SlotTable>self.slots[index]).incarnation
+
+    def phase(self, uint32_t index):
+        """What the worker in a slot says of itself: P_*; anything else reads as P_BOOT."""
+        cdef uint32_t phase
+        if index >= self.arena.slots:               # the runtime has ended
+            return P_LEAVING
+        phase = a32_load_acquire(&self.arena.slot(index).phase)
+        return phase if phase <= P_LEAVING else P_BOOT
+
+    def failure(self, uint32_t index):
+        """The pickled exception that a worker left when it could not start."""
+        cdef uint64_t n = self.arena.slot(index).failure_bytes
+        n = min(n, self.arena.bounce_bytes)
+        return PyBytes_FromStringAndSize(self.arena.bounce(index), <Py_ssize_t>n)
