@@ -15,10 +15,9 @@ cdef extern from "Python.h":
     long long PyLong_AsLongLongAndOverflow(object o, int *overflow) except? -1
     Py_ssize_t PyUnicode_GET_LENGTH(object o)
     Py_ssize_t PyBytes_GET_SIZE(object o)
-    Py_ssize_t PyList_GET_SIZE(object o)
-    Py_ssize_t PyTuple_GET_SIZE(object o)
     PyObject *PyList_GET_ITEM(object o, Py_ssize_t i)
-    PyObject *PyTuple_GET_ITEM(object o, Py_ssize_t i)
+    Py_ssize_t PySequence_Fast_GET_SIZE(object o)
+    PyObject *PySequence_Fast_GET_ITEM(object o, Py_ssize_t i)
 
 cdef int DEPTH = 6              # of containers in containers
 cdef int64_t ELEMENTS = 256     # looking at more takes as long as it saves
@@ -123,31 +122,18 @@ cdef int64_t weigh(object value, bint fixed, int depth, int64_t *left):
         return 10 + PyBytes_GET_SIZE(value)
     if depth == 0:
         return -1
-    if kind is tuple:
-        n = PyTuple_GET_SIZE(value)
+    if kind is tuple or (kind is list and not fixed):
+        n = PySequence_Fast_GET_SIZE(value)
         left[0] -= n
         if left[0] < 0:
             return -1
         for i in range(n):
-            each = weigh(<object>PyTuple_GET_ITEM(value, i), fixed, depth - 1, left)
+            each = weigh(<object>PySequence_Fast_GET_ITEM(value, i), fixed, depth - 1, left)
             if each < 0:
                 return -1
             total += each
         return total
-    if fixed:
-        return -1
-    if kind is list:
-        n = PyList_GET_SIZE(value)
-        left[0] -= n
-        if left[0] < 0:
-            return -1
-        for i in range(n):
-            each = weigh(<object>PyList_GET_ITEM(value, i), fixed, depth - 1, left)
-            if each < 0:
-                return -1
-            total += each
-        return total
-    if kind is dict:
+    if kind is dict and not fixed:
         left[0] -= 2 * len(<dict>value)
         if left[0] < 0:
             return -1

@@ -77,6 +77,7 @@ cdef class Submitter:
         promise._task = task
         promise._core = self.core
         if not self.dispatcher.enter(task):
+            promise._task = None                    # the two would keep each other
             return None
         if self.dispatcher.noisy():
             self.core.tell()

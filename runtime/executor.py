@@ -247,7 +247,7 @@ class Runtime(Front):
         BrokenRuntime when no worker can be started.
         """
         future: Future[T] | None = self._submitter.submit(self._short, fn, args, kwargs)
-        return future if future is not None else self._submit(self._options, fn, args, kwargs)
+        return future if future is not None else self._submit_anything(self._options, fn, args, kwargs)
 
     def _target(self) -> Runtime:
         return self
@@ -256,10 +256,7 @@ class Runtime(Front):
         future: Future[T] | None = self._submitter.submit(
             None if options.plain else options, fn, args, kwargs
         )
-        if future is None:
-            future = self._submit_anything(options, fn, args, kwargs)
-            self._core.tell()
-        return future
+        return future if future is not None else self._submit_anything(options, fn, args, kwargs)
 
     def _submit_anything(
         self, options: TaskOptions, fn: Callable[..., T], args: Any, kwargs: Any
@@ -292,6 +289,7 @@ class Runtime(Front):
         if not core.dispatcher.submit(task):
             future._task = None  # the two would keep each other, and a block
             raise self._ended()
+        core.tell()
         return future
 
     def _map(
