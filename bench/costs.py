@@ -186,7 +186,7 @@ def rows(scale: Scale) -> list[Row]:
             ),
         ),
         Row(
-            "block, from Python",
+            "block from Python",
             "acquire and release of a block of a MemoryPool. The limit is `with threading.Lock()`.",
             (Figure("", "ns"),),
             (
@@ -195,8 +195,9 @@ def rows(scale: Scale) -> list[Row]:
             ),
         ),
         Row(
-            "block, nogil",
-            "The same in a compiled loop without the GIL. The limit is one compare-and-swap and one store.",
+            "block nogil",
+            "The same in a compiled loop without the GIL. The limit is one compare-and-swap and one store; "
+            "a release that fails for a block that is not held any more takes two.",
             (Figure("", "ns"),),
             (
                 Entry(
@@ -204,6 +205,7 @@ def rows(scale: Scale) -> list[Row]:
                     Role.OURS,
                     lambda meter: native(lambda m, p, n: m.take_and_give(p, n), meter),
                 ),
+                Entry("two CAS", Role.PEER, lambda meter: native(lambda m, p, n: m.swap_twice(n), meter)),
                 Entry(
                     "CAS + store",
                     Role.LIMIT,

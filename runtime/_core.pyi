@@ -10,8 +10,6 @@ PHASE_LEAVING: int
 S_VALUE: int
 S_ERROR: int
 S_PLAIN: int
-S_LIST: int
-S_CALLS: int
 LEASE_LOST: int
 OUTCOME_FRAME: int
 OUTCOME_DIED: int
@@ -131,6 +129,7 @@ class HostBlock:
     def __buffer__(self, flags: int, /) -> memoryview: ...
 
 def unpack_plain(data: Any) -> Any: ...
+def read_series(status: int, data: Any, start: int, count: int) -> list[Any]: ...
 
 class Frame:
     nbytes: int

@@ -7,9 +7,11 @@
     _frame     Frame, read_frame                     how pickles and their buffers lie in a block
     _lease, _runner  Runner                          a worker's end of its slot, and its inner loop
     _plain     unpack_plain                          values that take the short way
+    _series    read_series                           several plain values in one piece
     _future    Promise                               what a Future is made of
     _threads   DeadlineKeeper, watch_host, ...       native threads that need no GIL
-    _leasing   Task, Batch, Span                     what waits, and how it is leased
+    _records   Task, Batch, Span                     what the host notes about work
+    _leasing                                         what waits, and how it is leased
     _harvest                                         what came back, and what the dead leave
     _slots                                           the life of a slot
     _waiting                                         who sleeps, who must be told
@@ -21,7 +23,7 @@
 from runtime._dispatch import CANCEL_DONE, CANCEL_KILLED, CANCEL_NO, Dispatcher
 from runtime._extent import Arena, HostBlock
 from runtime._frame import Frame, read_frame
-from runtime._frame cimport S_CALLS as _S_CALLS, S_ERROR as _S_ERROR, S_LIST as _S_LIST, S_PLAIN as _S_PLAIN, S_VALUE as _S_VALUE
+from runtime._frame cimport S_ERROR as _S_ERROR, S_PLAIN as _S_PLAIN, S_VALUE as _S_VALUE
 from runtime._future import Promise
 from runtime._layout cimport P_FAILED as _FAILED, P_LEAVING as _LEAVING, P_READY as _READY
 from runtime._identity import memfd_create, pidfd_open, pidfd_send_signal
@@ -31,17 +33,16 @@ from runtime._leasing import (
     OUTCOME_FRAME,
     OUTCOME_KILLED,
     OUTCOME_LOST,
-    Batch,
-    Span,
-    Task,
 )
 from runtime._plain import unpack_plain
 from runtime._pool import Block, MemoryPool
+from runtime._records import Batch, Span, Task
 from runtime._region import SharedRegion
 from runtime._runner import LEASE_LOST, Runner
+from runtime._series import read_series
 from runtime._stream import Stream
 from runtime._submit import Submitter
 from runtime._threads import DeadlineKeeper, become_subreaper, kill_descendants, watch_host
 
 PHASE_READY, PHASE_FAILED, PHASE_LEAVING = _READY, _FAILED, _LEAVING
-S_VALUE, S_ERROR, S_PLAIN, S_LIST, S_CALLS = _S_VALUE, _S_ERROR, _S_PLAIN, _S_LIST, _S_CALLS
+S_VALUE, S_ERROR, S_PLAIN = _S_VALUE, _S_ERROR, _S_PLAIN

@@ -2,7 +2,7 @@
 """The door to queue, leases, harvest, slots and waiting. See _dispatch.pyx."""
 from libc.stdint cimport uint32_t
 
-from runtime._leasing cimport Batch, Span, Task
+from runtime._records cimport Batch, Span, Task
 from runtime._waiting cimport Waiting
 
 
@@ -11,6 +11,7 @@ cdef class Dispatcher(Waiting):
 
     cdef int work(self) except -1
     cdef int take_in(self, entry) except -1
+    cdef int rouse(self) except -1
     cdef bint enter(self, Task task) except -1
     cdef int retry_now(self, Task task) except -1
     cdef int retry_item_now(self, Batch batch, Span span) except -1

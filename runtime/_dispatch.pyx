@@ -21,8 +21,8 @@ from libc.stdint cimport uint32_t, uint64_t
 
 from runtime._atomics cimport *
 from runtime._layout cimport *
-from runtime._lease cimport outbox_waiting
-from runtime._leasing cimport T_CANCELLED, T_LEASED, T_OVER, T_WAITING, Batch, SlotTable, Span, Task
+from runtime._lease cimport must_tell, outbox_waiting
+from runtime._records cimport T_CANCELLED, T_LEASED, T_OVER, T_WAITING, Batch, SlotTable, Span, Task
 from runtime._leasing import OUTCOME_ABANDONED
 from runtime._extent cimport HostBlock
 from runtime._frame cimport S_VALUE, Frame
@@ -44,6 +44,10 @@ cdef enum:
     DO_DROP = 7
     DO_ABANDON = 8
     DO_DRAIN_ALL = 9
+
+
+# Bytes that are copied while the worker that will read them is waking up.
+cdef uint64_t ROUSE_BYTES = 1 << 20
 
 
 cdef class Dispatcher(Waiting):
@@ -110,6 +114,7 @@ cdef class Dispatcher(Waiting):
         """
         cdef Frame frame = Frame([(S_VALUE, data, buffers, readonly)])
         cdef HostBlock block
+        cdef uint64_t first = 0
         if self.closed or self.arena.held + frame.nbytes > self.arena.data_bytes // 2:
             return False
         task.fn_block = self.function_block(task.fn)
@@ -118,11 +123,24 @@ cdef class Dispatcher(Waiting):
         block = HostBlock.take(self.arena, frame.nbytes)
         if block is None:
             return False
+        if frame.nbytes >= 4 * ROUSE_BYTES:
+            first = frame.nbytes - ROUSE_BYTES
+            with nogil:
+                frame.copy(block.data, 0, first)
+            self.rouse()
         with nogil:
-            frame.copy(block.data, 0, frame.nbytes)
+            frame.copy(block.data + first, first, frame.nbytes - first)
         task.block = block
         task.data = None
         return True
+
+    cdef int rouse(self) except -1:
+        """Wake a worker that has nothing to do, for a lease that is about to come."""
+        cdef int64_t index = self.pick(1)
+        if index >= 0 and must_tell(&self.arena.slot(<uint32_t>index).parked) != AWAKE:
+            self.announce.add(index)
+            self.tell()
+        return 0
 
     cdef bint enter(self, Task task) except -1:
         if self.closed:

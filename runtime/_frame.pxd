@@ -18,8 +18,10 @@ cdef enum:
     S_VALUE = 0             # a value, or a call
     S_ERROR = 1             # an exception
     S_PLAIN = 2             # a plain value, or a call with plain arguments; not a pickle, see _plain
-    S_LIST = 3              # a list of plain values; `count` of them from `start` on are meant
-    S_CALLS = 4             # the same of tuples of arguments
+    S_LIST = 3              # a series (_series.pyx) of plain values; `count` from `start` on are meant
+    S_INTS = 4              # the same of 64-bit integers
+    S_FLOATS = 5            # of doubles
+    S_CALLS = 6             # of tuples of arguments
 
 ctypedef struct frame_head_t:
     uint32_t items
@@ -29,7 +31,7 @@ ctypedef struct frame_item_t:
     uint64_t data_bytes
     uint32_t buffers
     uint32_t status         # S_*
-    uint32_t start          # of S_LIST and S_CALLS; else 0
+    uint32_t start          # of a series; else 0
     uint32_t count
 
 ctypedef struct frame_buffer_t:

@@ -3,7 +3,8 @@
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from runtime._layout cimport lease_t, record_t
-from runtime._leasing cimport Leasing, Task
+from runtime._leasing cimport Leasing
+from runtime._records cimport Task
 
 
 cdef class Harvest(Leasing):

@@ -14,7 +14,7 @@ from runtime._extent cimport HostBlock, heap_adopt, heap_run, heap_sweep
 from runtime._frame cimport S_PLAIN, SINGLE_HEAD, read_single
 from runtime._layout cimport *
 from runtime._lease cimport outbox_take, outbox_waiting
-from runtime._leasing cimport T_LEASED, T_OVER, T_WAITING, SlotTable
+from runtime._records cimport T_LEASED, T_OVER, T_WAITING, SlotTable
 from runtime._plain cimport plain_loads
 from runtime._leasing import OUTCOME_DIED, OUTCOME_FRAME, OUTCOME_KILLED, OUTCOME_LOST
 from runtime._threads cimport guard_acquire, guard_release, guard_t

@@ -8,8 +8,6 @@ take. When nothing waits, an idle worker gets half of what the fullest one has n
 Rules for all that runs here, see _dispatch.pyx: no Python code, no waiting; and since a destructor may run at
 any allocation, an entry is popped before it is worked on and looked at again before it is published.
 """
-cimport cython
-from _pickle import dumps, loads
 from collections import deque
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
@@ -18,16 +16,12 @@ from libc.string cimport memcpy
 
 from runtime._atomics cimport *
 from runtime._layout cimport *
-from runtime._frame cimport S_CALLS, S_LIST, S_PLAIN, S_VALUE, SINGLE_HEAD, write_single
+from runtime._frame cimport S_PLAIN, S_VALUE, SINGLE_HEAD, write_single
 from runtime._lease cimport must_tell, ring_place, ring_put, ring_room
-from runtime._plain cimport fixed_run
+from runtime._records cimport T_CANCELLED, T_LEASED, T_OVER, T_WAITING, SlotTable, Span
 
 cdef int64_t ROOM_PATIENCE = 50_000_000     # ns a task waits for room before it travels by value
-cdef int64_t CHUNK_NS = 2_000_000           # ns of work that a chunk aims at
-cdef uint32_t MAX_CHUNK = 8192              # items of a chunk, at most
-cdef int64_t SPAN_BYTES = 16 << 10          # bytes of a pickle of several items: it travels with any part
 cdef uint64_t CHUNK_BYTES = 256 << 10       # bytes of a chunk, unless a single item is larger
-cdef uint32_t LONGEST_CHUNK = 65536         # whatever the user asks for: the lease word has 21 bits for it
 cdef double AHEAD_NS = 2_000_000            # ns of work ahead of a worker, if that is two calls or more
 cdef uint32_t DEPTH = 64                    # leases ahead while it is unknown how long a call takes
 cdef uint32_t CHUNK_DEPTH = 2               # chunks ahead per worker: one runs, one waits
@@ -39,189 +33,6 @@ OUTCOME_DIED = 1            # (.., task, item or -1, information that settle() w
 OUTCOME_KILLED = 2          # (.., task, item, reason)
 OUTCOME_LOST = 3            # (.., task, item, what went wrong)
 OUTCOME_ABANDONED = 4       # (.., task or None, batch or None, its entries, whether they count as cancelled)
-
-
-@cython.final
-cdef class Span:
-    """Consecutive items of a map. Immutable but for the queue, which takes from its front."""
-
-    @staticmethod
-    def of(uint64_t first, tuple item, str shown):
-        """One item that has a pickle of its own: (S_VALUE, data, buffers, readonly)."""
-        cdef Span self = Span.__new__(Span)
-        self.first = first
-        self.count = self.attempts = 1
-        self.status = S_VALUE
-        self.item = item
-        self.shown = shown
-        return self
-
-    @staticmethod
-    def pack(uint64_t first, list values, Py_ssize_t start, bint calls):
-        """As many of `values` from `start` on as are plain and fixed, in one pickle; None: not even one.
-
-        calls: each is a tuple of arguments, else the only argument.
-        """
-        cdef Span self
-        cdef Py_ssize_t count = fixed_run(values, start, SPAN_BYTES)
-        if count == 0:
-            return None
-        self = Span.__new__(Span)
-        self.first = first
-        self.count = <uint32_t>count
-        self.attempts = 1
-        self.status = S_CALLS if calls else S_LIST
-        self.data = dumps(values if count == len(values) else values[start:start + count], 5)
-        return self
-
-    @property
-    def several(self):
-        """Whether an item is a tuple of arguments."""
-        return self.status == S_CALLS
-
-    def value(self):
-        """Its first item, of one that was packed."""
-        return loads(self.data)[self.start]
-
-    def singles(self):
-        """Its items, each by itself."""
-        cdef uint32_t i
-        return [self.part(i, 1) for i in range(self.count)]
-
-    @property
-    def nbytes(self):
-        """Bytes of its pickle and buffers."""
-        if self.data is not None:
-            return len(self.data)
-        return len(self.item[1]) + sum([(<object>b).nbytes for b in <tuple>self.item[2]])
-
-    cdef Span part(self, uint32_t offset, uint32_t count):
-        cdef Span other = Span.__new__(Span)
-        other.first = self.first + offset
-        other.count = count
-        other.attempts = self.attempts
-        other.status = self.status
-        other.start = self.start + offset
-        other.data = self.data
-        other.item = self.item
-        other.alone = self.alone
-        other.shown = self.shown
-        return other
-
-    cdef tuple framed(self):
-        """What a Frame is given."""
-        if self.data is None:
-            return self.item
-        return (self.status, self.data, (), (), self.start, self.count)
-
-
-cdef class Batch:
-    """The items of one map that are not leased yet, with what all of them share."""
-
-    def __init__(self, fn, sink, int64_t timeout=0, int priority=0, bint retryable=False,
-                 bint retry_timeouts=False, uint32_t chunksize=0):
-        self.fn = fn
-        self.sink = sink
-        self.timeout = timeout
-        self.priority = priority
-        self.retryable = retryable
-        self.retry_timeouts = retry_timeouts
-        self.fixed = chunksize
-        self.pending = deque()
-
-    cdef uint32_t chunk(self, uint32_t workers):
-        """Items for the next chunk: about 2 ms of work, and towards the end a fair share of what is left."""
-        cdef uint32_t left = <uint32_t>min(self.waiting, <uint64_t>LONGEST_CHUNK)
-        cdef double most, share
-        if self.fixed:
-            return min(self.fixed, left)
-        if self.ran_items <= 0:
-            return 1
-        most = min(<double>MAX_CHUNK, CHUNK_NS * self.ran_items / self.ran_ns)
-        # A share that takes less than a tenth of that is not worth a lease of its own.
-        share = max(<double>self.waiting / (2 * workers), most / 10)
-        return max(1, min(<uint32_t>min(most, share), left))
-
-    cdef void measured(self, int64_t ns, uint64_t items):
-        if ns > 0 and items:
-            self.ran_ns = self.ran_ns / 2 + ns
-            self.ran_items = self.ran_items / 2 + items
-
-
-@cython.final
-@cython.no_gc                                       # its only cycle, with its future, ends with the task
-@cython.freelist(256)
-cdef class Task:
-    """One lease's worth of work: a call, or a chunk of a batch. Host-private."""
-
-    def __init__(self, fn, Promise future, int64_t timeout=0, int priority=0, uint32_t retries=0,
-                 bint retry_timeouts=False):
-        self.fn = fn
-        self.future = future
-        self.timeout = timeout
-        self.priority = priority
-        self.retries = retries
-        self.private_view = retries > 0
-        self.retry_timeouts = retry_timeouts
-        self.attempt = 1
-        self.count = 1
-        self.reason = ""
-
-    def hold(self, bytes data, tuple buffers, tuple readonly):
-        """The arguments of a call, in private memory until there is a lease for them."""
-        self.data = data
-        self.buffers = buffers
-        self.readonly = readonly
-
-    cdef Span one(self, uint64_t item):
-        """A chunk's item by itself."""
-        cdef Span span
-        for span in self.spans:
-            if item < span.count:
-                return span.part(<uint32_t>item, 1)
-            item -= span.count
-        raise IndexError("no such item in the chunk")
-
-    def item(self, uint64_t item):
-        """An item of a chunk by itself."""
-        return self.one(item)
-
-    def attempts(self, uint64_t item):
-        """Which attempt this is of a call, or of an item of a chunk."""
-        return self.attempt if self.batch is None else self.one(item).attempts
-
-    def stretches(self, uint64_t first, uint64_t count):
-        """[(index in the map, how many)] for items first .. first+count-1 of a chunk."""
-        cdef Span span
-        cdef uint64_t here
-        cdef list out = []
-        for span in self.spans:
-            if count == 0:
-                break
-            if first >= span.count:
-                first -= span.count
-                continue
-            here = min(count, span.count - first)
-            if out and out[len(out) - 1][0] + out[len(out) - 1][1] == span.first + first:
-                index, before = out.pop()
-                out.append((index, before + here))
-            else:
-                out.append((span.first + first, here))
-            count -= here
-            first = 0
-        return out
-
-
-@cython.final
-cdef class SlotTable:
-    """Host-private bookkeeping of one slot."""
-    # What the host writes into the slot is decided from these, never read back: a worker may run wild.
-
-    def __init__(self, uint32_t leases):
-        self.tasks = [None] * leases
-        self.free = list(range(leases - 1, -1, -1))
-        self.kept = {}
-        self.early = set()
 
 
 cdef class Leasing:

@@ -7,6 +7,9 @@ what it is made of, with others.
 """
 from libc.stdint cimport int64_t
 
+cdef extern from "Python.h":
+    long long PyLong_AsLongLongAndOverflow(object o, int *overflow) except? -1
+
 # A plain value as bytes and back: by marshal, which is several times faster than pickle for small ones, and
 # reads nothing but such values. Both processes run the same interpreter.
 cdef bytes plain_dumps(object value)
@@ -19,3 +22,11 @@ cdef int64_t plain_bytes(object value)
 cdef int64_t fixed_bytes(object value)
 # How many values of a list, from `start` on, are plain and fixed, and stay below `limit` bytes in all.
 cdef Py_ssize_t fixed_run(list values, Py_ssize_t start, int64_t limit)
+
+
+cdef inline int64_t weigh_int(object value):
+    cdef int overflow = 0
+    PyLong_AsLongLongAndOverflow(value, &overflow)
+    if overflow:
+        return 10 + <int64_t>value.bit_length() // 8
+    return 5

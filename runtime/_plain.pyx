@@ -12,7 +12,6 @@ cdef extern from "marshal.h":
     object PyMarshal_ReadObjectFromString(const char *data, Py_ssize_t nbytes)
 
 cdef extern from "Python.h":
-    long long PyLong_AsLongLongAndOverflow(object o, int *overflow) except? -1
     Py_ssize_t PyUnicode_GET_LENGTH(object o)
     Py_ssize_t PyBytes_GET_SIZE(object o)
     PyObject *PyList_GET_ITEM(object o, Py_ssize_t i)
@@ -93,14 +92,6 @@ def unpack_plain(data):
         return plain_loads(<const char *>view.buf, view.len)
     finally:
         PyBuffer_Release(&view)
-
-
-cdef inline int64_t weigh_int(object value):
-    cdef int overflow = 0
-    PyLong_AsLongLongAndOverflow(value, &overflow)
-    if overflow:
-        return 10 + <int64_t>value.bit_length() // 8
-    return 5
 
 
 cdef int64_t weigh(object value, bint fixed, int depth, int64_t *left):

@@ -5,7 +5,7 @@ What most tasks need is done here: a call whose arguments fit into the lease, an
 with arguments or results that are larger, or that are not plain, goes the same way with more steps in
 worker.py; there is no other kind of task.
 """
-from _pickle import dumps, loads
+from _pickle import loads
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.exc cimport PyErr_CheckSignals
@@ -14,13 +14,15 @@ from posix.fcntl cimport F_GETFD, fcntl
 from posix.unistd cimport _exit
 
 from runtime._atomics cimport *
-from runtime._frame cimport S_CALLS, S_LIST, S_PLAIN, SINGLE_HEAD, read_single, write_single
+from runtime._frame cimport S_CALLS, S_PLAIN, SINGLE_HEAD, read_single, write_single
 from runtime._frame import read_frame
 from runtime._layout cimport *
-from runtime._plain cimport fixed_bytes, plain_bytes, plain_dumps, plain_loads
+from runtime._plain cimport fixed_bytes, plain_bytes, plain_dumps, plain_loads, weigh_int
+from runtime._series cimport is_series, pack_series, unpack_series
 
 cdef extern from "Python.h":
     object PyObject_Call(object fn, object args, PyObject *kwargs)
+    object PyObject_CallOneArg(object fn, object arg)
 
 cdef int64_t SLOW_ITEM = 50_000         # ns: an item of a chunk that runs longer is committed by itself
 cdef int64_t COMMIT = 500_000           # ns: quicker items are committed together, this much work at a time
@@ -167,8 +169,10 @@ cdef class Runner(WorkerPort):
         cdef Clock clock
         cdef uint64_t ran = 0
         cdef uint32_t status, start, count, k
+        cdef bint series
         cdef object failure = None, fn_data = None, exporter = None
-        cdef object data, views, values, fn
+        cdef object data, views, fn
+        cdef list values
         try:
             exporter = self.frame(entry)
             items = read_frame(exporter)
@@ -183,36 +187,38 @@ cdef class Runner(WorkerPort):
         while items:
             status, data, views, start, count = items.pop()
             values = fn = None
-            if status != S_LIST and status != S_CALLS:
-                start, count = 0, 1
-            for k in range(start, start + count):
+            series = status == S_CALLS or is_series(status)
+            if not series:
+                count = 1
+            for k in range(count):
                 if ran and not self.advance(lease):
                     return False
                 if clock.skipped == 0:
                     self.begin(lease, clock.last)
                 if failure is not None:
                     answers.add(failure)
-                elif status != S_LIST and status != S_CALLS:
+                elif not series:
                     answers.add(self.worker.run_item(lease.fn, fn_data, data, views))
                 else:
                     try:
                         if values is None:
                             fn = self.functions.load(lease.fn, fn_data)
-                            values = loads(data)
+                            values = unpack_series(status, data, start, count)
                         self.answer(answers, fn, values, k, status)
                     except BaseException as error:
                         answers.add(self.worker.failed(error))
                 ran += 1
                 self.left -= 1
-                self.tick(lease, &clock, not items and k + 1 == start + count)
-                PyErr_CheckSignals()
+                if clock.skipped == 0:
+                    PyErr_CheckSignals()
+                self.tick(lease, &clock, k + 1 == count and not items)
                 if self.left == 0 or self.leaving or a32_load_relaxed(&self.slot.control) & C_STOP:
                     if clock.skipped:
                         self.end(lease)
                     items.clear()
                     break
                 if (clock.took >= SLOW_ITEM or clock.since >= COMMIT or answers.nbytes >= COMMIT_BYTES) and (
-                        items or k + 1 < start + count):
+                        items or k + 1 < count):
                     clock.since = clock.took = 0
                     self.commit_answers(entry, answers)
                     if clock.skipped == 0:
@@ -226,9 +232,14 @@ cdef class Runner(WorkerPort):
         cdef object outcome
         cdef int64_t nbytes
         values[k] = None
-        outcome = fn(value) if status == S_LIST else PyObject_Call(fn, value, NULL)
+        outcome = PyObject_Call(fn, value, NULL) if status == S_CALLS else PyObject_CallOneArg(fn, value)
         value = None
-        nbytes = -1 if self.arena.private else fixed_bytes(outcome)
+        if self.arena.private:
+            nbytes = -1
+        elif type(outcome) is int:
+            nbytes = weigh_int(outcome)
+        else:
+            nbytes = fixed_bytes(outcome)
         if nbytes < 0:
             answers.add(self.worker.succeeded(outcome))
         elif nbytes > COMMIT_BYTES:             # by itself: there may be no memory for its pickle
@@ -282,9 +293,10 @@ cdef class Answers:
         return 0
 
     cdef int close(self) except -1:
-        """The plain values so far become one item of the frame."""
+        """The plain values so far become one series."""
         if self.fixed:
-            self.done.append((S_LIST, dumps(self.fixed, 5), (), (), 0, len(self.fixed)))
+            status, data = pack_series(self.fixed)
+            self.done.append((status, data, (), (), 0, len(self.fixed)))
             self.fixed = []
         return 0
 

@@ -8,7 +8,7 @@ from libc.stdint cimport uint32_t, uint64_t
 
 from runtime._atomics cimport *
 from runtime._layout cimport *
-from runtime._leasing cimport SlotTable, Task
+from runtime._records cimport SlotTable, Task
 from runtime._threads cimport guard_acquire, guard_release, guard_t
 
 

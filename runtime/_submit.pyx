@@ -10,7 +10,7 @@ from cpython.dict cimport PyDict_GetItem
 from cpython.object cimport PyObject
 from runtime._dispatch cimport Dispatcher
 from runtime._future cimport Promise
-from runtime._leasing cimport Task
+from runtime._records cimport Task
 from runtime._plain cimport plain_bytes, plain_dumps
 
 cdef extern from "Python.h":

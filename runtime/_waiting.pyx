@@ -17,7 +17,7 @@ from runtime._extent cimport Arena
 from runtime._future cimport Promise
 from runtime._layout cimport *
 from runtime._lease cimport outbox_waiting, park
-from runtime._leasing cimport T_LEASED, T_WAITING, SlotTable, Task
+from runtime._records cimport T_LEASED, T_WAITING, SlotTable, Task
 from runtime._leasing import OUTCOME_FRAME
 
 

@@ -300,18 +300,19 @@ class Collector:
         count: int,
     ) -> int:  # fmt: skip
         """One result, or several in one pickle, that are not unpickled yet; how many."""
-        if status == _core.S_LIST and task.batch is not None:
+        if count and task.batch is not None:
             try:
-                values = serializer.loads(data)[start : start + count]
-                if type(values) is not list or not 0 < len(values) == count <= most:
-                    raise ValueError(f"not a list of {count} results")
+                if count > most:
+                    raise ValueError(f"{count} results where at most {most} can be")
+                values = _core.read_series(status, data, start, count)
             except BaseException as error:
                 self.unreadable(task, item, item + 1, error)
                 return 1
             self.dispatcher.note(count, 0)
             for index, n in task.stretches(item, count):
-                task.batch.sink.deliver(index, values[:n])
-                del values[:n]
+                task.batch.sink.deliver(index, values if n == len(values) else values[:n])
+                if n < len(values):
+                    del values[:n]
             return count
         if status == _core.S_ERROR:
             self.fail_or_retry(task, item, serializer.load_exception(data, views))

@@ -137,9 +137,9 @@ def none_left(nbytes: int, spare: int = 0) -> bytes:
 
 def write_as_list(pickle: bytes) -> None:
     """From now on this worker says of every list of plain results that this is its pickle."""
-    from runtime import _runner
+    from runtime import _series
 
-    _runner.dumps = lambda *_: pickle
+    _series.dumps = lambda *_: pickle
 
 
 def write_as_plain(data: bytes) -> None:
@@ -203,6 +203,15 @@ def die_until(attempt: int) -> int:
     if runtime.current().attempt < attempt:
         kill_self()
     return runtime.current().attempt
+
+
+def die_once_at(value: int, fatal: int) -> int:
+    """The value; the first attempt of one of them kills this worker."""
+    import runtime
+
+    if value == fatal and runtime.current().attempt == 1:
+        kill_self()
+    return value
 
 
 def fail_until(attempt: int, kind: type[BaseException]) -> int:

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import tasks
 from tasks import Gate
-from watching import send, until
+from watching import idle, send, until
 
 from runtime import Runtime, WorkerDied
 
@@ -480,3 +480,15 @@ def test_an_argument_of_1_gib(factory: Callable[..., Runtime]) -> None:
     )
     assert rt.submit(abs, -1).result() == 1
     assert_blocks_are_back(rt)
+
+
+def test_worker_that_is_woken_ahead_of_a_large_argument(factory: Callable[..., Runtime]) -> None:
+    np = pytest.importorskip("numpy")
+    rt = factory(2, region_size="64MiB")
+    data = np.arange(1 << 20, dtype="f8")
+    for _ in range(30):
+        until(lambda: idle(rt), lambda: f"idle: {rt.stats()}")
+        assert rt.submit(tasks.echo, data).result(tasks.PATIENCE).sum() == data.sum()
+    busy = [rt.submit(tasks.echo, data) for _ in range(20)]
+    assert all(future.result(tasks.PATIENCE)[-1] == data[-1] for future in busy)
+    assert rt.stats().rescued == 0

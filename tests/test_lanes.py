@@ -311,7 +311,7 @@ def test_plain_result_that_is_damaged(factory: Factory, data: bytes) -> None:
 def test_list_of_results_that_is_none(factory: Factory, pickle: bytes) -> None:
     rt = ready(factory(1))
     rt.submit(tasks.write_as_list, pickle).exception(tasks.PATIENCE)
-    outcomes = list(rt.map(tasks.echo, range(40), chunksize=40, return_exceptions=True))
+    outcomes = list(rt.map(str, range(40), chunksize=40, return_exceptions=True))
     assert [type(outcome) for outcome in outcomes] == [RuntimeFailure] * 40
     settled(rt)
 
