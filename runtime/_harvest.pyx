@@ -4,7 +4,7 @@
 A worker is not trusted: what is read from shared memory is copied once, then checked, and the host's own
 records (Task, SlotTable) decide. A record that makes no sense is counted and dropped.
 """
-from cpython.bytearray cimport PyByteArray_AS_STRING
+from cpython.bytearray cimport PyByteArray_AS_STRING, PyByteArray_Resize
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from libc.signal cimport SIGKILL
 from libc.string cimport memcpy
@@ -61,6 +61,8 @@ cdef class Harvest(Leasing):
         if record.kind == R_UNKEEP:
             key = (record.body, record.tag)
             if table.kept.pop(key, None) is None:
+                if len(table.early) >= self.arena.leases:
+                    return self.strange()           # more than there are leases that could have kept a view
                 table.early.add(key)
             return 0
         if record.entry >= self.arena.leases or table.tasks[record.entry] is None:
@@ -131,7 +133,7 @@ cdef class Harvest(Leasing):
         elif copy.out_where == AT_BLOCK:
             exporter = self.adopted(index, copy.out_body, copy.out_tag, copy.out_bytes)
         elif copy.out_where == AT_BOUNCE and task.inbound is not None:
-            if task.inbound_got == <uint64_t>len(task.inbound):
+            if task.inbound_total == <uint64_t>len(task.inbound):
                 exporter = task.inbound
         if copy.out_flags & F_KEPT and task.block is not None:
             key = (task.block.offset, task.block.tag)
@@ -190,16 +192,21 @@ cdef class Harvest(Leasing):
         if record.bytes > self.arena.bounce_bytes:
             return self.strange()
         if record.count == 0:
-            try:
-                task.inbound = bytearray(lease.out_bytes)
-            except (MemoryError, OverflowError):
-                task.inbound = bytearray()          # the harvest finds it incomplete and fails the task
-            task.inbound_got = 0
+            task.inbound = bytearray()
+            task.inbound_total = lease.out_bytes
         if task.inbound is None:
             return self.strange()
-        if record.count == task.inbound_got and record.count + record.bytes <= <uint64_t>len(task.inbound):
-            memcpy(PyByteArray_AS_STRING(task.inbound) + record.count, self.arena.bounce(index), record.bytes)
-            task.inbound_got += record.bytes
+        # It grows with what has come, not with what was announced, or a worker that runs wild could make the
+        # host reserve a terabyte. One that misses a piece stays incomplete, and the harvest fails the task.
+        if (record.count == <uint64_t>len(task.inbound)
+                and record.bytes <= task.inbound_total - record.count):
+            try:
+                PyByteArray_Resize(task.inbound, <Py_ssize_t>(record.count + record.bytes))
+            except MemoryError:
+                task.inbound_total = 0
+            else:
+                memcpy(PyByteArray_AS_STRING(task.inbound) + record.count, self.arena.bounce(index),
+                       record.bytes)
         a32_fetch_add_acq_rel(&slot.turn, 1)
         futex_wake(&slot.turn, 1)
         return 0
@@ -244,8 +251,8 @@ cdef class Harvest(Leasing):
         cdef uint64_t word = a64_load_acquire(&lease.word)
         a64_store_release(&lease.word, lease_word(L_FREE, 0, task.tag))
         if task.state != T_LEASED:                  # its outcome is known: killed, or cancelled just now
-            if l_state(word) == L_KILLED and task.batch is not None:
-                self.put_back(task, task.delivered, <int64_t>l_item(word))
+            if task.killed and task.batch is not None:
+                self.put_back(task, task.delivered, task.killed_item)
             self.release(task)
         elif l_state(word) == L_LEASED:
             task.state = T_WAITING
@@ -289,6 +296,9 @@ cdef class Harvest(Leasing):
             if task.retry_timeouts and not task.reason:
                 continue                            # the next attempt waits until this process is dead
             item = l_item(word) if task.batch is not None else 0
+            # What is answered now is not asked of the word again: a worker that runs wild may change it.
+            task.killed = True
+            task.killed_item = <int64_t>item
             self.over(task, T_OVER)
             if task.batch is None or task.delivered <= item < task.count:
                 self.outcomes.append((OUTCOME_KILLED, task, item, task.reason))

@@ -66,7 +66,7 @@ cdef class Task:
     cdef HostBlock fn_block
     cdef Frame by_value                     # the frame, while it travels through the bounce block
     cdef object inbound                     # bytearray: the result's frame, arriving by value
-    cdef uint64_t inbound_got
+    cdef uint64_t inbound_total             # bytes that it will have
     cdef uint32_t slot, entry
     cdef uint64_t tag
     cdef uint64_t delivered                 # items of the chunk whose results were taken
@@ -74,6 +74,8 @@ cdef class Task:
     cdef bint woke                          # its worker had to be woken by a message
     cdef bint private_view                  # another attempt may follow: it must see the original
     cdef bint retry_timeouts                # after its deadline too, once the killed process is dead
+    cdef bint killed                        # it was resolved while its process was still to die
+    cdef int64_t killed_item                # by this item of the chunk
     cdef str reason                         # why it was killed, "" for the deadline
 
     cdef Span one(self, uint64_t item)
