@@ -3,11 +3,13 @@
 #   make test                       the suite, in .venv
 #   make test PYTHON=python3.13     the same on another interpreter, in .venv-3.13 beside it
 #   make test ARGS="-k pool -x"     ARGS goes to what the target runs
+#   make test JOBS=0                in one process, as a debugger needs it
 
 PYTHON ?= python3
 ARGS   ?=
 MARK   ?= not promise and not stress
 DIST   ?= dist
+JOBS   ?= 2
 
 ifndef VENV
 ifeq ($(PYTHON),python3)
@@ -40,7 +42,7 @@ run: ## the main job on real input: a census of the standard library, checked ag
 	$(RUN) examples/census.py $(ARGS)
 
 test: setup ## the test suite without storms and promises (MARK="..." chooses otherwise)
-	$(RUN) -m pytest -m "$(MARK)" $(ARGS)
+	$(RUN) -m pytest -m "$(MARK)" -n $(JOBS) --dist loadfile $(ARGS)
 
 lint: setup ## ruff and cython-lint
 	$(RUN) -m ruff check $(SOURCES)
