@@ -47,6 +47,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("zygote",),  # forks, and then calls worker.main
     ("collector", "mapping"),
     ("lifecycle",),
+    ("lives",),
+    ("zygotes",),
     ("supervisor",),
     ("forking",),
     ("executor",),

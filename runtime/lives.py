@@ -1,0 +1,290 @@
+"""The lives of worker processes: who is born, becomes ready, leaves or dies, and what follows from it.
+
+    respawn        a worker for each number that has none, after its back-off
+    follow_phases  a worker that says it is ready gets leases; one that leaves gets none
+    reap           pidfds that say a worker is dead: the next one may start
+    settle         the dead whose descendants are dead too: sweep the slot, count a death before ready
+    recycle        workers that should not stay are asked to leave, one at a time
+
+A number is what users see: worker 0, worker 1. It outlives processes; each process lives in a slot, and
+the replacement starts at once in another slot while the dead one's is swept.
+
+    RESTARTING ──fork──► STARTING ──ready──► READY ──stop──► STOPPING
+        ▲                    │                 │                │
+        └──── died ──────────┴─────────────────┴────────────────┘      RESTING: waiting out a back-off
+
+Who forks them is chosen in zygotes.py; when all of this is done, and until when, in supervisor.py.
+"""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import logging
+import os
+import signal
+import threading
+import time
+import traceback
+from collections import deque
+
+from runtime import _core, config, serializer
+from runtime.collector import Collector
+from runtime.errors import BrokenRuntime
+from runtime.lifecycle import Number, Worker, WorkerStatus, backoff, death_of, how_it_ended
+from runtime.sockets import HostLink
+from runtime.zygote import Zygote
+
+__all__ = ["FAILURES", "Lives"]
+
+FAILURES = 5  # so many deaths before ready …
+_WINDOW = 30.0  # … in so many seconds make a slot give up
+
+log = logging.getLogger("runtime")
+
+
+class Lives(abc.ABC):
+    """The workers of one runtime by number and by slot, and the verbs that act on them.
+
+    Thread-safety: `look` and `workers` may be called from any thread; the rest belongs to the supervisor's.
+    """
+
+    settings: config.Settings
+    link: HostLink
+    dispatcher: _core.Dispatcher
+    collector: Collector
+
+    def __init__(self, settings: config.Settings) -> None:
+        self.settings = settings
+        self.broken: BrokenRuntime | None = None
+        self._numbers = {n: Number() for n in range(settings.max_workers)}
+        self._slots: dict[int, Worker] = {}  # slot -> its process, until the slot is swept
+        self._looks: deque[int] = deque()  # slots whose phase may have changed
+        self._counting = threading.RLock()  # guards each number's worker and count, for those who look
+        self._drained = False  # nothing is left: the workers were told to leave
+        self._ever_ready = False
+        self._zygote: Zygote | None = None  # the one that forks
+        self._old: list[Zygote] = []  # dead ones, whose workers are being replaced
+
+    @abc.abstractmethod
+    def wake(self) -> None:
+        """Make the loop look at everything."""
+
+    @abc.abstractmethod
+    def fail(self, error: BrokenRuntime) -> None:
+        """No task can run any more."""
+
+    @abc.abstractmethod
+    def _zygote_is_there(self) -> bool:
+        """Whether there is one that forks; it is started if it may be."""
+
+    # ---- looking -------------------------------------------------------------------------------------
+
+    def look(self, slot: int) -> None:
+        """The collector: a worker may have changed its phase (-1: any may have)."""
+        for index in (slot,) if slot >= 0 else tuple(self._slots):
+            worker = self._slots.get(index)
+            if worker is not None and not worker.leave_by:
+                phase = self.dispatcher.phase(index)
+                if phase == _core.PHASE_LEAVING or (phase == _core.PHASE_READY and not worker.ready):
+                    self._looks.append(index)
+                    self.wake()
+
+    def workers(self) -> list[tuple[int, WorkerStatus, Worker | None, int]]:
+        """(number, status, process, tasks done) of each number; the counts never go backwards."""
+        now = time.monotonic()
+        with self._counting:
+            return [
+                (n, self._status(it, now), it.worker, it.tasks_done + self._done_by(it.worker))
+                for n, it in sorted(self._numbers.items())
+            ]
+
+    def _status(self, number: Number, now: float) -> WorkerStatus:
+        worker = number.worker
+        if worker is None:
+            if self._drained:
+                return WorkerStatus.STOPPING
+            return WorkerStatus.RESTING if number.not_before > now else WorkerStatus.RESTARTING
+        if worker.stopping:
+            return WorkerStatus.STOPPING
+        return WorkerStatus.READY if worker.ready else WorkerStatus.STARTING
+
+    def _done_by(self, worker: Worker | None) -> int:
+        return self.dispatcher.look(worker.slot)[2] if worker is not None else 0
+
+    def _retire(self, worker: Worker) -> None:
+        """Its number is free for the next process; what it has done stays counted."""
+        number = self._numbers[worker.number]
+        with self._counting:
+            if number.worker is worker:
+                number.worker = None
+                number.tasks_done += self._done_by(worker)
+
+    # ---- births and deaths ---------------------------------------------------------------------------
+
+    def _respawn(self) -> None:
+        """A worker for each number that has none and whose back-off is over."""
+        now = time.monotonic()
+        if self._drained or self.broken is not None:
+            return
+        if not self._zygote_is_there():
+            return
+        for n, number in self._numbers.items():
+            if number.worker is not None or number.not_before > now:
+                continue
+            slot = self.dispatcher.open_slot(n, 1)
+            if slot < 0:
+                return  # all are being swept; the next settle comes back here
+            assert self._zygote is not None
+            worker = Worker(n, slot, self._zygote, time.time())
+            number.worker = self._slots[slot] = worker
+            try:
+                paths = self.link.open(slot)
+            except OSError as error:
+                self._refused(worker, f"no sockets for a new worker: {error}")
+                continue
+            incarnation = self.dispatcher.incarnation(slot)
+            self._zygote.order(
+                "fork", slot=slot, incarnation=incarnation, number=n, generation=1, paths=paths
+            )
+
+    def _forked(self, worker: Worker | None, pid: int, pidfd: int) -> None:
+        """A process was made for a slot."""
+        if pidfd < 0:  # the descriptor got lost, for want of one; the zygote has not reaped it yet
+            with contextlib.suppress(OSError):
+                pidfd = _core.pidfd_open(pid)
+        if worker is None or worker.died:
+            if pidfd >= 0:  # nobody waits for it any more
+                with contextlib.suppress(OSError):
+                    _core.pidfd_send_signal(pidfd, signal.SIGKILL)
+                os.close(pidfd)
+            return
+        worker.pid, worker.pidfd = pid, pidfd
+        self.dispatcher.occupy(worker.slot, pidfd)
+        self._looks.append(worker.slot)
+        if self.broken is not None or self._drained:
+            self.dispatcher.signal(worker.slot, signal.SIGKILL)
+
+    def _refused(self, worker: Worker, reason: str) -> None:
+        """No process could be made for a slot."""
+        worker.died = now = time.monotonic()
+        worker.reported = True
+        self._retire(worker)
+        self._failed_before_ready(self._numbers[worker.number], now, BrokenRuntime(reason))
+
+    def _follow_phases(self) -> None:
+        """A worker that is ready gets leases; one that leaves gets none."""
+        while self._looks:
+            worker = self._slots.get(self._looks.popleft())
+            if worker is None or worker.died or worker.pid is None:
+                continue  # not before the zygote has told of it: what cannot be killed gets no task
+            phase = self.dispatcher.phase(worker.slot)
+            if phase == _core.PHASE_READY and not worker.ready:
+                worker.ready = self._ever_ready = True
+                self.link.hide(worker.slot)
+                if self._drained:
+                    continue
+                self.dispatcher.make_ready(worker.slot)
+                self.collector.announce()
+            elif phase == _core.PHASE_LEAVING and not worker.leave_by:
+                # It runs nothing any more, but threads of a task's may keep it from ending. The next one
+                # starts now.
+                worker.stopping = True
+                worker.leave_by = time.monotonic() + self.settings.drain_timeout
+                self.dispatcher.stop_slot(worker.slot)
+                self.collector.announce()
+                self._retire(worker)
+
+    def _reap(self, ready: set[int]) -> None:
+        """Workers whose pidfd says that they are dead."""
+        for worker in list(self._slots.values()):
+            if worker.pidfd in ready and not worker.died:
+                self._died(worker)
+
+    def _died(self, worker: Worker) -> None:
+        """A worker's process is gone: no more leases to it, and the next one may start."""
+        if worker.died:
+            return
+        worker.died = time.monotonic()
+        number = self._numbers[worker.number]
+        worker.unready = not (self.dispatcher.worked(worker.slot) or worker.stopping)
+        self._retire(worker)
+        self.dispatcher.vacate(worker.slot)
+        if worker.unready:
+            number.not_before = worker.died + worker.patience  # _settle knows how it ended
+        else:
+            number.failures.clear()
+            number.not_before = 0.0
+
+    def _start_failure(self, worker: Worker) -> BrokenRuntime:
+        """Why a worker did not become ready."""
+        if self.dispatcher.phase(worker.slot) == _core.PHASE_FAILED:
+            try:
+                ((_, data, views, _, _),) = _core.read_frame(self.dispatcher.failure(worker.slot))
+                cause = serializer.load_exception(data, views)
+            except ValueError as error:
+                cause = error
+            text = "".join(traceback.format_exception_only(cause)).strip()  # survives a __str__ that raises
+            failure = BrokenRuntime(f"the initializer raised {text}")
+            failure.__cause__ = cause
+            return failure
+        return BrokenRuntime(
+            f"worker {worker.number} (pid {worker.pid}) ended before it was ready: {how_it_ended(worker)}"
+        )
+
+    def _failed_before_ready(self, number: Number, now: float, failure: BrokenRuntime) -> None:
+        """Back off; give up when no slot has any attempt left, or at once when the very first one raised."""
+        number.failures.append(now)
+        while number.failures[0] < now - _WINDOW:
+            number.failures.popleft()
+        number.not_before = now + backoff(len(number.failures))
+        if self.broken is not None or self._drained:
+            return
+        exhausted = all(
+            it.worker is None and sum(t > now - _WINDOW for t in it.failures) >= FAILURES
+            for it in self._numbers.values()
+        )
+        if exhausted or (not self._ever_ready and failure.__cause__ is not None):
+            self.fail(failure)
+        else:
+            log.warning("%s; trying again in %.2g s", failure, number.not_before - now)
+
+    # ---- the end of a life --------------------------------------------------------------------------
+
+    def _settle(self) -> None:
+        """Sweep the slots of the dead whose descendants are dead too."""
+        now = time.monotonic()
+        for worker in list(self._slots.values()):
+            if not worker.died or not (worker.reported or now >= worker.died + worker.patience):
+                continue
+            slot = worker.slot
+            if worker.unready:
+                self._failed_before_ready(self._numbers[worker.number], now, self._start_failure(worker))
+            self.link.close_slot(slot)
+            self.collector.forget(slot)
+            self.dispatcher.settle(slot, death_of(worker))
+            if worker.pidfd >= 0:
+                os.close(worker.pidfd)
+            del self._slots[slot]
+            self.collector.announce()
+            self.link.wake()
+        for zygote in [old for old in self._old if not any(w.zygote is old for w in self._slots.values())]:
+            self._old.remove(zygote)
+            zygote.close(0.0)
+
+    def _recycle(self) -> None:
+        """Replace workers whose zygote has died, one at a time: nobody would end what they leave behind."""
+        if not self._old or any(
+            it.worker is None or not it.worker.ready or it.worker.stopping for it in self._numbers.values()
+        ):
+            return
+        for number in self._numbers.values():
+            if number.worker is not None and number.worker.zygote in self._old:
+                self._ask_to_leave(number.worker)
+                return
+
+    def _ask_to_leave(self, worker: Worker) -> None:
+        worker.stopping = True
+        self.dispatcher.stop_slot(worker.slot)
+        self.collector.tell()
+        self.link.publish(worker.slot, self.dispatcher.incarnation(worker.slot))

@@ -1,0 +1,162 @@
+"""Which zygote forks: its start, its reports, its replacement when it dies.
+
+listen   what it reports: importing, started, forked, exited, refused, failed
+died     a new one takes over; the workers of the old one are replaced, one by one (lives.py)
+warn     nothing is killed for slowness at the first start, but it is said what takes so long
+"""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import logging
+import os
+import time
+import warnings
+from typing import Any
+
+from runtime import _core, config, serializer
+from runtime.errors import BrokenRuntime, remote_traceback
+from runtime.lifecycle import backoff, zygote_settings
+from runtime.lives import FAILURES, Lives
+from runtime.zygote import Zygote
+
+__all__ = ["Zygotes"]
+
+_ORPHAN_WAIT = 1.0  # seconds for a worker to see that it lost its zygote before it was ready
+_SLOW_START = 10.0  # seconds until the first warning about a slow start
+_SLOW_AGAIN = 60.0  # seconds between the further ones
+
+log = logging.getLogger("runtime")
+
+
+class Zygotes(Lives):
+    """The zygote of one runtime, and those before it. Thread-safety: for the supervisor's thread."""
+
+    arena: _core.Arena
+
+    @property
+    @abc.abstractmethod
+    def stopping(self) -> bool:
+        """Whether the runtime ends when nothing is left to do."""
+
+    def __init__(self, settings: config.Settings, table: serializer.FunctionTable) -> None:
+        super().__init__(settings)
+        self._zygote_settings = zygote_settings(settings, table)
+        self._environment = {**os.environ, **config.thread_caps(settings.max_workers)}
+        self._zygote_failures = 0
+        self._zygote_at = 0.0  # monotonic time of the next attempt to start one
+        self._warn_at = time.monotonic() + _SLOW_START
+
+    def _zygote_is_there(self) -> bool:
+        return self._zygote is not None or (time.monotonic() >= self._zygote_at and self._new_zygote())
+
+    def _new_zygote(self) -> bool:
+        try:
+            self._zygote = Zygote(self._zygote_settings, self.arena, self._environment)
+        except OSError as error:
+            self._zygote_failed(f"no process for the zygote could be made: {error}")
+            return False
+        return True
+
+    def _listen(self) -> None:
+        """Act on what the zygote reports."""
+        zygote = self._zygote
+        for report in zygote.reports() if zygote is not None else ():
+            assert zygote is not None
+            worker = self._slots.get(report.fields.get("slot", -1))
+            if worker is not None and report.fields["incarnation"] != self.dispatcher.incarnation(
+                worker.slot
+            ):
+                worker = None  # it is about an earlier process of this slot
+            if report.what == "forked":
+                self._forked(worker, report.fields["pid"], report.fd)
+            elif report.what == "exited" and worker is not None:
+                worker.status, worker.rss = report.fields["status"], report.fields["rss"]
+                worker.reported = True
+                self._died(worker)
+            elif report.what == "refused" and worker is not None:
+                self._refused(worker, f"the system refused a new process: {report.fields['error']}")
+            elif report.what == "importing":
+                zygote.importing = report.fields["module"]
+            elif report.what == "started":
+                zygote.importing = ""
+                self._zygote_failures = 0
+            elif report.what == "threads":
+                self._import_in_workers(report.fields["module"])
+            elif report.what == "failed":
+                self._preload_failed(report.fields)
+            elif report.what == "":
+                self._zygote_died(zygote)
+
+    def _import_in_workers(self, module: str) -> None:
+        """A fork would leave a module's threads behind, so each worker imports it for itself."""
+        with contextlib.suppress(RuntimeWarning):  # under -W error
+            warnings.warn(
+                f"preload module {module!r} leaves a thread running; it is imported in each worker instead",
+                RuntimeWarning,
+                stacklevel=1,
+            )
+        settings = self._zygote_settings
+        settings["preload"] = [name for name in settings["preload"] if name != module]
+        settings["imports"] = [*settings["imports"], module]
+        self._zygote_failures -= 1  # this one does not count
+
+    def _preload_failed(self, fields: dict[str, Any]) -> None:
+        """A preload module raised: nothing can start."""
+        if not self._ever_ready:
+            text = f"preload module {fields['module']!r} raised {fields['error']}"
+            failure = BrokenRuntime(text)
+            failure.__cause__ = remote_traceback(fields["traceback"])
+            self.fail(failure)
+        else:
+            log.error("preload module %r raised in a new zygote: %s", fields["module"], fields["error"])
+
+    def _zygote_died(self, zygote: Zygote) -> None:
+        """A new one takes over; workers of the old one are replaced, one by one."""
+        zygote.kill()  # it may have closed its end without ending
+        code = zygote.process.wait()
+        self._zygote = None
+        for worker in list(self._slots.values()):
+            if worker.zygote is zygote and worker.pid is None and not worker.died:
+                # Never forked, or never heard of: such a one ends when it sees that its parent is gone.
+                worker.died = time.monotonic()
+                worker.patience = _ORPHAN_WAIT
+                self._retire(worker)
+        self._old.append(zygote)
+        if self._drained or self.broken is not None:
+            return
+        if zygote.importing:
+            what = (
+                f"the zygote ended with exit code {code} as it imported preload module {zygote.importing!r}"
+            )
+            self._zygote_failed(what, importing=True)
+        else:
+            self._zygote_failed(f"the zygote ended with exit code {code}")
+
+    def _zygote_failed(self, reason: str, importing: bool = False) -> None:
+        """Try again, later each time; without a worker that was ever ready, not often."""
+        self._zygote_failures += 1
+        if not self._ever_ready and (
+            self._zygote_failures >= FAILURES or (importing and self._zygote_failures > 0)
+        ):
+            self.fail(BrokenRuntime(reason))
+            return
+        if self._zygote_failures > 0:
+            log.warning("%s; starting another", reason)
+            self._zygote_at = time.monotonic() + backoff(self._zygote_failures)
+
+    def _warn(self) -> None:
+        """Nothing is killed for slowness at the first start, but it is said what takes so long."""
+        if self._ever_ready or self.stopping or time.monotonic() < self._warn_at:
+            return
+        self._warn_at = time.monotonic() + _SLOW_AGAIN
+        zygote = self._zygote
+        if zygote is not None and zygote.importing:
+            log.warning("preload module %r is still being imported:\n%s", zygote.importing, zygote.stack())
+        elif self.settings.initializer is not None:
+            log.warning(
+                "no worker is ready yet; the initializer %r is still running", self.settings.initializer
+            )
+        else:
+            log.warning("no worker is ready yet")
