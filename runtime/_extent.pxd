@@ -27,6 +27,7 @@ cdef class Arena:
     cdef readonly uint32_t slots, leases, outbox
     cdef readonly uint64_t bounce_bytes
     cdef readonly bint lanes  # parked words are heeded
+    cdef readonly uint32_t room  # slots that are laid out; those from `slots` on have no memory yet
     cdef readonly uint32_t spin  # ns that a waiter watches the memory before it sleeps
     cdef uint64_t slots_at, slot_stride, extents_at
     cdef readonly uint64_t held  # bytes of blocks that the host owns; host-private, under the GIL

@@ -187,22 +187,27 @@ cdef class Arena:
 
     @staticmethod
     def create(uint64_t size, uint32_t slots, uint32_t leases, uint32_t outbox, uint64_t bounce_bytes,
-               bint lanes=True, uint32_t spin=50_000):
-        """A fresh region with `size` bytes for blocks beside the tables."""
+               bint lanes=True, uint32_t spin=50_000, uint32_t room=0):
+        """A fresh region with `size` bytes for blocks beside the tables.
+
+        `room`: slots that are laid out, if more than `slots`. The others are a hole in the file: address
+        space, no memory, until `add_slots`.
+        """
         cdef Arena self = Arena.__new__(Arena)
         cdef uint64_t stride = Arena.footprint(slots, leases, outbox, bounce_bytes)
         cdef uint64_t slots_at = round_up(sizeof(arena_t), PAGE)
-        cdef uint64_t words_at = slots_at + stride * slots
+        cdef uint64_t later = slots_at + stride * slots
+        cdef uint64_t words_at = slots_at + stride * max(room, slots)
         cdef uint64_t extents = (size + EXTENT - 1) // EXTENT
         cdef uint64_t extents_at = round_up(words_at + 8 * extents, PAGE)
         assert leases <= MAX_LEASES and leases & (leases - 1) == 0 and outbox & (outbox - 1) == 0
         if extents >= NO_SLOT:
             most = <uint64_t>NO_SLOT * EXTENT
             raise ValueError(f"region_size of {size} bytes is over the limit of {most} bytes")
-        region = SharedRegion.create(extents_at + extents * EXTENT)
+        region = SharedRegion.create(extents_at + extents * EXTENT, _later=(later, words_at))
         self.attach(region)
         self.head.version = LAYOUT_VERSION
-        self.head.slots = slots
+        self.head.slots = max(room, slots)
         self.head.leases = leases
         self.head.outbox = outbox
         self.head.bounce_bytes = round_up(bounce_bytes, PAGE)
@@ -215,6 +220,7 @@ cdef class Arena:
         self.head.spin = spin
         self.head.magic = MAGIC
         self.read_geometry()
+        self.slots = slots
         return self
 
     @staticmethod
@@ -239,7 +245,7 @@ cdef class Arena:
 
     cdef read_geometry(self):
         """Copy the sizes out once; the copies are what is used from here on."""
-        self.slots = self.head.slots
+        self.slots = self.room = self.head.slots
         self.leases = self.head.leases
         self.outbox = self.head.outbox
         self.bounce_bytes = self.head.bounce_bytes
@@ -253,6 +259,18 @@ cdef class Arena:
         self.heap.count = self.head.extents
         self.heap.frees = &self.head.frees
         self.heap.hint = 0
+
+    def add_slots(self, uint32_t slots):
+        """From now on there are so many. In the host alone: nobody else counts them.
+
+        Raises: ValueError beyond the room; RegionFull when there is no memory, and nothing has changed.
+        """
+        if slots > self.room:
+            raise ValueError(f"{slots} slots: there is room for {self.room}")
+        if slots > self.slots and self.base != NULL:
+            self.region._supply(self.slots_at + self.slot_stride * self.slots,
+                                self.slots_at + self.slot_stride * slots)
+            self.slots = slots if self.base != NULL else 0  # it may have ended meanwhile
 
     def adopt_process(self):
         """A worker calls this right after it was forked: the mapping serves this process from now on."""
@@ -314,8 +332,10 @@ cdef class Arena:
 
     @property
     def reserved_bytes(self):
-        """Bytes of the whole region."""
-        return self.region.length if self.base != NULL else 0
+        """Bytes of the whole region, without slots that have no memory yet."""
+        if self.base == NULL:
+            return 0
+        return self.region.length - self.slot_stride * (self.room - self.slots)
 
     @property
     def used_bytes(self):

@@ -50,7 +50,7 @@ cdef class Leasing:
         self.repeat = set()
         self.outcomes = []
         self.stuck = {}
-        self.tags = <uint64_t *>PyMem_Calloc(arena.slots * arena.leases, sizeof(uint64_t))
+        self.tags = <uint64_t *>PyMem_Calloc(arena.room * arena.leases, sizeof(uint64_t))
         if self.tags == NULL:
             raise MemoryError("no memory for the table of tags")
 

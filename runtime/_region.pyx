@@ -139,12 +139,13 @@ cdef class SharedRegion:
         raise TypeError("use SharedRegion.create(size), SharedRegion.open(name) or SharedRegion.from_fd(fd)")
 
     @classmethod
-    def create(cls, size, *, name=None, max_size=None):
+    def create(cls, size, *, name=None, max_size=None, _later=(0, 0)):
         """A new region of `size` bytes, all zero.
 
         Without a name it is a memory file that vanishes with its last user. With one it is
         /dev/shm/<name>, for this user only (mode 0600), seen by others when it is complete, there until
         unlink(). `max_size` (bytes, at least `size`) reserves address space for growing; no memory.
+        `_later` (for the runtime itself): from here to there the file is a hole until `_supply`.
 
         Raises: FileExistsError when the name is taken; RegionFull when the memory is not there;
         ValueError, TypeError for wrong sizes and names.
@@ -164,7 +165,11 @@ cdef class SharedRegion:
                 self._fd = open_memfd()
             else:
                 self._fd, temporary = segment.open_unnamed()
-            reserve(self._fd, segment.file_bytes(data))
+            if _later[0] < _later[1]:
+                reserve(self._fd, HEADER_BYTES + _later[0])
+                reserve(self._fd, segment.file_bytes(data), HEADER_BYTES + _later[1])
+            else:
+                reserve(self._fd, segment.file_bytes(data))
             self.map_file(data, largest)
             write_header(self, data, largest)
             self._file = segment.examine(self._fd, "the new file").file
@@ -181,6 +186,10 @@ cdef class SharedRegion:
             if temporary is not None:
                 os.unlink(temporary)
         return self
+
+    def _supply(self, begin, end):
+        """Give memory to a part that was left for later. Raises: RegionFull; nobody may touch it then."""
+        reserve(self._fd, HEADER_BYTES + end, HEADER_BYTES + begin)
 
     @classmethod
     def open(cls, name):

@@ -221,6 +221,9 @@ cdef class Runner(WorkerPort):
                         items or k + 1 < count):
                     clock.since = clock.took = 0
                     self.commit_answers(entry, answers)
+                    if now_ns() >= self.check_at:       # it may have grown too large to stay
+                        self.worker.check()
+                        self.check_at = now_ns() + CHECK
                     if clock.skipped == 0:
                         clock.last = now_ns()
             data = views = values = fn = None

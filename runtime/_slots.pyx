@@ -15,6 +15,15 @@ from runtime._threads cimport guard_acquire, guard_release, guard_t
 cdef class Slots(Harvest):
     """Processes in slots, as the supervisor opens and closes them."""
 
+    def add_slots(self, uint32_t slots):
+        """Have so many slots from now on; one caller at a time. Raises: as Arena.add_slots.
+
+        The tables come first: until the arena counts a slot, nobody looks at its part of the region.
+        """
+        while <uint32_t>len(self.slots) < min(slots, self.arena.room):
+            self.slots.append(SlotTable(self.arena.leases))
+        self.arena.add_slots(slots)
+
     def open_slot(self, uint32_t number, uint32_t generation):
         """A free slot, made LIVE for a new process; -1: none is free."""
         cdef uint32_t i

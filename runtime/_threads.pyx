@@ -56,11 +56,11 @@ cdef class DeadlineKeeper:
         cdef uint32_t i
         self.arena = arena
         self.eventfd = eventfd
-        self.guards = <guard_t *>PyMem_Calloc(arena.slots, sizeof(guard_t))
-        self.timeouts = <int64_t *>PyMem_Calloc(arena.slots * arena.leases, sizeof(int64_t))
+        self.guards = <guard_t *>PyMem_Calloc(arena.room, sizeof(guard_t))
+        self.timeouts = <int64_t *>PyMem_Calloc(arena.room * arena.leases, sizeof(int64_t))
         if self.guards == NULL or self.timeouts == NULL:
             raise MemoryError("no memory for the table of guards")
-        for i in range(arena.slots):
+        for i in range(arena.room):
             self.guards[i].pidfd = -1
 
     def __dealloc__(self):

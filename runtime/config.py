@@ -35,6 +35,7 @@ __all__ = [
     "memory_total",
     "override",
     "parse_size",
+    "scaled",
     "settings",
     "thread_caps",
 ]
@@ -282,6 +283,11 @@ def _workers(value: int | None) -> int:
     if number > MAX_WORKERS:
         raise ValueError(f"max_workers must be at most {MAX_WORKERS:,}, not {number:,}")
     return number
+
+
+def scaled(value: object) -> int:
+    """What Runtime.scale() may be told: from 0 to MAX_WORKERS. Raises: TypeError, ValueError."""
+    return _count("the number of workers", value, 0, MAX_WORKERS)
 
 
 def _whole(what: str, value: object, kind: str = "an int") -> int:

@@ -220,11 +220,8 @@ class Runtime(Front):
         )  # fmt: skip
         if self._settings.threads > 1:
             raise ValueError("threads must be 1: several native threads per worker are not in this version")
-        if self._settings.start_method != "exec":
-            raise ValueError('start_method must be "exec": "fork" is not in this version')
         if self._settings.state_max_items is not None or self._settings.state_max_bytes is not None:
             raise ValueError("state_max_items and state_max_bytes: shared state is not in this version")
-        self._max_workers = self._settings.max_workers
         self._options = TaskOptions(
             self._settings.timeout, self._settings.retries, self._settings.retry_on, 0
         )
@@ -321,7 +318,7 @@ class Runtime(Front):
 
         results = Results(
             fn, iterables, run=Run(options, ordered, return_exceptions), options=options, submit=submit,
-            drop=drop, table=self._table, workers=self._max_workers, timeout=timeout,
+            drop=drop, table=self._table, workers=max(1, self._max_workers), timeout=timeout,
             chunksize=chunksize or 0, buffersize=buffersize,
         )  # fmt: skip
         return results.iterate()
@@ -358,6 +355,11 @@ class Runtime(Front):
         return killed
 
     # ---- looking -------------------------------------------------------------------------------------
+
+    @property
+    def _max_workers(self) -> int:
+        """What dask and others read: the number that there shall be."""
+        return self._core.scaled
 
     def workers(self) -> tuple[WorkerInfo, ...]:
         """Every worker number and what it does now."""
@@ -405,6 +407,30 @@ class Runtime(Front):
             growths=0,
             workers=ready,
         )
+
+    # ---- scaling -------------------------------------------------------------------------------------
+
+    def scale(self, n: int) -> None:
+        """Have n workers from now on. Returns at once; new workers start, or the highest numbers leave.
+
+        Who leaves finishes what it runs and is listed by `workers()`, STOPPING, until it is gone; what it
+        has not started goes to the others. 0 pauses: tasks are accepted and wait. A shutdown, or the end of
+        the interpreter, with tasks waiting in a paused runtime starts workers again to finish them, unless
+        cancel_futures says otherwise. Maps that are under way keep their windows; thread caps of numeric
+        libraries stay as they were at the start.
+
+        Raises: TypeError, ValueError for what no runtime can have, and beyond the room that was laid out at
+        the start (64 workers, or four times max_workers if that is more); RegionFull, OSError when memory or
+        descriptors are lacking, and nothing has changed; RuntimeError after shutdown, and in a fork;
+        BrokenRuntime.
+        """
+        workers = config.scaled(n)
+        core = self._core
+        if core.pid == os.getpid() and core.broken is not None:
+            raise again(core.broken)
+        if core.pid == os.getpid() and (self._shutdown or _exiting):
+            raise RuntimeError("cannot scale a runtime after shutdown")
+        self._usable().scale(workers)
 
     # ---- ending --------------------------------------------------------------------------------------
 
@@ -477,7 +503,10 @@ class Options(Front):
     def __init__(self, runtime: Runtime, options: TaskOptions) -> None:
         self._runtime = runtime
         self._options = options
-        self._max_workers = runtime._max_workers
+
+    @property
+    def _max_workers(self) -> int:
+        return self._runtime._max_workers
 
     def _target(self) -> Runtime:
         return self._runtime

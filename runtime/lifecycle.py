@@ -6,18 +6,17 @@ import contextlib
 import enum
 import os
 import pickle
-import random
 import resource
 import signal
 import sys
 import threading
 import warnings
-from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
 from runtime import config, serializer
 from runtime.collector import Death
+from runtime.restarts import Restarts
 from runtime.worker import EXIT_DESCRIPTORS, EXIT_HOST_GONE, EXIT_KILLED, EXIT_ORPHANED
 from runtime.zygote import Zygote
 
@@ -26,17 +25,18 @@ __all__ = [
     "Number",
     "Worker",
     "WorkerStatus",
-    "backoff",
     "death_of",
     "geometry",
     "how_it_ended",
     "raise_descriptor_limit",
+    "room_for",
+    "slots_for",
     "zygote_settings",
 ]
 
 REPORT_WAIT = 0.1  # seconds to wait for the zygote's word on how a worker ended
-_BACKOFF = 0.05  # seconds before the second attempt; doubled each time
-_BACKOFF_MAX = 5.0
+_ROOM = 64  # workers that any runtime may be scaled to; a larger one to …
+_ROOM_FACTOR = 4  # … so many times the number that it was made with
 _FDS_PER_WORKER = 9  # descriptors of the host for a worker: listeners, connections, pidfd
 _FDS_RESERVE = 24  # for zmq's own, the zygote, and what comes and goes
 
@@ -62,6 +62,8 @@ class Worker:
     pid: int | None = None
     pidfd: int = -1
     ready: bool = False
+    ready_at: float = 0.0  # monotonic seconds
+    counted: int = 0  # tasks that its number has counted
     stopping: bool = False
     died: float = 0.0  # monotonic seconds, 0: alive
     patience: float = REPORT_WAIT  # seconds from its death until its slot is swept without a report
@@ -77,8 +79,7 @@ class Number:
     """What is known of a worker number across its processes."""
 
     worker: Worker | None = None
-    failures: deque[float] = field(default_factory=deque)  # monotonic times of deaths before ready
-    not_before: float = 0.0  # monotonic time of the next attempt
+    restarts: Restarts = field(default_factory=Restarts)
     tasks_done: int = 0  # by earlier processes
 
 
@@ -120,7 +121,21 @@ def geometry(workers: int) -> tuple[int, int, int, int]:
     leases, bounce = (
         (256, 256 << 10) if workers <= 16 else (64, 64 << 10) if workers <= 128 else (16, 16 << 10)
     )
-    return 2 * workers + 2, leases, 4 * leases, bounce
+    return slots_for(workers), leases, 4 * leases, bounce
+
+
+def slots_for(workers: int) -> int:
+    """Slots that so many workers need."""
+    return 2 * workers + 2
+
+
+def room_for(workers: int) -> int:
+    """Workers that a runtime made with so many may be scaled to.
+
+    Their slots are laid out at its creation, as a hole in the region's file: a slot that was never used
+    costs its address space (436 KiB with up to 16 workers) and no memory.
+    """
+    return max(workers, min(config.MAX_WORKERS, max(_ROOM, _ROOM_FACTOR * workers)))
 
 
 def raise_descriptor_limit(workers: int) -> None:
@@ -138,11 +153,6 @@ def raise_descriptor_limit(workers: int) -> None:
                 f"is {hard}: raise it (ulimit -Hn {need}, LimitNOFILE= of a unit) or use fewer workers"
             )
         resource.setrlimit(resource.RLIMIT_NOFILE, (need, hard))
-
-
-def backoff(failures: int) -> float:
-    """Seconds before the next attempt: doubled each time, with jitter so that slots do not march in step."""
-    return float(min(_BACKOFF_MAX, _BACKOFF * 2 ** (failures - 1)) * random.uniform(0.8, 1.2))
 
 
 def zygote_settings(settings: config.Settings, table: serializer.FunctionTable) -> dict[str, Any]:

@@ -102,6 +102,11 @@ def adopt_main() -> types.ModuleType:
     return _Adopted.module
 
 
+def keep_main() -> None:
+    """For a zygote that was forked from the host: the real `__main__` is there, and stays."""
+    _Adopted.module = modules["__main__"]
+
+
 _in_spaces: dict[str, _InSpace] = {}  # of modules
 _anonymous: weakref.WeakValueDictionary[str, _InSpace] = weakref.WeakValueDictionary()  # of other dicts
 foreign_classes: weakref.WeakKeyDictionary[type, Any] = weakref.WeakKeyDictionary()  # -> their version

@@ -31,14 +31,12 @@ from collections import deque
 from runtime import _core, config, serializer
 from runtime.collector import Collector
 from runtime.errors import BrokenRuntime
-from runtime.lifecycle import Number, Worker, WorkerStatus, backoff, death_of, how_it_ended
+from runtime.lifecycle import Number, Worker, WorkerStatus, death_of, how_it_ended
+from runtime.restarts import WINDOW
 from runtime.sockets import HostLink
 from runtime.zygote import Zygote
 
-__all__ = ["FAILURES", "Lives"]
-
-FAILURES = 5  # so many deaths before ready …
-_WINDOW = 30.0  # … in so many seconds make a slot give up
+__all__ = ["Lives"]
 
 log = logging.getLogger("runtime")
 
@@ -57,7 +55,8 @@ class Lives(abc.ABC):
     def __init__(self, settings: config.Settings) -> None:
         self.settings = settings
         self.broken: BrokenRuntime | None = None
-        self._numbers = {n: Number() for n in range(settings.max_workers)}
+        self._numbers = {n: Number() for n in range(settings.max_workers)}  # all that there ever were
+        self._wanted = dict(self._numbers)  # those that shall have a worker. Replaced, never changed
         self._slots: dict[int, Worker] = {}  # slot -> its process, until the slot is swept
         self._looks: deque[int] = deque()  # slots whose phase may have changed
         self._counting = threading.RLock()  # guards each number's worker and count, for those who look
@@ -97,6 +96,7 @@ class Lives(abc.ABC):
             return [
                 (n, self._status(it, now), it.worker, it.tasks_done + self._done_by(it.worker))
                 for n, it in sorted(self._numbers.items())
+                if n in self._wanted or it.worker is not None
             ]
 
     def _status(self, number: Number, now: float) -> WorkerStatus:
@@ -104,7 +104,7 @@ class Lives(abc.ABC):
         if worker is None:
             if self._drained:
                 return WorkerStatus.STOPPING
-            return WorkerStatus.RESTING if number.not_before > now else WorkerStatus.RESTARTING
+            return WorkerStatus.RESTING if number.restarts.not_before > now else WorkerStatus.RESTARTING
         if worker.stopping:
             return WorkerStatus.STOPPING
         return WorkerStatus.READY if worker.ready else WorkerStatus.STARTING
@@ -118,7 +118,9 @@ class Lives(abc.ABC):
         with self._counting:
             if number.worker is worker:
                 number.worker = None
-                number.tasks_done += self._done_by(worker)
+            done = self._done_by(worker)
+            number.tasks_done += done - worker.counted
+            worker.counted = done  # what it still runs is counted when it is dead
 
     # ---- births and deaths ---------------------------------------------------------------------------
 
@@ -129,8 +131,10 @@ class Lives(abc.ABC):
             return
         if not self._zygote_is_there():
             return
-        for n, number in self._numbers.items():
-            if number.worker is not None or number.not_before > now:
+        for n, number in self._wanted.items():
+            if number.worker is not None and number.worker.stopping:
+                self._retire(number.worker)  # it finishes what it runs; the next one starts meanwhile
+            if number.worker is not None or number.restarts.not_before > now:
                 continue
             slot = self.dispatcher.open_slot(n, 1)
             if slot < 0:
@@ -162,7 +166,7 @@ class Lives(abc.ABC):
         worker.pid, worker.pidfd = pid, pidfd
         self.dispatcher.occupy(worker.slot, pidfd)
         self._looks.append(worker.slot)
-        if self.broken is not None or self._drained:
+        if self.broken is not None or self._drained or worker.stopping:
             self.dispatcher.signal(worker.slot, signal.SIGKILL)
 
     def _refused(self, worker: Worker, reason: str) -> None:
@@ -181,8 +185,9 @@ class Lives(abc.ABC):
             phase = self.dispatcher.phase(worker.slot)
             if phase == _core.PHASE_READY and not worker.ready:
                 worker.ready = self._ever_ready = True
+                worker.ready_at = time.monotonic()
                 self.link.hide(worker.slot)
-                if self._drained:
+                if worker.stopping:
                     continue
                 self.dispatcher.make_ready(worker.slot)
                 self.collector.announce()
@@ -211,10 +216,11 @@ class Lives(abc.ABC):
         self._retire(worker)
         self.dispatcher.vacate(worker.slot)
         if worker.unready:
-            number.not_before = worker.died + worker.patience  # _settle knows how it ended
-        else:
-            number.failures.clear()
-            number.not_before = 0.0
+            if worker.ready and worker.died - worker.ready_at > WINDOW:
+                number.restarts.lived()
+            number.restarts.not_before = worker.died + worker.patience  # _settle knows how it ended
+        elif self.dispatcher.worked(worker.slot):
+            number.restarts.lived()
 
     def _start_failure(self, worker: Worker) -> BrokenRuntime:
         """Why a worker did not become ready."""
@@ -234,20 +240,17 @@ class Lives(abc.ABC):
 
     def _failed_before_ready(self, number: Number, now: float, failure: BrokenRuntime) -> None:
         """Back off; give up when no slot has any attempt left, or at once when the very first one raised."""
-        number.failures.append(now)
-        while number.failures[0] < now - _WINDOW:
-            number.failures.popleft()
-        number.not_before = now + backoff(len(number.failures))
-        if self.broken is not None or self._drained:
+        wanted = self._wanted.values()
+        number.restarts.failed(now, sum(it.restarts.in_a_row > 0 for it in wanted))
+        if self.broken is not None or self._drained or number not in wanted:
             return
         exhausted = all(
-            it.worker is None and sum(t > now - _WINDOW for t in it.failures) >= FAILURES
-            for it in self._numbers.values()
+            it.restarts.exhausted and not (it.worker is not None and it.worker.ready) for it in wanted
         )
         if exhausted or (not self._ever_ready and failure.__cause__ is not None):
             self.fail(failure)
         else:
-            log.warning("%s; trying again in %.2g s", failure, number.not_before - now)
+            log.warning("%s; trying again in %.2g s", failure, number.restarts.not_before - now)
 
     # ---- the end of a life --------------------------------------------------------------------------
 
@@ -275,13 +278,27 @@ class Lives(abc.ABC):
     def _recycle(self) -> None:
         """Replace workers whose zygote has died, one at a time: nobody would end what they leave behind."""
         if not self._old or any(
-            it.worker is None or not it.worker.ready or it.worker.stopping for it in self._numbers.values()
+            it.worker is None or not it.worker.ready or it.worker.stopping for it in self._wanted.values()
         ):
             return
-        for number in self._numbers.values():
+        for number in self._wanted.values():
             if number.worker is not None and number.worker.zygote in self._old:
                 self._ask_to_leave(number.worker)
                 return
+
+    def _release_surplus(self) -> None:
+        """Workers of numbers that are not wanted any more leave."""
+        for worker in self._slots.values():
+            if not (worker.stopping or worker.died or worker.number in self._wanted):
+                self._let_go(worker)
+
+    def _let_go(self, worker: Worker) -> None:
+        """It finishes what it runs; one that is not ready yet starts for nobody."""
+        if worker.ready:
+            self._ask_to_leave(worker)
+        else:
+            worker.stopping = True
+            self.dispatcher.signal(worker.slot, signal.SIGKILL)
 
     def _ask_to_leave(self, worker: Worker) -> None:
         worker.stopping = True

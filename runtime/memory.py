@@ -31,13 +31,13 @@ def memory_room(root: str = "/") -> tuple[int, str]:
     return min(_rooms(root), default=((1 << 63) - 1, "no limit known"))
 
 
-def reserve(fd: int, total: int) -> None:
-    """Make the file `total` bytes long, of memory that is really there: later touches cannot fail.
+def reserve(fd: int, total: int, begin: int = 0) -> None:
+    """Give the file memory that is really there from `begin` to `total`: later touches cannot fail.
 
     Blocking: 6 GiB take about a second; signals are handled every 16 MiB. Raises: RegionFull when the
     memory, or the room in the file's file system, is not there; part of it may then be reserved.
     """
-    done = 0
+    done = begin
     everything = signal.valid_signals()
     while done < total:
         room, limit = memory_room()  # before each step: nothing else would refuse

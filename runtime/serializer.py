@@ -41,7 +41,7 @@ from typing import Any
 from runtime.byvalue import PORTABLE, RESULT, SHARED, dumps_by_value
 from runtime.errors import RemoteError
 from runtime.functions import CODE_TYPES, FunctionCache, FunctionRef, FunctionTable, name_of
-from runtime.linking import adopt_main
+from runtime.linking import adopt_main, keep_main
 from runtime.lookup import locate, names_by_value_module
 from runtime.payload import OUT_OF_BAND_MIN, Payload, Taken, loads
 
@@ -57,6 +57,7 @@ __all__ = [
     "dumps",
     "dumps_frozen",
     "dumps_portable",
+    "keep_main",
     "load_exception",
     "loads",
     "pack_call",

@@ -21,7 +21,15 @@ from collections.abc import Callable
 from runtime import _core, config, serializer
 from runtime.collector import Collector
 from runtime.errors import BrokenRuntime
-from runtime.lifecycle import Bell, death_of, geometry, raise_descriptor_limit
+from runtime.lifecycle import (
+    Bell,
+    Number,
+    death_of,
+    geometry,
+    raise_descriptor_limit,
+    room_for,
+    slots_for,
+)
 from runtime.sockets import HostLink, make_folder
 from runtime.zygotes import Zygotes
 
@@ -36,8 +44,8 @@ log = logging.getLogger("runtime")
 class Supervisor(Zygotes):
     """Everything of one runtime but its front: region, sockets, zygote, workers, threads.
 
-    Thread-safety: `stop`, `end`, `fail`, `wake`, `look` and `workers` may be called from any thread, as may
-    `dispatcher` and `collector`; the rest belongs to the supervisor's own thread.
+    Thread-safety: `stop`, `end`, `scale`, `fail`, `wake`, `look` and `workers` may be called from any
+    thread, as may `dispatcher` and `collector`; the rest belongs to the supervisor's own thread.
     Fork-safety: `forked()` makes it inert in a child. Blocking: only `ended.wait()`.
     Raises: OSError, RegionFull when the machine lacks what it needs; the message says what to do.
     """
@@ -48,10 +56,22 @@ class Supervisor(Zygotes):
         raise_descriptor_limit(settings.max_workers)
         super().__init__(settings, table)
         self.arena = _core.Arena.create(
-            settings.region_size, *geometry(settings.max_workers), *config.lanes()
+            settings.region_size,
+            *geometry(settings.max_workers),
+            *config.lanes(),
+            slots_for(room_for(settings.max_workers)),
         )
-        self.link = HostLink(make_folder(), self.arena.slots)
-        self._zygote_settings["folder"] = self.link.folder
+        self.scaled = settings.max_workers  # what scale() was told last
+        self._unpaused = settings.max_workers  # the last one that was not 0
+        self._scaling = threading.RLock()  # guards those, `_wanted`, and the number of slots
+        self._zygote_settings["folder"] = folder = make_folder()
+        try:
+            self._first_zygote()
+        except BaseException:
+            os.rmdir(folder)
+            self.arena.release()
+            raise
+        self.link = HostLink(folder, self.arena.room)
         self._bell = Bell()
         self.keeper = _core.DeadlineKeeper(self.arena, self._bell.fd)
         self.dispatcher = _core.Dispatcher(self.arena, self.keeper)
@@ -82,6 +102,8 @@ class Supervisor(Zygotes):
             for thread in self.threads:
                 if thread.ident is not None:
                     thread.join()
+            if self._zygote is not None:
+                self._zygote.close(_QUIT_WAIT)
             self.link.close()
             self._bell.close()
             self.ended.set()
@@ -122,6 +144,36 @@ class Supervisor(Zygotes):
         self._stopping = True
         self.wake()
 
+    def scale(self, workers: int) -> None:
+        """Have so many workers from now on; who leaves finishes what it runs. 0: none, tasks wait.
+
+        Raises: ValueError beyond the room that was laid out; RegionFull, OSError when the machine lacks
+        memory or descriptors, and nothing has changed; RuntimeError when the runtime has ended.
+        """
+        with self._scaling:
+            if self._stopping or self.ended.is_set():
+                raise RuntimeError("cannot scale a runtime after shutdown")
+            room = room_for(self.settings.max_workers)
+            if workers > room:
+                raise ValueError(
+                    f"this runtime was made with max_workers={self.settings.max_workers} and has room for "
+                    f"{room} workers, not {workers:,}: make one with a larger max_workers"
+                )
+            unborn = [it for it in self._wanted.values() if it.worker is None]
+            if workers > len(self._wanted):
+                raise_descriptor_limit(workers - len(self._wanted) + len(unborn))
+                self.dispatcher.add_slots(slots_for(workers))
+            self.scaled = workers
+            self._unpaused = workers or self._unpaused
+            self._want(workers)
+        self.wake()
+
+    def _want(self, workers: int) -> None:
+        with self._scaling, self._counting:
+            for n in range(workers):
+                self._numbers.setdefault(n, Number())
+            self._wanted = {n: self._numbers[n] for n in range(workers)}
+
     def end(self, reason: str, number: int) -> None:
         """End now: what has no outcome gets BrokenRuntime, every worker this signal, and soon SIGKILL."""
         self.fail(BrokenRuntime(reason))
@@ -159,6 +211,7 @@ class Supervisor(Zygotes):
                 self._resolve_killed()
                 self._settle()
                 self._recycle()
+                self._release_surplus()
                 self._warn()
                 self._drain()
         except BaseException as error:
@@ -197,9 +250,9 @@ class Supervisor(Zygotes):
                 [
                     due,
                     *(
-                        it.not_before
-                        for it in self._numbers.values()
-                        if it.worker is None and it.not_before > now
+                        it.restarts.not_before
+                        for it in self._wanted.values()
+                        if it.worker is None and it.restarts.not_before > now
                     ),
                 ]
             )
@@ -227,31 +280,37 @@ class Supervisor(Zygotes):
         now = time.monotonic()
         for worker in self._slots.values():
             if worker.leave_by and now >= worker.leave_by and not worker.died:
+                if self.dispatcher.look(worker.slot)[3] is not None:  # it finishes a task: that may take long
+                    worker.leave_by = now + self.settings.drain_timeout
+                    continue
                 self.dispatcher.signal(worker.slot, signal.SIGKILL)
                 worker.leave_by = now + 1.0
+        if self._stopping and not self._wanted and self.dispatcher.waiting and self.broken is None:
+            self._want(self._unpaused)  # it was paused, but what was accepted is to be finished
         if self._stopping and not self._drained and self.dispatcher.close_if_idle():
             self._drained = True
             self._stop_by = now + (_END_WAIT if self.broken is not None else self.settings.drain_timeout)
             for worker in self._slots.values():
-                if worker.died:
-                    continue
-                if worker.ready:
-                    self._ask_to_leave(worker)
-                else:
-                    worker.stopping = True
-                    self.dispatcher.signal(worker.slot, signal.SIGKILL)  # it starts for nobody
+                if not worker.died:
+                    self._let_go(worker)
             if self._zygote is not None and (self._zygote.importing or self.broken is not None):
-                self._forget_unforked()
+                self._forget_unforked(False)
         if self._stop_by and now >= self._stop_by:
             self._stop_by = now + 1.0
             for worker in self._slots.values():
                 self.dispatcher.signal(worker.slot, signal.SIGKILL)
-            self._forget_unforked()
+            self._forget_unforked(True)
 
-    def _forget_unforked(self) -> None:
-        """Workers that were ordered and will not be forked any more: the zygote is ended with us."""
+    def _forget_unforked(self, force: bool) -> None:
+        """Workers that were ordered and will not be forked any more: the zygote is ended with us.
+
+        One that may have forked some that we have not heard of is asked first: it ends them all.
+        """
         if self._zygote is not None and any(worker.pid is None for worker in self._slots.values()):
-            self._zygote.kill()
+            if self._zygote.started and not force:
+                self._zygote.order("quit")
+            else:
+                self._zygote.kill()
 
     def _close(self) -> None:
         """The last steps; everything of this runtime is gone after them."""
@@ -260,7 +319,7 @@ class Supervisor(Zygotes):
             self.dispatcher.vacate(worker.slot)
         if self._zygote is not None:
             self._zygote.close(0.0 if self._zygote.importing else _QUIT_WAIT)
-        for zygote in self._old:
+        for zygote in (*self._old, *([self._heir] if self._heir is not None else [])):
             zygote.close(0.0)
         for worker in self._slots.values():
             self.dispatcher.settle(worker.slot, death_of(worker))
@@ -276,5 +335,6 @@ class Supervisor(Zygotes):
         self.collector.complete()
         self.link.close()
         self._bell.close()
-        self.arena.release()
-        self.ended.set()
+        with self._scaling:
+            self.arena.release()
+            self.ended.set()

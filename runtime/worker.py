@@ -36,6 +36,7 @@ __all__ = [
     "Orders",
     "current",
     "main",
+    "reset_signals",
 ]
 
 EXIT_FAILED = 70  # the initializer raised; the exception is in the bounce block
@@ -115,6 +116,8 @@ class Worker:
         self.waiting = False
         self.found = False  # there were leases when it woke up last
         self.rss_checked = 0.0
+        # Workers that grow alike shall not all leave at once: each has a limit of its own, 90 to 100 % of it.
+        self.max_rss = orders.max_rss and orders.max_rss * (1 - 0.1 * os.urandom(1)[0] / 255)
         self.port.attend(
             self, context, self.functions, orders.host_pidfd,
             orders.max_tasks if orders.max_tasks is not None else -1, EXIT_DESCRIPTORS,
@@ -297,9 +300,9 @@ class Worker:
         """Now and then: give back what is not needed, see whether this process may stay."""
         self.port.flush()
         self.children.reap()
-        if self.orders.max_rss is not None and time.monotonic() - self.rss_checked > 0.1:
+        if self.max_rss is not None and time.monotonic() - self.rss_checked > 0.1:
             self.rss_checked = time.monotonic()
-            if own_rss() > self.orders.max_rss:
+            if own_rss() > self.max_rss:
                 self.port.leaving = True
 
 
@@ -324,7 +327,7 @@ def main(arena: _core.Arena, orders: Orders) -> None:
     try:
         arena.adopt_process()
         limits.in_worker = True
-        _reset_signals()
+        reset_signals()
         _reseed()
         _prefer_for_oom()
         _core.become_subreaper()
@@ -357,8 +360,8 @@ def _after_fork(arena: _core.Arena) -> None:
     arena.make_private()
 
 
-def _reset_signals() -> None:
-    """Handlers that a preloaded module has set are for the program it came from."""
+def reset_signals() -> None:
+    """Handlers that the host or a preloaded module has set are for the program they came from."""
     for number in signal.valid_signals():
         if callable(signal.getsignal(number)):
             signal.signal(number, signal.SIG_DFL)
@@ -374,6 +377,7 @@ def _nothing(number: int, frame: object) -> None:
 def _on_term(worker: Worker) -> None:
     def leave(number: int, frame: object) -> None:
         worker.port.leaving = True
+        worker.port.leave()  # the host takes back what is not started, and starts the next worker, meanwhile
         if worker.waiting:
             raise _Leave
 

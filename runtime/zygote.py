@@ -11,7 +11,13 @@
       │  {"what": "quit"}             ──►  kill what is left, exit
       ✗  host's pidfd                 ──►  the same, and remove the socket folder
 
-This is the only file that forks. `Zygote` is the host's handle, `main` the process itself.
+With start_method="fork" it is forked from the host instead, when that has one thread (inherit.py). That
+cannot be done again later, so it keeps an heir: a fork of itself that has forked nothing, with a connection
+of its own to the host, which is sent along ({"what": "heir"}). When the zygote dies, the host tells the heir
+to lead, and the heir makes the next one. If both are gone, nothing can be forked any more.
+
+This is the only file that forks. `Zygote` and `Forked` are the host's handles, `main` and
+`_become_zygote` the process itself.
 """
 
 from __future__ import annotations
@@ -35,24 +41,26 @@ import warnings
 from collections import deque
 from typing import Any, NamedTuple
 
-from runtime import _core, worker
+from runtime import _core, serializer, worker
+from runtime.inherit import forget_host, has_threads, refuse_threads
 from runtime.sockets import Paths
 from runtime.wire import WireError, decode_report, encode_report
 
-__all__ = ["Report", "Zygote", "main"]
+__all__ = ["Forked", "Report", "Zygote", "fork_zygote", "main"]
 
 _MESSAGE = 1 << 16  # bytes of an order or a report, at most
 _HOST_END = 1.0  # seconds for a host that has closed its end to be gone
-_THREAD_END = 0.25  # seconds for a thread that was joined to vanish
+_HEIR_AFTER = 0.05  # seconds after which an heir is made: the first workers come first
 _STACK_AFTER = 9.0  # seconds after which a module that is still being imported leaves its stack
 
 
 class Report(NamedTuple):
-    """What the zygote says: the fields, and the descriptor that came along or -1."""
+    """What the zygote says: the fields, and the descriptors that came along or -1."""
 
     what: str
     fields: dict[str, Any]
     fd: int
+    second: int = -1
 
 
 # ---- the host's handle -------------------------------------------------------------------------------
@@ -100,6 +108,7 @@ class Zygote:
         self.pid = self.process.pid
         self.pidfd = _core.pidfd_open(self.pid)
         self.importing = ""  # the preload module that is being imported now
+        self.started = False  # it forks from now on
         self.unsent: deque[bytes] = deque()
 
     def order(self, what: str, **fields: Any) -> None:
@@ -138,7 +147,7 @@ class Zygote:
                 fields = decode_report(data)
             except WireError:
                 continue
-            found.append(Report(fields["what"], fields, fd))
+            found.append(Report(fields["what"], fields, fd, fds[1] if len(fds) > 1 else -1))
 
     def stack(self) -> str:
         """The Python stack that a slow import left."""
@@ -159,6 +168,69 @@ class Zygote:
         self.socket.close()
         for fd in (self.pidfd, self.stack_fd):
             os.close(fd)
+
+
+class Forked(Zygote):
+    """The host's handle of a zygote that was forked, or of an heir."""
+
+    def __init__(self, connection: socket.socket, pid: int, pidfd: int, stack_fd: int) -> None:
+        self.socket = connection
+        self.socket.setblocking(False)
+        self.pid, self.pidfd, self.stack_fd = pid, pidfd, stack_fd
+        self.process = _Ending(pidfd)  # type: ignore[assignment]
+        self.importing = ""
+        self.started = False
+        self.unsent = deque()
+
+    def heir(self, report: Report) -> Forked:
+        """The handle of the heir that a report has brought."""
+        connection = socket.socket(fileno=report.second)
+        return Forked(connection, report.fields["pid"], report.fd, os.dup(self.stack_fd))
+
+
+class _Ending:
+    """What is used of Popen, for a process that may not be a child of ours: an heir is not."""
+
+    def __init__(self, pidfd: int) -> None:
+        self._pidfd = pidfd
+        self._code: int | None = None
+
+    def wait(self) -> int | None:
+        """Until it has ended. Its exit code; None: unknown."""
+        select.select([self._pidfd], [], [])
+        with contextlib.suppress(ChildProcessError):
+            found = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED)
+            assert found is not None
+            self._code = found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
+        return self._code
+
+
+def fork_zygote(settings: dict[str, Any], arena: _core.Arena, environment: dict[str, str]) -> Forked:
+    """Fork a zygote from this process. Raises: RuntimeError if that has threads; OSError."""
+    refuse_threads()
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+    host = _core.pidfd_open(os.getpid())
+    stack_fd = _core.memfd_create(b"runtime-stack")
+    _flush()
+    # No handler of the host's may run in the child, and no garbage of the host's be collected there.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        pid = os.fork()
+        if pid == 0:
+            _become_zygote(theirs, arena, host, stack_fd, settings, environment, mask, collecting)
+        return Forked(ours, pid, _core.pidfd_open(pid), stack_fd)
+    except BaseException:
+        ours.close()
+        os.close(stack_fd)
+        raise
+    finally:
+        if collecting:
+            gc.enable()
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        theirs.close()
+        os.close(host)
 
 
 def _written(name: bytes, data: bytes) -> int:
@@ -202,22 +274,28 @@ class _Process:
         self.children: dict[int, tuple[int, int, int]] = {}  # pidfd -> (pid, slot, incarnation)
         self.quitting = False  # the host said so
         self.own: set[int] = set()  # children that a preloaded module made
+        self.keeps_heir = False  # it was forked from the host
+        self.stack_fd = -1  # where slow imports leave their stacks
+        self.preloaded = False
+        self.heir: tuple[int, int] | None = None  # (pidfd, pid)
+        self.heir_at = 0.0  # monotonic time at which the next one is made
         self.poller = select.poll()
         self.poller.register(connection, select.POLLIN)
         self.poller.register(host_pidfd, select.POLLIN)
 
-    def report(self, what: str, fd: int = -1, **fields: Any) -> None:
+    def report(self, what: str, fd: int = -1, second: int = -1, **fields: Any) -> None:
         """Tell the host; if it is gone, its pidfd says so in the next poll."""
-        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))] if fd >= 0 else []
+        fds = array.array("i", [it for it in (fd, second) if it >= 0])
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)] if fds else []
         with contextlib.suppress(OSError):
             self.connection.sendmsg([encode_report(what, **fields)], rights, socket.MSG_NOSIGNAL)
 
-    def preload(self, stack_fd: int) -> None:
+    def preload(self) -> None:
         """Import the user's modules. Never returns if one fails or leaves a thread behind."""
         for name in self.settings["preload"]:
             watch = _Watch(self.host_pidfd, os.fsencode(self.settings["folder"]))
             self.report("importing", module=name)
-            faulthandler.dump_traceback_later(_STACK_AFTER, repeat=True, file=stack_fd)
+            faulthandler.dump_traceback_later(_STACK_AFTER, repeat=True, file=self.stack_fd)
             try:
                 importlib.import_module(name)
             except BaseException as error:
@@ -232,18 +310,20 @@ class _Process:
                 os._exit(1)
             faulthandler.cancel_dump_traceback_later()
             watch.stop()
-            if _has_threads():
+            if has_threads():
                 self.report("threads", module=name)
                 os._exit(1)
-        os.close(stack_fd)
+        os.close(self.stack_fd)
         self.own = set(_children())
 
     def loop(self) -> None:
         """Fork, reap, report, until the host says quit or is gone."""
         while True:
-            for fd, _ in self.poller.poll():
+            for fd, _ in self.poller.poll(self.until_heir()):
                 if fd in self.children:
                     self.reap(fd)
+                elif self.heir is not None and fd == self.heir[0]:
+                    self.bury_heir()
                 elif fd == self.host_pidfd or not self.obey():
                     self.leave()
 
@@ -277,9 +357,7 @@ class _Process:
     def become_worker(self, order: dict[str, Any], parent: int) -> None:
         """In the child. Never returns."""
         try:
-            self.connection.close()
-            for pidfd in self.children:
-                os.close(pidfd)
+            self.let_go()
             orders = worker.Orders(
                 slot=order["slot"], number=order["number"], generation=order["generation"],
                 paths=Paths(*order["paths"]), host_pidfd=self.host_pidfd, zygote_pid=parent,
@@ -307,6 +385,8 @@ class _Process:
         """Children that we did not fork belonged to a dead worker."""
         while True:
             ours = {pid for pid, _, _ in self.children.values()} | self.own
+            if self.heir is not None:
+                ours.add(self.heir[1])
             strays = [pid for pid in _children() if pid not in ours]
             if not strays:
                 return
@@ -315,6 +395,104 @@ class _Process:
                     os.kill(pid, signal.SIGKILL)
                 with contextlib.suppress(ChildProcessError):
                     os.waitpid(pid, 0)
+
+    # ---- the heir ----
+
+    def lead(self) -> None:
+        """Import what is to be imported, then serve. Never returns."""
+        if not self.preloaded:
+            if self.keeps_heir and self.settings["preload"]:
+                self.make_heir()  # one that takes over if an import goes wrong, or leaves a thread
+            self.preload()
+            self.preloaded = True
+            gc.collect()
+            gc.freeze()  # it is shared with every worker: the collector shall not write into it
+        self.report("started")
+        self.loop()
+
+    def until_heir(self) -> float | None:
+        """Milliseconds until an heir is due, which is made if it is; None: there is one, or none is kept."""
+        if not self.keeps_heir or self.heir is not None:
+            return None
+        now = time.monotonic()
+        if self.heir_at == 0.0:
+            self.heir_at = now + _HEIR_AFTER
+        if now >= self.heir_at and self.make_heir():
+            return None
+        return max(1.0, (self.heir_at - now) * 1000)
+
+    def make_heir(self) -> bool:
+        """Fork a spare zygote, and send the host the way to it. Killed in between: the heir reads its end.
+
+        False: there is no process to be had, now.
+        """
+        _flush()
+        self.heir_at = time.monotonic() + 1.0  # of the next attempt, if there is no process to be had
+        try:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+        except OSError:
+            return False
+        try:
+            pid = os.fork()
+            if pid == 0:
+                ours.close()
+                self.become_heir(theirs)
+            pidfd = _core.pidfd_open(pid)
+            self.heir = (pidfd, pid)
+            self.heir_at = 0.0
+            self.poller.register(pidfd, select.POLLIN)
+            self.report("heir", fd=pidfd, second=ours.fileno(), pid=pid)
+            return True
+        except OSError:
+            return False
+        finally:
+            ours.close()
+            theirs.close()
+
+    def become_heir(self, connection: socket.socket) -> None:
+        """In the child: wait for the host's word. Never returns."""
+        try:
+            self.let_go()
+            _core.become_subreaper()
+            self.connection = connection
+            self.poller = select.poll()
+            self.poller.register(connection, select.POLLIN)
+            self.poller.register(self.host_pidfd, select.POLLIN)
+            while True:
+                self.poller.poll()
+                if select.select([self.host_pidfd], [], [], 0)[0]:
+                    self.leave()
+                data = self.connection.recv(_MESSAGE)
+                order = decode_report(data) if data else {"what": "quit"}
+                if order["what"] == "lead":
+                    self.settings["preload"], self.settings["imports"] = order["preload"], order["imports"]
+                    self.make_heir()
+                    self.lead()
+                self.quitting = bool(data)
+                self.leave()
+        finally:
+            os._exit(1)
+
+    def bury_heir(self) -> None:
+        """The heir has died: the next one is made soon."""
+        assert self.heir is not None
+        pidfd, pid = self.heir
+        self.heir = None
+        self.poller.unregister(pidfd)
+        os.close(pidfd)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(pid, 0)
+
+    def let_go(self) -> None:
+        """In a child: what is the zygote's."""
+        self.connection.close()
+        for pidfd in (*self.children, *(self.heir[:1] if self.heir is not None else ())):
+            os.close(pidfd)
+        self.children.clear()
+        self.heir = None
+        self.heir_at = 0.0
+
+    # ---- the end ----
 
     def leave(self) -> None:
         """End every descendant, then this process; if the host is gone, remove its folder too.
@@ -343,21 +521,34 @@ def main() -> None:
     _like_the_host(settings)
     process = _Process(socket.socket(fileno=connection), _core.Arena.attach_fd(region), host, settings)
     os.close(region)
-    process.preload(stack)
-    gc.collect()
-    gc.freeze()  # what is here by now is shared with every worker; do not touch it to count references
-    process.report("started")
-    process.loop()
+    process.stack_fd = stack
+    process.lead()
 
 
-def _has_threads() -> bool:
-    """Whether there is a thread beside this one. A thread that was joined may take a moment to be gone."""
-    deadline = time.monotonic() + _THREAD_END
-    while len(os.listdir("/proc/self/task")) > 1:
-        if time.monotonic() > deadline:
-            return True
-        time.sleep(0.001)
-    return False
+def _become_zygote(
+    connection: socket.socket, arena: _core.Arena, host: int, stack_fd: int, settings: dict[str, Any],
+    environment: dict[str, str], mask: set[signal.Signals | int], collecting: bool,
+) -> None:  # fmt: skip
+    """The process that was forked from the host. Never returns."""
+    try:
+        arena.adopt_process()
+        forget_host((connection.fileno(), arena.fd, host, stack_fd))
+        worker.reset_signals()
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, it would take what wait4 tells
+        if collecting:
+            gc.enable()
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        os.environ.update({name: text for name, text in environment.items() if name not in os.environ})
+        _core.become_subreaper()
+        serializer.keep_main()
+        process = _Process(connection, arena, host, settings)
+        process.keeps_heir = True
+        process.stack_fd = stack_fd
+        process.lead()
+    except BaseException:  # a fault of ours: the traceback is all that can be given
+        traceback.print_exc()
+    finally:
+        os._exit(1)
 
 
 def _read(fd: int) -> bytes:

@@ -17,9 +17,10 @@ from typing import Any
 
 from runtime import _core, config, serializer
 from runtime.errors import BrokenRuntime, remote_traceback
-from runtime.lifecycle import backoff, zygote_settings
-from runtime.lives import FAILURES, Lives
-from runtime.zygote import Zygote
+from runtime.lifecycle import zygote_settings
+from runtime.lives import Lives
+from runtime.restarts import FAILURES, backoff
+from runtime.zygote import Forked, Report, Zygote, fork_zygote
 
 __all__ = ["Zygotes"]
 
@@ -46,12 +47,20 @@ class Zygotes(Lives):
         self._environment = {**os.environ, **config.thread_caps(settings.max_workers)}
         self._zygote_failures = 0
         self._zygote_at = 0.0  # monotonic time of the next attempt to start one
+        self._heir: Forked | None = None  # of a zygote that was forked from the host
         self._warn_at = time.monotonic() + _SLOW_START
 
     def _zygote_is_there(self) -> bool:
         return self._zygote is not None or (time.monotonic() >= self._zygote_at and self._new_zygote())
 
+    def _first_zygote(self) -> None:
+        """A zygote that is forked from the host must be, before we start any thread."""
+        if self.settings.start_method == "fork":
+            self._zygote = fork_zygote(self._zygote_settings, self.arena, self._environment)
+
     def _new_zygote(self) -> bool:
+        if self.settings.start_method == "fork":
+            return self._take_heir()
         try:
             self._zygote = Zygote(self._zygote_settings, self.arena, self._environment)
         except OSError as error:
@@ -81,7 +90,10 @@ class Zygotes(Lives):
                 zygote.importing = report.fields["module"]
             elif report.what == "started":
                 zygote.importing = ""
+                zygote.started = True
                 self._zygote_failures = 0
+            elif report.what == "heir":
+                self._meet_heir(zygote, report)
             elif report.what == "threads":
                 self._import_in_workers(report.fields["module"])
             elif report.what == "failed":
@@ -119,9 +131,10 @@ class Zygotes(Lives):
         self._zygote = None
         for worker in list(self._slots.values()):
             if worker.zygote is zygote and worker.pid is None and not worker.died:
-                # Never forked, or never heard of: such a one ends when it sees that its parent is gone.
+                # Never forked, or never heard of: such a one ends when it sees that its parent is gone. There
+                # is none if the zygote had not come to forking, or has ended its children before itself.
                 worker.died = time.monotonic()
-                worker.patience = _ORPHAN_WAIT
+                worker.patience = _ORPHAN_WAIT if zygote.started and code != 0 else 0.0
                 self._retire(worker)
         self._old.append(zygote)
         if self._drained or self.broken is not None:
@@ -133,6 +146,35 @@ class Zygotes(Lives):
             self._zygote_failed(what, importing=True)
         else:
             self._zygote_failed(f"the zygote ended with exit code {code}")
+
+    def _meet_heir(self, zygote: Zygote, report: Report) -> None:
+        """A forked zygote has made its spare."""
+        assert isinstance(zygote, Forked)
+        if report.second < 0:  # a descriptor got lost, for want of one
+            if report.fd >= 0:
+                os.close(report.fd)
+            log.warning("the heir of the zygote cannot be reached: this process has no descriptor left")
+            return
+        if self._heir is not None:
+            self._heir.close(0.0)
+        self._heir = zygote.heir(report)
+
+    def _take_heir(self) -> bool:
+        """The zygote that was forked is gone, and cannot be forked again: its heir leads now."""
+        heir, self._heir = self._heir, None
+        if heir is None:
+            self.fail(
+                BrokenRuntime(
+                    "the zygote and its heir, both forked from this process, have been killed at once, and "
+                    "they cannot be forked again now that it has threads: make a new Runtime, or use "
+                    'start_method="exec", whose zygote is always replaced'
+                )
+            )
+            return False
+        settings = self._zygote_settings
+        heir.order("lead", preload=settings["preload"], imports=settings["imports"])
+        self._zygote = heir
+        return True
 
     def _zygote_failed(self, reason: str, importing: bool = False) -> None:
         """Try again, later each time; without a worker that was ever ready, not often."""
@@ -151,6 +193,8 @@ class Zygotes(Lives):
         if self._ever_ready or self.stopping or time.monotonic() < self._warn_at:
             return
         self._warn_at = time.monotonic() + _SLOW_AGAIN
+        if not self._wanted:
+            return
         zygote = self._zygote
         if zygote is not None and zygote.importing:
             log.warning("preload module %r is still being imported:\n%s", zygote.importing, zygote.stack())

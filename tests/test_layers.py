@@ -42,10 +42,11 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("byvalue",),
     ("functions",),
     ("serializer",),  # the door to these eight
-    ("sockets", "children"),
+    ("sockets", "children", "inherit"),
     ("worker",),
     ("zygote",),  # forks, and then calls worker.main
     ("collector", "mapping"),
+    ("restarts",),
     ("lifecycle",),
     ("lives",),
     ("zygotes",),

@@ -24,6 +24,7 @@ def executor() -> None:
         assert_type(rt.options(priority=2).submit(double, 1), runtime.Future[int])
         assert_type(rt.cancel(future, running=True), bool)
         assert_type(rt.stats().done, int)
+        assert_type(rt.scale(2), None)
         assert_type(rt.workers()[0].status, runtime.WorkerStatus)
         concurrent.futures.wait([future])
         rt.shutdown(cancel_futures=True)
