@@ -57,11 +57,12 @@ class Death:
     signal: int | None
     reason: str
     rss: int | None
+    stack: str = ""
 
     def blamed(self, attempts: int) -> WorkerDied:
         """The exception of a task that the worker was running."""
         return WorkerDied(
-            self.pid, self.number, self.exitcode, self.signal, self.reason, attempts, "", self.rss
+            self.pid, self.number, self.exitcode, self.signal, self.reason, attempts, self.stack, self.rss
         )
 
 

@@ -432,6 +432,22 @@ class Runtime(Front):
             raise RuntimeError("cannot scale a runtime after shutdown")
         self._usable().scale(workers)
 
+    def dump_stacks(self, number: int | None = None) -> dict[int, str]:
+        """The Python stacks of all threads of live workers, by worker number; of one alone if it is named.
+
+        Also of a worker that starts, or holds the GIL in C. A stopped one has a text that says so; one that
+        is dead at the moment is left out. Thread-safety: any thread, several at once. Blocking: milliseconds,
+        about a second if a worker does not answer. Raises: ValueError for a number that no worker has;
+        RuntimeError in a fork.
+        """
+        core = self._core
+        if core.pid != os.getpid():
+            raise RuntimeError(f"this Runtime belongs to process {core.pid}; ask it there")
+        numbers = [found[0] for found in core.workers()]
+        if number is not None and (isinstance(number, bool) or number not in numbers):
+            raise ValueError(f"there is no worker {number!r}; their numbers are 0 to {numbers[-1]}")
+        return core.dump_stacks(number)
+
     # ---- ending --------------------------------------------------------------------------------------
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:

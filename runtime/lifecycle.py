@@ -14,7 +14,8 @@ import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
-from runtime import config, serializer
+from runtime import config, serializer, stacks
+from runtime.channels import HostEnds
 from runtime.collector import Death
 from runtime.restarts import Restarts
 from runtime.worker import EXIT_DESCRIPTORS, EXIT_HOST_GONE, EXIT_KILLED, EXIT_ORPHANED
@@ -37,7 +38,7 @@ __all__ = [
 REPORT_WAIT = 0.1  # seconds to wait for the zygote's word on how a worker ended
 _ROOM = 64  # workers that any runtime may be scaled to; a larger one to …
 _ROOM_FACTOR = 4  # … so many times the number that it was made with
-_FDS_PER_WORKER = 9  # descriptors of the host for a worker: listeners, connections, pidfd
+_FDS_PER_WORKER = 13  # descriptors of the host for a worker: listeners, connections, pidfd, channels
 _FDS_RESERVE = 24  # for zmq's own, the zygote, and what comes and goes
 
 
@@ -61,6 +62,7 @@ class Worker:
     started: float  # wall-clock seconds, for people
     pid: int | None = None
     pidfd: int = -1
+    ends: HostEnds | None = None  # what it prints, logs and leaves
     ready: bool = False
     ready_at: float = 0.0  # monotonic seconds
     counted: int = 0  # tasks that its number has counted
@@ -214,4 +216,5 @@ def death_of(worker: Worker) -> Death:
     status = worker.status
     exitcode = status if status is not None and status >= 0 else None
     number = -status if status is not None and status < 0 else None
-    return Death(worker.pid, worker.number, exitcode, number, how_it_ended(worker), worker.rss)
+    stack = stacks.crash_stack(worker.ends.stack) if worker.ends is not None else ""
+    return Death(worker.pid, worker.number, exitcode, number, how_it_ended(worker), worker.rss, stack)

@@ -28,13 +28,15 @@ import time
 import traceback
 from collections import deque
 
-from runtime import _core, config, serializer
+from runtime import _core, config, serializer, stacks
+from runtime.channels import HostEnds
 from runtime.collector import Collector
 from runtime.errors import BrokenRuntime
 from runtime.lifecycle import Number, Worker, WorkerStatus, death_of, how_it_ended
+from runtime.relay import Relay, host_levels
 from runtime.restarts import WINDOW
 from runtime.sockets import HostLink
-from runtime.zygote import Zygote
+from runtime.zygote import Report, Zygote
 
 __all__ = ["Lives"]
 
@@ -44,13 +46,15 @@ log = logging.getLogger("runtime")
 class Lives(abc.ABC):
     """The workers of one runtime by number and by slot, and the verbs that act on them.
 
-    Thread-safety: `look` and `workers` may be called from any thread; the rest belongs to the supervisor's.
+    Thread-safety: `look`, `workers` and `dump_stacks` may be called from any thread; the rest belongs to the
+    supervisor's.
     """
 
     settings: config.Settings
     link: HostLink
     dispatcher: _core.Dispatcher
     collector: Collector
+    relay: Relay
 
     def __init__(self, settings: config.Settings) -> None:
         self.settings = settings
@@ -98,6 +102,22 @@ class Lives(abc.ABC):
                 for n, it in sorted(self._numbers.items())
                 if n in self._wanted or it.worker is not None
             ]
+
+    def dump_stacks(self, number: int | None) -> dict[int, str]:
+        """The Python stacks of live workers, by number; of one alone if it is named. See `stacks.take`."""
+        asked: list[stacks.Asked] = []
+        try:
+            with self._counting:  # the supervisor closes no descriptor meanwhile
+                for n, it in sorted(self._numbers.items()):
+                    worker = it.worker
+                    if number not in (None, n) or worker is None or worker.ends is None or worker.died:
+                        continue
+                    if worker.pid is not None and worker.pidfd >= 0:
+                        asked.append(stacks.Asked(n, worker.pid, worker.pidfd, worker.ends))
+            return stacks.take(asked)
+        finally:
+            for one in asked:
+                one.close()
 
     def _status(self, number: Number, now: float) -> WorkerStatus:
         worker = number.worker
@@ -149,11 +169,13 @@ class Lives(abc.ABC):
                 continue
             incarnation = self.dispatcher.incarnation(slot)
             self._zygote.order(
-                "fork", slot=slot, incarnation=incarnation, number=n, generation=1, paths=paths
-            )
+                "fork", slot=slot, incarnation=incarnation, number=n, generation=1, paths=paths,
+                levels=host_levels() if self.settings.forward_logs else None,
+            )  # fmt: skip
 
-    def _forked(self, worker: Worker | None, pid: int, pidfd: int) -> None:
+    def _forked(self, worker: Worker | None, report: Report) -> None:
         """A process was made for a slot."""
+        pid, pidfd, fds = report.fields["pid"], report.fds[0] if report.fds else -1, report.fds[1:]
         if pidfd < 0:  # the descriptor got lost, for want of one; the zygote has not reaped it yet
             with contextlib.suppress(OSError):
                 pidfd = _core.pidfd_open(pid)
@@ -162,12 +184,27 @@ class Lives(abc.ABC):
                 with contextlib.suppress(OSError):
                     _core.pidfd_send_signal(pidfd, signal.SIGKILL)
                 os.close(pidfd)
+            for fd in fds:
+                os.close(fd)
             return
         worker.pid, worker.pidfd = pid, pidfd
+        self._hear(worker, fds)
         self.dispatcher.occupy(worker.slot, pidfd)
         self._looks.append(worker.slot)
         if self.broken is not None or self._drained or worker.stopping:
             self.dispatcher.signal(worker.slot, signal.SIGKILL)
+
+    def _hear(self, worker: Worker, fds: list[int]) -> None:
+        """Take the ends of a new worker's channels. One whose output nobody could read is ended."""
+        if len(fds) == HostEnds.COUNT:
+            worker.ends = HostEnds(worker.number, fds)
+            self.relay.begin(worker.ends)
+            return
+        log.warning("no descriptors left for the output of a new worker; it is ended, and another started")
+        for fd in fds:
+            os.close(fd)
+        incarnation = self.dispatcher.incarnation(worker.slot)
+        worker.zygote.order("kill", slot=worker.slot, incarnation=incarnation)
 
     def _refused(self, worker: Worker, reason: str) -> None:
         """No process could be made for a slot."""
@@ -234,8 +271,10 @@ class Lives(abc.ABC):
             failure = BrokenRuntime(f"the initializer raised {text}")
             failure.__cause__ = cause
             return failure
+        stack = death_of(worker).stack
         return BrokenRuntime(
             f"worker {worker.number} (pid {worker.pid}) ended before it was ready: {how_it_ended(worker)}"
+            + (f"\n{stack}" if stack else "")
         )
 
     def _failed_before_ready(self, number: Number, now: float, failure: BrokenRuntime) -> None:
@@ -266,14 +305,25 @@ class Lives(abc.ABC):
             self.link.close_slot(slot)
             self.collector.forget(slot)
             self.dispatcher.settle(slot, death_of(worker))
-            if worker.pidfd >= 0:
-                os.close(worker.pidfd)
+            self._release(worker)
             del self._slots[slot]
             self.collector.announce()
             self.link.wake()
         for zygote in [old for old in self._old if not any(w.zygote is old for w in self._slots.values())]:
             self._old.remove(zygote)
             zygote.close(0.0)
+
+    def _release(self, worker: Worker) -> None:
+        """The descriptors of a dead worker. What it has printed is still being read."""
+        with self._counting:  # who asks for its stacks takes duplicates under it
+            pidfd, worker.pidfd = worker.pidfd, -1
+            ends, worker.ends = worker.ends, None
+            if pidfd >= 0:
+                os.close(pidfd)
+            if ends is not None:
+                os.close(ends.stack)
+        if ends is not None:
+            self.relay.end(ends)
 
     def _recycle(self) -> None:
         """Replace workers whose zygote has died, one at a time: nobody would end what they leave behind."""

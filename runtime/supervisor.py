@@ -30,6 +30,7 @@ from runtime.lifecycle import (
     room_for,
     slots_for,
 )
+from runtime.relay import Relay
 from runtime.sockets import HostLink, make_folder
 from runtime.zygotes import Zygotes
 
@@ -76,15 +77,18 @@ class Supervisor(Zygotes):
         self.keeper = _core.DeadlineKeeper(self.arena, self._bell.fd)
         self.dispatcher = _core.Dispatcher(self.arena, self.keeper)
         self.collector = Collector(self.dispatcher, self.link, self)
+        self.relay = Relay()
         self.expect = self.collector.expect  # what a future calls when its result is needed
         self.tell = self.collector.tell  # after the dispatcher was called: whoever has something to do now
         self._stopping = False  # end when nothing is left to do
         self._stop_by = 0.0  # monotonic time at which those that have not left are killed
         self.threads = [
-            threading.Thread(target=self._guarded(target), name=f"runtime-{name}", daemon=True)
+            # The relay may still be writing when the interpreter ends, to a reader that is slow: that waits.
+            threading.Thread(target=self._guarded(target), name=f"runtime-{name}", daemon=name != "relay")
             for name, target in (
                 ("collector", self.collector.run),
                 ("deadline", self.keeper.run),
+                ("relay", self.relay.run),
                 ("supervisor", self.run),
             )
         ]
@@ -99,6 +103,7 @@ class Supervisor(Zygotes):
             self._drained = self.collector.stopped = True
             self.keeper.stop()
             self.link.wake()
+            self.relay.finish(self.threads[2])
             for thread in self.threads:
                 if thread.ident is not None:
                     thread.join()
@@ -323,13 +328,13 @@ class Supervisor(Zygotes):
             zygote.close(0.0)
         for worker in self._slots.values():
             self.dispatcher.settle(worker.slot, death_of(worker))
-            if worker.pidfd >= 0:
-                os.close(worker.pidfd)
+            self._release(worker)
         self.collector.stopped = True
         self.link.wake()
         self.threads[0].join()
         self.keeper.stop()
         self.threads[1].join()
+        self.relay.finish(self.threads[2])
         self.dispatcher.close()
         self.dispatcher.abandon(False)
         self.collector.complete()

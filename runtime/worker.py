@@ -17,12 +17,13 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 import time
 from typing import Any, NamedTuple
 
-from runtime import _core, limits, serializer
+from runtime import _core, forwarding, limits, serializer, stacks
 from runtime.children import Children
 from runtime.sockets import Paths, WorkerLink
 
@@ -62,6 +63,9 @@ class Orders(NamedTuple):
     max_rss: int | None
     folder: bytes  # of the sockets: who ends last removes it
     imports: tuple[str, ...]
+    records: socket.socket  # channels.py
+    stack: int
+    levels: dict[str, int] | None  # of the host's loggers; None: records stay here
 
 
 class Context:
@@ -327,6 +331,8 @@ def main(arena: _core.Arena, orders: Orders) -> None:
     try:
         arena.adopt_process()
         limits.in_worker = True
+        stacks.leave_stacks(orders.records, orders.stack)
+        forwarding.adopt_streams()
         reset_signals()
         _reseed()
         _prefer_for_oom()
@@ -337,6 +343,8 @@ def main(arena: _core.Arena, orders: Orders) -> None:
         ).start()
         os.register_at_fork(after_in_child=lambda: _after_fork(arena))
         _context = Context(orders)
+        if orders.levels is not None:
+            forwarding.forward_records(orders.records, _context, orders.levels)
         serializer.adopt_main()
         worker = Worker(arena, orders, _context)
         _on_term(worker)
@@ -407,9 +415,5 @@ def _goodbye() -> None:
         atexit._run_exitfuncs()
     except BaseException:
         sys.excepthook(*sys.exc_info())
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except (AttributeError, OSError, ValueError):
-            pass
+    forwarding.flush()
     _core.kill_descendants()

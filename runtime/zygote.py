@@ -5,7 +5,7 @@
       │  ◄── {"what": "importing"}         for each preloaded module
       │  ◄── {"what": "started"}           or "failed" with the traceback, or "threads" with the module
       │  {"what": "fork", slot …}     ──►  fork; pidfd_open before it may reap
-      │  ◄── {"what": "forked", slot, pid} + the pidfd (SCM_RIGHTS)
+      │  ◄── {"what": "forked", slot, pid} + the pidfd and the ends of channels.py (SCM_RIGHTS)
       │                                    a worker ends: wait4; kill and reap what it left to us
       │  ◄── {"what": "exited", slot, status, rss}
       │  {"what": "quit"}             ──►  kill what is left, exit
@@ -39,9 +39,11 @@ import time
 import traceback
 import warnings
 from collections import deque
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from runtime import _core, serializer, worker
+from runtime.channels import Channels, HostEnds
 from runtime.inherit import forget_host, has_threads, refuse_threads
 from runtime.sockets import Paths
 from runtime.wire import WireError, decode_report, encode_report
@@ -55,12 +57,11 @@ _STACK_AFTER = 9.0  # seconds after which a module that is still being imported 
 
 
 class Report(NamedTuple):
-    """What the zygote says: the fields, and the descriptors that came along or -1."""
+    """What the zygote says: the fields, and the descriptors that came along."""
 
     what: str
     fields: dict[str, Any]
-    fd: int
-    second: int = -1
+    fds: list[int]
 
 
 # ---- the host's handle -------------------------------------------------------------------------------
@@ -132,22 +133,23 @@ class Zygote:
         found: list[Report] = []
         while True:
             try:
-                data, fds, _, _ = socket.recv_fds(self.socket, _MESSAGE, 4)
+                data, fds, _, _ = socket.recv_fds(
+                    self.socket, _MESSAGE, 1 + HostEnds.COUNT, socket.MSG_CMSG_CLOEXEC
+                )
             except BlockingIOError:
                 return found
             except ConnectionResetError:  # it died with orders unread; what it had reported comes next
                 continue
             except OSError:
                 data, fds = b"", []
-            fd = fds[0] if fds else -1
             if not data:
-                found.append(Report("", {}, -1))
+                found.append(Report("", {}, []))
                 return found
             try:
                 fields = decode_report(data)
             except WireError:
                 continue
-            found.append(Report(fields["what"], fields, fd, fds[1] if len(fds) > 1 else -1))
+            found.append(Report(fields["what"], fields, list(fds)))
 
     def stack(self) -> str:
         """The Python stack that a slow import left."""
@@ -184,8 +186,8 @@ class Forked(Zygote):
 
     def heir(self, report: Report) -> Forked:
         """The handle of the heir that a report has brought."""
-        connection = socket.socket(fileno=report.second)
-        return Forked(connection, report.fields["pid"], report.fd, os.dup(self.stack_fd))
+        pidfd, connection = report.fds
+        return Forked(socket.socket(fileno=connection), report.fields["pid"], pidfd, os.dup(self.stack_fd))
 
 
 class _Ending:
@@ -283,10 +285,9 @@ class _Process:
         self.poller.register(connection, select.POLLIN)
         self.poller.register(host_pidfd, select.POLLIN)
 
-    def report(self, what: str, fd: int = -1, second: int = -1, **fields: Any) -> None:
+    def report(self, what: str, fds: Sequence[int] = (), **fields: Any) -> None:
         """Tell the host; if it is gone, its pidfd says so in the next poll."""
-        fds = array.array("i", [it for it in (fd, second) if it >= 0])
-        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)] if fds else []
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
         with contextlib.suppress(OSError):
             self.connection.sendmsg([encode_report(what, **fields)], rights, socket.MSG_NOSIGNAL)
 
@@ -335,35 +336,50 @@ class _Process:
         order = decode_report(data)
         if order["what"] == "fork":
             self.fork(order)
+        elif order["what"] == "kill":
+            self.kill(order["slot"], order["incarnation"])
         self.quitting = bool(order["what"] == "quit")
         return not self.quitting
 
     def fork(self, order: dict[str, Any]) -> None:
-        """Fork a worker and send its pidfd."""
+        """Fork a worker, and send its pidfd and the host's ends of its channels."""
         _flush()
         parent = os.getpid()
+        channels = None
         try:
+            channels = Channels()
             pid = os.fork()
         except OSError as error:
+            if channels is not None:
+                channels.close()
             self.report("refused", slot=order["slot"], incarnation=order["incarnation"], error=str(error))
             return
         if pid == 0:
-            self.become_worker(order, parent)
+            self.become_worker(order, parent, channels)
         pidfd = _core.pidfd_open(pid)
         self.children[pidfd] = (pid, order["slot"], order["incarnation"])
         self.poller.register(pidfd, select.POLLIN)
-        self.report("forked", fd=pidfd, slot=order["slot"], incarnation=order["incarnation"], pid=pid)
+        fds = [pidfd, *channels.host]
+        self.report("forked", fds, slot=order["slot"], incarnation=order["incarnation"], pid=pid)
+        channels.close()
 
-    def become_worker(self, order: dict[str, Any], parent: int) -> None:
+    def kill(self, slot: int, incarnation: int) -> None:
+        """The host could not take the descriptors of a worker: it has nobody who hears it."""
+        for pidfd, (_, its_slot, its_incarnation) in self.children.items():
+            if (its_slot, its_incarnation) == (slot, incarnation):
+                _core.pidfd_send_signal(pidfd, signal.SIGKILL)
+
+    def become_worker(self, order: dict[str, Any], parent: int, channels: Channels) -> None:
         """In the child. Never returns."""
         try:
             self.let_go()
+            records, stack = channels.enter()
             orders = worker.Orders(
                 slot=order["slot"], number=order["number"], generation=order["generation"],
                 paths=Paths(*order["paths"]), host_pidfd=self.host_pidfd, zygote_pid=parent,
                 initializer=self.settings["initializer"], max_tasks=self.settings["max_tasks"],
                 max_rss=self.settings["max_rss"], folder=os.fsencode(self.settings["folder"]),
-                imports=tuple(self.settings["imports"]),
+                imports=tuple(self.settings["imports"]), records=records, stack=stack, levels=order["levels"],
             )  # fmt: skip
             worker.main(self.arena, orders)
         finally:
@@ -441,7 +457,7 @@ class _Process:
             self.heir = (pidfd, pid)
             self.heir_at = 0.0
             self.poller.register(pidfd, select.POLLIN)
-            self.report("heir", fd=pidfd, second=ours.fileno(), pid=pid)
+            self.report("heir", [pidfd, ours.fileno()], pid=pid)
             return True
         except OSError:
             return False
@@ -515,6 +531,7 @@ def main() -> None:
     connection, region, host, config, stack = fds
     for fd in fds:
         os.set_inheritable(fd, False)
+    _have_streams()
     signal.signal(signal.SIGINT, lambda number, frame: None)  # the host decides what Ctrl-C means
     _core.become_subreaper()
     settings = pickle.loads(_read(config))
@@ -567,6 +584,18 @@ def _like_the_host(settings: dict[str, Any]) -> None:
     warnings.filters[:] = filters  # type: ignore[index]
     if settings.get("authkey") is not None:
         importlib.import_module("multiprocessing.process").current_process().authkey = settings["authkey"]
+
+
+def _have_streams() -> None:
+    """If the host has closed its descriptors 1 or 2, nothing of ours may take their place: workers' will."""
+    for fd in (1, 2):
+        try:
+            os.fstat(fd)
+        except OSError:
+            null = os.open(os.devnull, os.O_WRONLY)
+            if null != fd:
+                os.dup2(null, fd)
+                os.close(null)
 
 
 def _children() -> list[int]:

@@ -79,7 +79,7 @@ class Zygotes(Lives):
             ):
                 worker = None  # it is about an earlier process of this slot
             if report.what == "forked":
-                self._forked(worker, report.fields["pid"], report.fd)
+                self._forked(worker, report)
             elif report.what == "exited" and worker is not None:
                 worker.status, worker.rss = report.fields["status"], report.fields["rss"]
                 worker.reported = True
@@ -150,9 +150,9 @@ class Zygotes(Lives):
     def _meet_heir(self, zygote: Zygote, report: Report) -> None:
         """A forked zygote has made its spare."""
         assert isinstance(zygote, Forked)
-        if report.second < 0:  # a descriptor got lost, for want of one
-            if report.fd >= 0:
-                os.close(report.fd)
+        if len(report.fds) != 2:  # a descriptor got lost, for want of one
+            for fd in report.fds:
+                os.close(fd)
             log.warning("the heir of the zygote cannot be reached: this process has no descriptor left")
             return
         if self._heir is not None:
@@ -200,7 +200,9 @@ class Zygotes(Lives):
             log.warning("preload module %r is still being imported:\n%s", zygote.importing, zygote.stack())
         elif self.settings.initializer is not None:
             log.warning(
-                "no worker is ready yet; the initializer %r is still running", self.settings.initializer
+                "no worker is ready yet; the initializer %r is still running:\n%s",
+                self.settings.initializer,
+                next(iter(self.dump_stacks(None).values()), ""),
             )
         else:
             log.warning("no worker is ready yet")

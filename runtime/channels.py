@@ -1,0 +1,96 @@
+"""What lies between one worker and its host beside the region, made by the zygote around the fork.
+
+    worker 1 (stdout)   ──pipe──►  out       text
+    worker 2 (stderr)   ──pipe──►  err       text
+    worker records      ──socket─► records   log records and warnings, one message each; the other way
+                                             round: the number of a question for stacks
+    worker stack        ──memfd──  stack     Python stacks: what a process wrote there outlives it
+
+The zygote closes every end as soon as the host has its own, so no other worker holds one: the worker's death
+is the end of each stream, unless a child of a task lives on. The host bounds that (relay.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+
+from runtime import _core
+
+__all__ = ["Channels", "HostEnds"]
+
+
+class Channels:
+    """Both ends of one worker's channels. In the zygote, from before the fork until the host has its own.
+
+    Raises: OSError when there is no descriptor left; then nothing stays open.
+    """
+
+    def __init__(self) -> None:
+        self.host: list[int] = []  # out, err, records, stack: as HostEnds takes them
+        self._worker: list[int] = []  # out, err, records
+        try:
+            for _ in range(2):
+                reading, writing = os.pipe()
+                self.host.append(reading)
+                self._worker.append(writing)
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            self.host.append(ours.detach())
+            self._worker.append(theirs.detach())
+            self.host.append(_core.memfd_create(b"runtime-stack"))
+        except OSError:
+            self.close()
+            raise
+
+    def enter(self) -> tuple[socket.socket, int]:
+        """In the new worker: its ends take their places. The records' socket and the stacks' file."""
+        out, err, records = self._worker
+        *others, stack = self.host
+        os.dup2(out, 1)
+        os.dup2(err, 2)
+        for fd in (out, err, *others):
+            os.close(fd)
+        return _blocking(records), stack
+
+    def close(self) -> None:
+        """In the zygote: the worker and the host have theirs."""
+        for fd in (*self.host, *self._worker):
+            os.close(fd)
+
+
+def _blocking(fd: int) -> socket.socket:
+    """The socket, whatever default timeout the user has set for sockets."""
+    made = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fd)
+    made.settimeout(None)
+    return made
+
+
+class HostEnds:
+    """The host's ends for one worker.
+
+    out, err: belong to the relay, which closes them. stack: the supervisor's, who closes it after the
+    worker's death. Thread-safety: `ask` and `close_records` may be called from any thread; the lock keeps a
+    question from going to a descriptor that is somebody else's by now.
+    """
+
+    COUNT = 4
+
+    def __init__(self, number: int, fds: list[int]) -> None:
+        self.number = number
+        self.out, self.err, records, self.stack = fds
+        self.records = _blocking(records)
+        self.lock = threading.Lock()
+        self.asking = 0  # threads that wait for stacks in the file; guarded by the lock
+
+    def ask(self, question: bytes) -> bool:
+        """Send a question to the worker. False: it has ended, or does not read."""
+        with self.lock, contextlib.suppress(OSError):
+            return self.records.send(question, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL) > 0
+        return False
+
+    def close_records(self) -> None:
+        """Nothing comes from there any more."""
+        with self.lock:
+            self.records.close()

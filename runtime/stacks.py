@@ -1,0 +1,297 @@
+"""Python stacks of a worker: left in a file that outlives it, read by the host.
+
+    worker crashes     faulthandler, enabled on the file, writes "Fatal Python error: ..." and the stacks
+    host asks          a number through the record channel
+      thread answers   it takes the GIL and writes one piece {number, length, stacks}: exact, disturbs nothing
+      no answer        the GIL is held in C, so no Python frame moves: a real-time signal, on which
+                       faulthandler writes them at once; the host waits until no thread is in its handler
+
+The worker and its host share the file's position, so all of them append. Who writes: the worker; the host
+only empties the file, when it has grown and nobody waits for an answer. A worker killed at any instruction
+leaves a piece that is too short for its length, or a text without an end: the host takes neither for an answer.
+"""
+
+from __future__ import annotations
+
+import _thread
+import contextlib
+import faulthandler
+import os
+import re
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType
+
+from runtime import _core
+from runtime.channels import HostEnds
+
+__all__ = ["LIMIT", "SIGNAL", "Asked", "crash_stack", "leave_stacks", "take"]
+
+SIGNAL = signal.SIGRTMAX - 5
+LIMIT = 64 << 10  # bytes of a text, at most
+_FULL = 1 << 20  # bytes after which the file is emptied
+_BY_THREAD = 0.25  # seconds that the worker's thread has to answer
+_BY_SIGNAL = 0.6  # seconds that its signal handler has
+_FRAMES = 100  # of one thread, as faulthandler shows
+_CRASH = b"Fatal Python error: "
+_PIECE = re.compile(rb"\x1d(\d+) (\d+)\n")
+
+
+# ---- in the worker -------------------------------------------------------------------------------------
+
+
+def leave_stacks(channel: socket.socket, fd: int) -> None:
+    """Leave stacks in the file at a crash, and whenever the host asks for them."""
+    faulthandler.enable(fd, all_threads=True)
+    faulthandler.register(SIGNAL, fd, all_threads=True, chain=False)
+    # Not a threading.Thread: nobody joins it or lists it, and it starts in a quarter of the time.
+    _thread.start_new_thread(_answer, (channel, fd))
+
+
+def _answer(channel: socket.socket, fd: int) -> None:
+    """The thread: one piece for each question."""
+    with contextlib.suppress(OSError):
+        while question := channel.recv(64):
+            text = _stacks_now().encode(errors="backslashreplace")[:LIMIT]
+            os.write(fd, b"\x1d%d %d\n%s" % (int(question), len(text), text))
+
+
+def _stacks_now() -> str:
+    """Every thread's stack, as faulthandler writes it, without our own."""
+    active = dict(threading._active)  # type: ignore[attr-defined]  # enumerate() waits for a lock
+    names = {ident: thread.name for ident, thread in active.items()}
+    own = _thread.get_ident()
+    found = [
+        f"Thread {ident:#018x} [{names.get(ident, '?')}] (most recent call first):\n{_lines(frame)}"
+        for ident, frame in sys._current_frames().items()
+        if ident != own and names.get(ident) != "runtime-host-watch"
+    ]
+    return "\n".join(found)
+
+
+def _lines(frame: FrameType | None) -> str:
+    lines: list[str] = []
+    while frame is not None and len(lines) < _FRAMES:
+        code = frame.f_code
+        lines.append(f'  File "{code.co_filename}", line {frame.f_lineno} in {code.co_name}\n')
+        frame = frame.f_back
+    return "".join(lines) + ("  ...\n" if frame is not None else "")
+
+
+# ---- in the host ---------------------------------------------------------------------------------------
+
+
+def crash_stack(fd: int) -> str:
+    """What faulthandler left at a crash; "" if there was none."""
+    try:
+        size = os.fstat(fd).st_size
+        data = os.pread(fd, 2 * LIMIT, max(0, size - 2 * LIMIT))
+    except OSError:
+        return ""
+    at = data.rfind(_CRASH)
+    if at < 0:
+        return ""
+    text = data[at : at + LIMIT].partition(b"\n\nExtension modules:")[0]
+    return text.decode(errors="replace").rstrip("\0\n")
+
+
+class Asked:
+    """One live worker whose stacks are wanted. Has duplicates of its descriptors until `close`.
+
+    Raises: OSError when there is no descriptor left.
+    """
+
+    def __init__(self, number: int, pid: int, pidfd: int, ends: HostEnds) -> None:
+        self.number = number
+        self.pid = pid
+        self.ends = ends
+        self.begin = 0  # position in the file from which the answer is looked for
+        self.signalled = False
+        self.blocking: set[str] = set()  # threads that had the signal blocked before
+        self.pidfd = os.dup(pidfd)
+        try:
+            self.stack = os.dup(ends.stack)
+        except OSError:
+            os.close(self.pidfd)
+            raise
+
+    def close(self) -> None:
+        """No descriptor is needed any more."""
+        os.close(self.pidfd)
+        os.close(self.stack)
+
+
+_signalling = threading.Lock()  # one at a time: two would each see the other's text
+_questions = iter(range(1, 1 << 62))
+
+
+def take(workers: list[Asked]) -> dict[int, str]:
+    """The stacks of these workers, or why there is none; those that have died meanwhile are left out.
+
+    Blocking: milliseconds; for a worker that holds the GIL in C about 0.3 seconds, at most one. Signals only
+    those that do not answer otherwise.
+    """
+    found: dict[int, str] = {}
+    question = next(_questions)
+    for one in workers:
+        _begin(one)
+    try:
+        found.update((one.number, _excuse(one)) for one in workers if _is_stopped(one))
+        waiting = [one for one in workers if one.number not in found]
+        for one in waiting:
+            one.ends.ask(b"%d" % question)
+        waiting = _gather(waiting, found, lambda one: _answered(one, question), _BY_THREAD)
+        if waiting:
+            with _signalling:
+                for one in waiting:
+                    _send_signal(one)
+                waiting = _gather(waiting, found, lambda one: _by_signal(one, question), _BY_SIGNAL)
+        for one in waiting:
+            if _is_alive(one):
+                found[one.number] = _excuse(one)
+    finally:
+        for one in workers:
+            with one.ends.lock:
+                one.ends.asking -= 1
+    return found
+
+
+def _begin(one: Asked) -> None:
+    """Note where the answer will come; start the file anew if it has grown."""
+    with one.ends.lock:
+        one.begin = os.fstat(one.stack).st_size
+        if one.begin > _FULL and not one.ends.asking:
+            # A crash that is being written in this very moment loses its text: no more than that.
+            os.ftruncate(one.stack, 0)
+            one.begin = os.lseek(one.stack, 0, os.SEEK_SET)
+        one.ends.asking += 1
+
+
+def _gather(
+    waiting: list[Asked], found: dict[int, str], look: Callable[[Asked], str | None], seconds: float
+) -> list[Asked]:
+    """Look at all of them until each has answered or the time is over. Those that have not, and live."""
+    deadline = time.monotonic() + seconds
+    pause = 0.0005
+    while True:
+        over = time.monotonic() >= deadline
+        left = []
+        for one in waiting:
+            text = look(one)
+            if text is not None:
+                found[one.number] = text
+            elif _is_alive(one):
+                left.append(one)
+        waiting = left
+        if not waiting or over:
+            return waiting
+        time.sleep(pause)
+        pause = min(2 * pause, 0.01)
+
+
+def _written(one: Asked) -> bytes:
+    return os.pread(one.stack, 4 * LIMIT, one.begin)
+
+
+def _answered(one: Asked, question: int) -> str | None:
+    """The piece that answers the question, once it is complete."""
+    data = _written(one)
+    for match in _PIECE.finditer(data):
+        length = int(match[2])
+        if int(match[1]) == question and len(data) >= match.end() + length:
+            return data[match.end() : match.end() + length].decode(errors="replace")
+    return None
+
+
+def _send_signal(one: Asked) -> None:
+    """To a worker that catches it: at its very start it does not yet, and would be ended by it."""
+    if _is_stopped(one) or not _catches(one):
+        return
+    one.begin = os.fstat(one.stack).st_size
+    one.blocking = {thread for thread, status in _threads(one) if _has(status, "SigBlk")}
+    with contextlib.suppress(OSError):
+        _core.pidfd_send_signal(one.pidfd, SIGNAL)
+        one.signalled = True
+
+
+def _by_signal(one: Asked, question: int) -> str | None:
+    """What the signal handler has written, once it has returned. Or the thread's answer, if that came late.
+
+    The kernel blocks the signal in the thread that handles it, before the first byte is written and until the
+    handler returns: text is there, nothing pending, and no thread blocks it that did not do so before.
+    """
+    text = _answered(one, question)
+    if text is not None or not one.signalled:
+        return text
+    if os.fstat(one.stack).st_size == one.begin:
+        return None
+    for thread, status in _threads(one):
+        if _has(status, "SigPnd") or _has(status, "ShdPnd"):
+            return None
+        if thread not in one.blocking and _has(status, "SigBlk"):
+            return None
+    data = _written(one)[:LIMIT].decode(errors="replace")
+    return f"(it holds the GIL outside of Python code; taken by a signal)\n{data}"
+
+
+def _excuse(one: Asked) -> str:
+    """Why there is no stack."""
+    state = _state(one)
+    if state in ("T", "t"):
+        by = "a debugger" if state == "t" else "a signal"
+        return (
+            f"worker {one.number} (pid {one.pid}) was stopped by {by}; no stack before it goes on (SIGCONT)\n"
+        )
+    if not one.signalled:
+        return f"worker {one.number} (pid {one.pid}) has only just been forked; it has no stack to show yet\n"
+    return (
+        f"worker {one.number} (pid {one.pid}) did not answer within {_BY_THREAD + _BY_SIGNAL:.2g} s "
+        f"(process state {state or '?'}); all its threads may block signal {SIGNAL}\n"
+    )
+
+
+def _is_alive(one: Asked) -> bool:
+    poller = select.poll()
+    poller.register(one.pidfd, select.POLLIN)
+    return not poller.poll(0)
+
+
+def _is_stopped(one: Asked) -> bool:
+    return _state(one) in ("T", "t")
+
+
+def _catches(one: Asked) -> bool:
+    return _has(_read(f"/proc/{one.pid}/status"), "SigCgt")
+
+
+def _threads(one: Asked) -> list[tuple[str, str]]:
+    """(number, /proc status) of each of its threads."""
+    folder = f"/proc/{one.pid}/task"
+    with contextlib.suppress(OSError):
+        return [(thread, _read(f"{folder}/{thread}/status")) for thread in os.listdir(folder)]
+    return []
+
+
+def _has(status: str, mask: str) -> bool:
+    """Whether SIGNAL is in a mask of a /proc status."""
+    _, _, rest = status.partition(f"{mask}:")
+    digits = rest.split("\n", 1)[0].strip()
+    return bool(digits) and bool(int(digits, 16) >> (SIGNAL - 1) & 1)
+
+
+def _state(one: Asked) -> str:
+    fields = _read(f"/proc/{one.pid}/stat").rpartition(")")[2].split()
+    return fields[0] if fields else ""
+
+
+def _read(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read()
+    except OSError:
+        return ""
