@@ -10,7 +10,6 @@ A write waits while the host does not read, so nothing piles up on either side.
 from __future__ import annotations
 
 import contextlib
-import io
 import logging
 import os
 import socket
@@ -23,21 +22,28 @@ from runtime import _core, logrecords
 __all__ = ["adopt_streams", "flush", "forward_records"]
 
 
+_old: list[TextIO] = []  # a stream that is dropped writes what it still has
+
+
 # ---- text ----------------------------------------------------------------------------------------------
 
 
 def adopt_streams() -> None:
-    """Descriptors 1 and 2 are the host's pipes now: let whole lines through, of Python and of C."""
+    """Descriptors 1 and 2 are the host's pipes now: let whole lines through, of Python and of C.
+
+    New stream objects: the old ones may have found out that they write to a file that can seek. A preloaded
+    module may hold them, or have put its own in their place; these go on, line by line too.
+    """
     for name, fd in (("stdout", 1), ("stderr", 2)):
-        stream = getattr(sys, name)
-        if stream is None:  # the host has none either; what comes here finds its way all the same
-            stream = open(fd, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
-            setattr(sys, name, stream)
-            setattr(sys, f"__{name}__", stream)
-        for each in {stream, getattr(sys, f"__{name}__")}:
-            if isinstance(each, io.TextIOWrapper):
-                with contextlib.suppress(OSError, ValueError):
-                    each.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
+        old = getattr(sys, f"__{name}__")
+        new = open(fd, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
+        if getattr(sys, name) in (None, old):
+            setattr(sys, name, new)
+        setattr(sys, f"__{name}__", new)
+        if old is not None:
+            _old.append(old)
+            with contextlib.suppress(AttributeError, OSError, ValueError):
+                old.reconfigure(line_buffering=True)
     _core.line_buffer_stdio()
     # A child that a task forks would write what is in these buffers a second time.
     os.register_at_fork(before=flush)
@@ -45,7 +51,7 @@ def adopt_streams() -> None:
 
 def flush() -> None:
     """Let out what has no end of line yet."""
-    for stream in (sys.stdout, sys.stderr):
+    for stream in (sys.stdout, sys.stderr, *_old):
         with contextlib.suppress(AttributeError, OSError, ValueError):
             stream.flush()
     _core.flush_stdio()
@@ -126,7 +132,8 @@ def _is_shown(record: logging.LogRecord) -> bool:
     while logger is not None:
         for handler in logger.handlers:
             if isinstance(handler, logging.StreamHandler) and record.levelno >= handler.level:
-                if handler.stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__):
-                    return True
+                with contextlib.suppress(AttributeError, OSError, ValueError):
+                    if handler.stream.fileno() in (1, 2):
+                        return True
         logger = logger.parent if logger.propagate else None
     return False

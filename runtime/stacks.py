@@ -8,7 +8,7 @@
 
 The worker and its host share the file's position, so all of them append. Who writes: the worker; the host
 only empties the file, when it has grown and nobody waits for an answer. A worker killed at any instruction
-leaves a piece that is too short for its length, or a text without an end: the host takes neither for an answer.
+leaves a piece too short for its length, or a text without an end: the host takes neither for an answer.
 """
 
 from __future__ import annotations
