@@ -17,6 +17,7 @@
     _waiting                                         who sleeps, who must be told
     _dispatch  Dispatcher                            the door to the four above
     _submit    Submitter                             the short way of submit
+    _stacks    next_question                         how a worker hears that its stacks are wanted
     _stdio     line_buffer_stdio, flush_stdio        what C keeps of a worker's output
     _stream    Stream                                the iterator of a map
 """
@@ -41,6 +42,7 @@ from runtime._records import Batch, Span, Task
 from runtime._region import SharedRegion
 from runtime._runner import LEASE_LOST, Runner
 from runtime._series import read_series
+from runtime._stacks import next_question
 from runtime._stdio import flush_stdio, line_buffer_stdio
 from runtime._stream import Stream
 from runtime._submit import Submitter

@@ -83,6 +83,9 @@ class HostEnds:
         self.records = _blocking(records)
         self.lock = threading.Lock()
         self.asking = 0  # threads that wait for stacks in the file; guarded by the lock
+        self.heard: tuple[int, float, int] | None = None  # the last question that the worker is known to have
+        #                              heard, and not to have answered: number, monotonic seconds, position
+        self.signalling = threading.Lock()  # held by the one that reads what a signal makes the worker write
 
     def ask(self, question: bytes) -> bool:
         """Send a question to the worker. False: it has ended, or does not read."""

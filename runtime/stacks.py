@@ -2,9 +2,11 @@
 
     worker crashes     faulthandler, enabled on the file, writes "Fatal Python error: ..." and the stacks
     host asks          a number through the record channel
-      thread answers   it takes the GIL and writes one piece {number, length, stacks}: exact, disturbs nothing
-      no answer        the GIL is held in C, so no Python frame moves: a real-time signal, on which
-                       faulthandler writes them at once; the host waits until no thread is in its handler
+      a thread         of the worker notes the number in the file, then takes the GIL and writes one piece
+                       {number, length, stacks}: exact, and nothing is disturbed
+      noted, no piece  the GIL is held in C, so no Python frame moves: a real-time signal, which that same
+                       thread alone takes; on it faulthandler writes all stacks at once, and the task's own
+                       system calls are not interrupted. The host waits until the handler has returned
 
 The worker and its host share the file's position, so all of them append. Who writes: the worker; the host
 only empties the file, when it has grown and nobody waits for an answer. A worker killed at any instruction
@@ -24,7 +26,6 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
 from types import FrameType
 
 from runtime import _core
@@ -35,10 +36,12 @@ __all__ = ["LIMIT", "SIGNAL", "Asked", "crash_stack", "leave_stacks", "take"]
 SIGNAL = signal.SIGRTMAX - 5
 LIMIT = 64 << 10  # bytes of a text, at most
 _FULL = 1 << 20  # bytes after which the file is emptied
-_BY_THREAD = 0.25  # seconds that the worker's thread has to answer
-_BY_SIGNAL = 0.6  # seconds that its signal handler has
+_FOR_GIL = 0.2  # seconds after which a thread that waits for the GIL is taken to wait for C code
+_PATIENCE = 1.0  # seconds until a worker is said not to answer
 _FRAMES = 100  # of one thread, as faulthandler shows
 _CRASH = b"Fatal Python error: "
+_NOTE = b"\x1e%d\n"
+_NOTES = re.compile(rb"\x1e\d+\n")
 _PIECE = re.compile(rb"\x1d(\d+) (\d+)\n")
 
 
@@ -49,16 +52,18 @@ def leave_stacks(channel: socket.socket, fd: int) -> None:
     """Leave stacks in the file at a crash, and whenever the host asks for them."""
     faulthandler.enable(fd, all_threads=True)
     faulthandler.register(SIGNAL, fd, all_threads=True, chain=False)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [SIGNAL])  # here, and in all threads but the one that answers
     # Not a threading.Thread: nobody joins it or lists it, and it starts in a quarter of the time.
-    _thread.start_new_thread(_answer, (channel, fd))
+    _thread.start_new_thread(_answer, (channel.fileno(), fd))
 
 
-def _answer(channel: socket.socket, fd: int) -> None:
+def _answer(channel: int, fd: int) -> None:
     """The thread: one piece for each question."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [SIGNAL])
     with contextlib.suppress(OSError):
-        while question := channel.recv(64):
+        while (question := _core.next_question(channel, fd)) >= 0:
             text = _stacks_now().encode(errors="backslashreplace")[:LIMIT]
-            os.write(fd, b"\x1d%d %d\n%s" % (int(question), len(text), text))
+            os.write(fd, b"\x1d%d %d\n%s" % (question, len(text), text))
 
 
 def _stacks_now() -> str:
@@ -111,7 +116,8 @@ class Asked:
         self.pid = pid
         self.ends = ends
         self.begin = 0  # position in the file from which the answer is looked for
-        self.signalled = False
+        self.noted = 0.0  # monotonic time at which its thread was seen to wait for the GIL; 0: not yet
+        self.signalled = False  # and `signalling` is held
         self.blocking: set[str] = set()  # threads that had the signal blocked before
         self.pidfd = os.dup(pidfd)
         try:
@@ -126,38 +132,31 @@ class Asked:
         os.close(self.stack)
 
 
-_signalling = threading.Lock()  # one at a time: two would each see the other's text
 _questions = iter(range(1, 1 << 62))
 
 
 def take(workers: list[Asked]) -> dict[int, str]:
     """The stacks of these workers, or why there is none; those that have died meanwhile are left out.
 
-    Blocking: milliseconds; for a worker that holds the GIL in C about 0.3 seconds, at most one. Signals only
-    those that do not answer otherwise.
+    Blocking: milliseconds; for a worker that holds the GIL in C 0.2 seconds, at most one. Signals only those.
     """
     found: dict[int, str] = {}
     question = next(_questions)
     for one in workers:
         _begin(one)
     try:
-        found.update((one.number, _excuse(one)) for one in workers if _is_stopped(one))
-        waiting = [one for one in workers if one.number not in found]
-        for one in waiting:
-            one.ends.ask(b"%d" % question)
-        waiting = _gather(waiting, found, lambda one: _answered(one, question), _BY_THREAD)
-        if waiting:
-            with _signalling:
-                for one in waiting:
-                    _send_signal(one)
-                waiting = _gather(waiting, found, lambda one: _by_signal(one, question), _BY_SIGNAL)
-        for one in waiting:
-            if _is_alive(one):
+        waiting = []
+        for one in workers:
+            if _is_stopped(one):
                 found[one.number] = _excuse(one)
+            else:
+                one.ends.ask(b"%d" % question)
+                waiting.append(one)
+        for one in _gather(waiting, found, question):
+            found[one.number] = _excuse(one)
     finally:
         for one in workers:
-            with one.ends.lock:
-                one.ends.asking -= 1
+            _end(one)
     return found
 
 
@@ -166,41 +165,78 @@ def _begin(one: Asked) -> None:
     with one.ends.lock:
         one.begin = os.fstat(one.stack).st_size
         if one.begin > _FULL and not one.ends.asking:
+            if one.ends.heard is not None:  # what it has answered since goes away with the rest
+                earlier, since, begin = one.ends.heard
+                answered = _answered(one, earlier, begin) is not None
+                one.ends.heard = None if answered else (earlier, since, 0)
             # A crash that is being written in this very moment loses its text: no more than that.
             os.ftruncate(one.stack, 0)
             one.begin = os.lseek(one.stack, 0, os.SEEK_SET)
         one.ends.asking += 1
 
 
-def _gather(
-    waiting: list[Asked], found: dict[int, str], look: Callable[[Asked], str | None], seconds: float
-) -> list[Asked]:
+def _end(one: Asked) -> None:
+    """Others may signal it, or start its file anew."""
+    if one.signalled:
+        one.ends.signalling.release()
+    with one.ends.lock:
+        one.ends.asking -= 1
+
+
+def _gather(waiting: list[Asked], found: dict[int, str], question: int) -> list[Asked]:
     """Look at all of them until each has answered or the time is over. Those that have not, and live."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + _PATIENCE
     pause = 0.0005
-    while True:
+    while waiting:
         over = time.monotonic() >= deadline
         left = []
         for one in waiting:
-            text = look(one)
+            text = _look(one, question)
             if text is not None:
                 found[one.number] = text
             elif _is_alive(one):
                 left.append(one)
         waiting = left
-        if not waiting or over:
-            return waiting
+        if over:
+            break
         time.sleep(pause)
         pause = min(2 * pause, 0.01)
+    return waiting
 
 
-def _written(one: Asked) -> bytes:
-    return os.pread(one.stack, 4 * LIMIT, one.begin)
+def _look(one: Asked, question: int) -> str | None:
+    """One look for an answer; a signal, if it is time for that."""
+    text = _answered(one, question, one.begin)
+    if text is None and one.signalled:
+        text = _by_signal(one)
+    if text is None and not one.noted:
+        one.noted = _heard(one, question)
+    if text is None and one.noted and not one.signalled and time.monotonic() - one.noted >= _FOR_GIL:
+        _send_signal(one)
+    return text
 
 
-def _answered(one: Asked, question: int) -> str | None:
+def _heard(one: Asked, question: int) -> float:
+    """Since when its thread waits for the GIL, for this question or an earlier one; 0: it does not, yet."""
+    with one.ends.lock:
+        if _NOTE % question in _written(one, one.begin):
+            one.ends.heard = question, time.monotonic(), one.begin
+        if one.ends.heard is None:
+            return 0.0
+        earlier, since, begin = one.ends.heard
+        if _answered(one, earlier, begin) is not None:
+            one.ends.heard = None
+            return 0.0
+        return since
+
+
+def _written(one: Asked, begin: int) -> bytes:
+    return os.pread(one.stack, max(0, os.fstat(one.stack).st_size - begin), begin)
+
+
+def _answered(one: Asked, question: int, begin: int) -> str | None:
     """The piece that answers the question, once it is complete."""
-    data = _written(one)
+    data = _written(one, begin)
     for match in _PIECE.finditer(data):
         length = int(match[2])
         if int(match[1]) == question and len(data) >= match.end() + length:
@@ -209,34 +245,32 @@ def _answered(one: Asked, question: int) -> str | None:
 
 
 def _send_signal(one: Asked) -> None:
-    """To a worker that catches it: at its very start it does not yet, and would be ended by it."""
-    if _is_stopped(one) or not _catches(one):
+    """Unless another thread of ours has: then when that one has read what it wanted."""
+    if _is_stopped(one) or not _catches(one) or not one.ends.signalling.acquire(blocking=False):
         return
+    one.signalled = True
     one.begin = os.fstat(one.stack).st_size
     one.blocking = {thread for thread, status in _threads(one) if _has(status, "SigBlk")}
     with contextlib.suppress(OSError):
         _core.pidfd_send_signal(one.pidfd, SIGNAL)
-        one.signalled = True
 
 
-def _by_signal(one: Asked, question: int) -> str | None:
-    """What the signal handler has written, once it has returned. Or the thread's answer, if that came late.
+def _by_signal(one: Asked) -> str | None:
+    """What the signal handler has written, once it has returned.
 
     The kernel blocks the signal in the thread that handles it, before the first byte is written and until the
     handler returns: text is there, nothing pending, and no thread blocks it that did not do so before.
     """
-    text = _answered(one, question)
-    if text is not None or not one.signalled:
-        return text
-    if os.fstat(one.stack).st_size == one.begin:
+    data = _PIECE.split(_NOTES.sub(b"", _written(one, one.begin)))[0][:LIMIT]
+    if not data:
         return None
     for thread, status in _threads(one):
         if _has(status, "SigPnd") or _has(status, "ShdPnd"):
             return None
         if thread not in one.blocking and _has(status, "SigBlk"):
             return None
-    data = _written(one)[:LIMIT].decode(errors="replace")
-    return f"(it holds the GIL outside of Python code; taken by a signal)\n{data}"
+    data = _PIECE.split(_NOTES.sub(b"", _written(one, one.begin)))[0][:LIMIT]
+    return f"(it holds the GIL outside of Python code; taken by a signal)\n{data.decode(errors='replace')}"
 
 
 def _excuse(one: Asked) -> str:
@@ -247,11 +281,12 @@ def _excuse(one: Asked) -> str:
         return (
             f"worker {one.number} (pid {one.pid}) was stopped by {by}; no stack before it goes on (SIGCONT)\n"
         )
-    if not one.signalled:
-        return f"worker {one.number} (pid {one.pid}) has only just been forked; it has no stack to show yet\n"
+    if not one.noted:
+        return (
+            f"worker {one.number} (pid {one.pid}) has not heard the question yet: it starts, or gets no CPU\n"
+        )
     return (
-        f"worker {one.number} (pid {one.pid}) did not answer within {_BY_THREAD + _BY_SIGNAL:.2g} s "
-        f"(process state {state or '?'}); all its threads may block signal {SIGNAL}\n"
+        f"worker {one.number} (pid {one.pid}) did not answer within {_PATIENCE:g} s (state {state or '?'})\n"
     )
 
 

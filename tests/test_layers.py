@@ -26,7 +26,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("_identity", "segment"),
     ("_region", "_slab"),
     ("_extent", "_frame", "_plain", "_future", "_stream"),
-    ("_pool", "_lease", "_series", "_stdio"),
+    ("_pool", "_lease", "_series", "_stdio", "_stacks"),
     ("_state", "_threads", "_runner", "_records"),
     ("_leasing",),
     ("_harvest",),

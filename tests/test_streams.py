@@ -405,7 +405,7 @@ def test_no_worker_holds_the_streams_of_another(rt):
 
     one, two = (rt.submit(pipes) for _ in range(2))
     all_ready(rt)
-    both = {pid: found for pid, found in (one.result(30), two.result(30))}
+    both = dict([one.result(30), two.result(30)])
     for found in both.values():
         assert len(found) == len(set(found)) == 2, "its own two, once"
     if len(both) == 2:
@@ -417,14 +417,14 @@ def test_descriptors_of_the_host_are_back_after_deaths(rt):
     def count():
         return len(os.listdir("/proc/self/fd"))
 
-    pids = all_ready(rt)
+    all_ready(rt)
     rt.submit(evil.square, 1).result(30)
     before = count()
     for _ in range(3):
-        for pid in pids.values():
+        pids = set(all_ready(rt).values())
+        for pid in pids:
             send(pid, signal.SIGKILL)
-        until(lambda: not set(all_ready(rt).values()) & set(pids.values()), "they are replaced")
-        pids = all_ready(rt)
+        until(lambda old=pids: not set(all_ready(rt).values()) & old, "they are replaced")
     until(lambda: count() <= before, lambda: f"{count()} descriptors, {before} before")
 
 
@@ -459,7 +459,11 @@ def test_a_fork_of_the_host_can_print():
 
 def test_the_zygotes_own_output_goes_where_it_did(tmp_path):
     (tmp_path / "talking_preload.py").write_text("print('preloaded', flush=True)\n")
-    code = "import runtime, evil\nwith runtime.Runtime(2, preload='talking_preload') as rt: rt.submit(evil.square, 1).result()"
+    code = """if True:
+        import runtime, evil
+        with runtime.Runtime(2, preload="talking_preload") as rt:
+            rt.submit(evil.square, 1).result()
+    """
     done = run(["-c", code], environ={"PYTHONPATH": os.pathsep.join([ROOT, f"{ROOT}/tests", str(tmp_path)])})
     assert (done.returncode, done.stdout, done.stderr) == (0, "preloaded\n", "")
 
