@@ -6,6 +6,7 @@
     _extent    Arena, HostBlock                      a runtime's region: tables, and blocks of any size
     _frame     Frame, read_frame                     how pickles and their buffers lie in a block
     _lease, _runner  Runner                          a worker's end of its slot, and its inner loop
+    _report                                          reports of progress in a lease
     _plain     unpack_plain                          values that take the short way
     _series    read_series                           several plain values in one piece
     _future    Promise                               what a Future is made of

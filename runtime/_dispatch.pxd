@@ -1,6 +1,6 @@
 # cython: language_level=3
 """The door to queue, leases, harvest, slots and waiting. See _dispatch.pyx."""
-from libc.stdint cimport uint32_t
+from libc.stdint cimport int64_t, uint32_t
 
 from runtime._records cimport Batch, Span, Task
 from runtime._waiting cimport Waiting
@@ -13,8 +13,8 @@ cdef class Dispatcher(Waiting):
     cdef int take_in(self, entry) except -1
     cdef int rouse(self) except -1
     cdef bint enter(self, Task task) except -1
-    cdef int retry_now(self, Task task) except -1
-    cdef int retry_item_now(self, Batch batch, Span span) except -1
+    cdef int retry_now(self, Task task, int64_t delay) except -1
+    cdef int retry_item_now(self, Batch batch, Span span, int64_t delay) except -1
     cdef int drop_now(self, Batch batch) except -1
     cdef bint others(self, uint32_t index) except -1
     cdef int abandon_now(self, cancelled) except -1

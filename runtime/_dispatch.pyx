@@ -17,7 +17,7 @@ thread is the deadline keeper (_threads), ordered by the guards.
 Should a destructor let another thread in, that one defers to the inbox in the same way, so no method
 here ever waits. Outcomes collect in a list of tuples; unpickling and futures are the collector's business.
 """
-from libc.stdint cimport uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from runtime._atomics cimport *
 from runtime._layout cimport *
@@ -26,6 +26,7 @@ from runtime._records cimport T_CANCELLED, T_LEASED, T_OVER, T_WAITING, Batch, S
 from runtime._leasing import OUTCOME_ABANDONED
 from runtime._extent cimport HostBlock
 from runtime._frame cimport S_VALUE, Frame
+from runtime._report cimport read_report
 from runtime._threads cimport guard_acquire, guard_release, guard_t, kill_lease
 
 CANCEL_NO = 0               # it has started, or is over
@@ -44,6 +45,7 @@ cdef enum:
     DO_DROP = 7
     DO_ABANDON = 8
     DO_DRAIN_ALL = 9
+    DO_TAKE_DUE = 10
 
 
 # Bytes that are copied while the worker that will read them is waking up.
@@ -91,13 +93,15 @@ cdef class Dispatcher(Waiting):
         elif what == DO_SETTLE:
             self.settle_now(subject, (<tuple>entry)[2])
         elif what == DO_RETRY:
-            self.retry_now(<Task>subject)
+            self.retry_now(<Task>subject, (<tuple>entry)[2])
         elif what == DO_RETRY_ITEM:
-            self.retry_item_now(<Batch>subject, (<tuple>entry)[2])
+            self.retry_item_now(<Batch>subject, (<tuple>entry)[2], (<tuple>entry)[3])
         elif what == DO_FORGET:
             self.forget(<Task>subject)
         elif what == DO_DROP:
             self.drop_now(<Batch>subject)
+        elif what == DO_TAKE_DUE:
+            self.take_due(subject)
         else:
             self.abandon_now(subject)
         return 0
@@ -167,34 +171,63 @@ cdef class Dispatcher(Waiting):
         self.work()
         return True
 
-    def retry(self, Task task not None):
-        """Queue a call once more, ahead of the others."""
-        self.inbox.append((DO_RETRY, task))
+    def retry(self, Task task not None, int64_t delay=0, tuple deaths=None):
+        """Queue a call once more, ahead of the others, but not before so many nanoseconds.
+
+        Meanwhile it counts as waiting, and can be cancelled. deaths: how its attempts died so far.
+        """
+        task.deaths = deaths
+        self.inbox.append((DO_RETRY, task, delay))
         self.work()
 
-    cdef int retry_now(self, Task task) except -1:
+    cdef int retry_now(self, Task task, int64_t delay) except -1:
+        if task.unwanted or self.closed:
+            self.over(task, T_CANCELLED if task.unwanted else T_OVER)
+            self.forget(task)
+            self.outcomes.append((OUTCOME_ABANDONED, task, None, None, task.unwanted))
+            return 0
         task.state = T_WAITING
         task.reason = ""
         task.attempt += 1
+        if task.future is not None:
+            task.future.reported = None
         self.waiting += 1
-        return self.enqueue(task, True)
+        return self.put_off(task, None, delay)
 
-    def retry_item(self, Task task not None, uint64_t item):
-        """Queue an item of a chunk once more, ahead of the others and alone."""
+    def retry_item(self, Task task not None, uint64_t item, int64_t delay=0, tuple deaths=None):
+        """Queue an item of a chunk once more, ahead of the others and alone, but not before so many
+        nanoseconds. deaths: how its attempts died so far.
+        """
         cdef Span span = task.one(item)
         span.attempts += 1
         span.alone = True
-        self.inbox.append((DO_RETRY_ITEM, task.batch, span))
+        span.deaths = deaths
+        self.inbox.append((DO_RETRY_ITEM, task.batch, span, delay))
         self.work()
 
-    cdef int retry_item_now(self, Batch batch, Span span) except -1:
+    cdef int retry_item_now(self, Batch batch, Span span, int64_t delay) except -1:
         if batch.dropped:
             self.vanished += 1
             return 0
-        batch.pending.appendleft(span)
+        if self.closed:
+            self.outcomes.append((OUTCOME_ABANDONED, None, batch, [span], False))
+            return 0
         batch.waiting += 1
         self.waiting += 1
-        return self.enqueue(batch, True)
+        return self.put_off(batch, span, delay)
+
+    @property
+    def retry_in(self):
+        """Seconds until the next retry that was put off is due; None: there is none."""
+        if not self.delayed:
+            return None
+        return max(0, (<tuple>self.delayed[0])[0] - now_ns()) * 1e-9
+
+    def take_retries(self):
+        """Queue the retries that are due."""
+        if self.delayed:
+            self.inbox.append((DO_TAKE_DUE, now_ns()))
+            self.work()
 
     def cancel(self, Task task not None, bint running=False, str reason="cancelled"):
         """Take a task back, or with `running` kill what runs it. CANCEL_*."""
@@ -213,6 +246,8 @@ cdef class Dispatcher(Waiting):
             return CANCEL_DONE
         if task.state == T_CANCELLED:
             return CANCEL_DONE                      # a caller that was interrupted asks again
+        if running:
+            task.unwanted = True                    # whatever comes of this attempt, no other one follows
         if task.state != T_LEASED:
             return CANCEL_NO
         lease = self.arena.lease(task.slot, task.entry)
@@ -238,10 +273,11 @@ cdef class Dispatcher(Waiting):
             return CANCEL_KILLED
         return CANCEL_NO
 
-    def drop(self, Batch batch not None):
-        """Nobody wants the rest of a batch: forget what has not started."""
+    def drop(self, Batch batch not None, bint running=False):
+        """Nobody wants the rest of a batch: forget what has not started, and with `running` kill what has."""
         if not self.inert:
             batch.dropped = True
+            batch.ruthless = running
             self.inbox.append((DO_DROP, batch))
             self.work()
 
@@ -255,7 +291,7 @@ cdef class Dispatcher(Waiting):
             if table.chunks:
                 for held in list(table.tasks):
                     if held is not None and (<Task>held).batch is batch:
-                        self.cancel(<Task>held)
+                        self.cancel(<Task>held, batch.ruthless)
         return 0
 
     def drain(self, uint32_t index, bint hinted=False):
@@ -412,6 +448,7 @@ cdef class Dispatcher(Waiting):
         for i in range(self.arena.slots):
             for entry in self.take_back(i, self.arena.leases):
                 self.requeue(<Task>entry)
+        self.take_due(0x7FFFFFFFFFFFFFFFLL)
         for queue in self.levels.values():
             while queue:
                 entry = queue.popleft()
@@ -456,6 +493,16 @@ cdef class Dispatcher(Waiting):
             return False
         word = a64_load_acquire(&self.arena.lease(task.slot, task.entry).word)
         return l_tag(word) == task.tag and l_state(word) == L_RUNNING
+
+    def progress(self, Task task not None):
+        """What a task that is leased has reported last; None: nothing."""
+        cdef lease_t *lease
+        if task.state != T_LEASED or self.inert or task.slot >= self.arena.slots:
+            return None
+        lease = self.arena.lease(task.slot, task.entry)
+        if l_tag(a64_load_acquire(&lease.word)) != task.tag or a64_load_relaxed(&lease.reported) == 0:
+            return None
+        return read_report(lease)
 
     def look(self, uint32_t index):
         """Of a slot: (incarnation, phase, tasks done, number of the task that runs or None, leases)."""

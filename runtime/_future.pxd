@@ -9,6 +9,7 @@ cdef class Promise:
     cdef public object _task        # Task, while it is under way; None before, after, and without a runtime
     cdef public object _core        # the runtime it is of
     cdef public object retry_on     # exceptions to run it again on
+    cdef public object reported     # (done, total, note) that the call reported last; None: nothing
     cdef object condition           # threading.Condition, from the first time that somebody asks for it
     cdef object waiters             # list, from then on
     cdef object callbacks           # list, from then on

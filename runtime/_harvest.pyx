@@ -16,6 +16,7 @@ from runtime._layout cimport *
 from runtime._lease cimport outbox_take, outbox_waiting
 from runtime._records cimport T_LEASED, T_OVER, T_WAITING, SlotTable
 from runtime._plain cimport plain_loads
+from runtime._report cimport read_report
 from runtime._leasing import OUTCOME_DIED, OUTCOME_FRAME, OUTCOME_KILLED, OUTCOME_LOST
 from runtime._threads cimport guard_acquire, guard_release, guard_t
 
@@ -124,7 +125,11 @@ cdef class Harvest(Leasing):
         cdef bint plain = False
         if l_state(word) != L_DONE or l_tag(word) != task.tag or task.state != T_LEASED:
             return 0
-        memcpy(&copy, lease, sizeof(lease_t))
+        memcpy(&copy, lease, <size_t>(<char *>&lease.reported - <char *>lease))
+        if copy.out_where == AT_INLINE and copy.out_bytes <= INLINE_BYTES:
+            memcpy(copy.inline_, lease.inline_, copy.out_bytes)
+        if a64_load_relaxed(&lease.reported) and task.future is not None:
+            task.future.reported = read_report(lease)
         ran = l_item(word)
         if copy.out_where == AT_INLINE and copy.out_bytes <= INLINE_BYTES:
             plain = self.plain_result(task, &copy, found)
@@ -267,6 +272,7 @@ cdef class Harvest(Leasing):
         """The process died, or was killed, while it ran this: only the item that ran answers for it."""
         cdef uint64_t item = l_item(word) if task.batch is not None else 0
         cdef bint killed = l_state(word) == L_KILLED
+        self.keep_report(task)
         self.over(task, T_OVER)
         if task.batch is not None:
             self.put_back(task, task.delivered, <int64_t>item)
@@ -276,6 +282,13 @@ cdef class Harvest(Leasing):
             else:
                 self.outcomes.append((OUTCOME_DIED, task, item, information))
         self.release(task)
+        return 0
+
+    cdef int keep_report(self, Task task) except -1:
+        """The last report of a call is its future's before the entry is reused."""
+        cdef lease_t *lease = self.arena.lease(task.slot, task.entry)
+        if task.future is not None and a64_load_relaxed(&lease.reported):
+            task.future.reported = read_report(lease)
         return 0
 
     cdef int unload_now(self, uint32_t index) except -1:
@@ -299,6 +312,7 @@ cdef class Harvest(Leasing):
             # What is answered now is not asked of the word again: a worker that runs wild may change it.
             task.killed = True
             task.killed_item = <int64_t>item
+            self.keep_report(task)
             self.over(task, T_OVER)
             if task.batch is None or task.delivered <= item < task.count:
                 self.outcomes.append((OUTCOME_KILLED, task, item, task.reason))
@@ -311,5 +325,7 @@ cdef class Harvest(Leasing):
         guard_acquire(guard)
         if guard.armed and guard.pidfd >= 0:
             sent = sys_pidfd_send_signal(guard.pidfd, number) == 0
+            if number == SIGKILL:
+                (<SlotTable>self.slots[index]).signalled = True
         guard_release(guard)
         return sent

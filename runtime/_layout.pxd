@@ -15,10 +15,11 @@ from runtime._atomics cimport a32_t, a64_t
 
 
 cdef enum:
-    LAYOUT_VERSION = 2
+    LAYOUT_VERSION = 3
     PAGE = 4096
     EXTENT = 4096           # bytes of one extent: a page, so that a block can be mapped by itself
     INLINE_BYTES = 320      # bytes of payload that fit into the lease entry itself
+    NOTE_BYTES = 69         # bytes of the note of a report
     MAX_LEASES = 256        # entries of a lease table, at most
     NO_SLOT = 0xFFFFFFF     # in an extent word: owned by the host, no slot
 
@@ -87,6 +88,28 @@ cdef enum:
     F_KEPT = 1              # a view of the arguments' block outlives the call
 
 
+# ---- reports: what the user's code says of its progress -----------------------------------------------
+# lease_t.reported counts the reports of the lease; report n lies in reports[n & 1]. The worker fills the
+# place of n + 1, then raises the count: so it never writes over the newest whole report, and killed at any
+# instruction it leaves either the one before or the new one. A reader copies the place of n and looks at the
+# count again: if that has not moved, the copy is whole, since all that was written meanwhile went to the
+# other place. If it has, the reader takes the newer one, a bounded number of times; nobody waits for anybody.
+
+# report_t.done_kind, total_kind
+cdef enum:
+    V_NONE = 0              # none was given
+    V_INT = 1               # an int64_t
+    V_FLOAT = 2             # a double
+
+ctypedef struct report_t:
+    uint64_t done           # the bits of the value. Worker, as the rest
+    uint64_t total
+    unsigned char done_kind
+    unsigned char total_kind
+    unsigned char note_bytes
+    char note[NOTE_BYTES]   # UTF-8, cut between two characters
+
+
 ctypedef struct lease_t:
     a64_t word              # the lease word, above
     a64_t started           # monotonic ns at which the user's code began; 0: the clock stands. Worker
@@ -107,7 +130,9 @@ ctypedef struct lease_t:
     uint64_t out_tag        # and its tag
     uint64_t out_bytes      # bytes of the result's frame
     int64_t out_ns          # ns that the items of this lease ran, in all
-    uint64_t spare[8]
+    a64_t reported          # reports of this lease so far, see above. Host, 0 at the lease; then the worker
+    report_t reports[2]
+    uint64_t spare
     char inline_[INLINE_BYTES]  # the arguments' frame; after the claim the worker may put the result's here
 
 
@@ -192,7 +217,8 @@ ctypedef struct slot_t:
     a64_t tasks_done        # items finished; never goes backwards
     uint64_t failure_bytes  # length of the pickle in the bounce block at P_FAILED
     a64_t rescued           # times that leases were found by a repeated hint, the first one being lost
-    char pad5[32]
+    a64_t busy              # ns in user code, of items that have ended; never goes backwards
+    char pad5[24]
     # line 6: the host's. The bounce block belongs to the worker until it asks or offers, then to the host
     # until it has moved `turn`. One record is out at a time; see receive and offer in _lease.pyx
     a32_t turn              # futex: the number of pieces the host has served

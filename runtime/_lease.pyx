@@ -157,13 +157,20 @@ cdef class WorkerPort:
         """The item's clock starts: its timeout counts from here."""
         a64_store_release(&lease.started, <uint64_t>now)
 
-    cdef int64_t end(self, lease_t *lease) noexcept nogil:
-        """The item's clock stops, before the word moves on. The time."""
+    cdef int64_t stop(self, lease_t *lease) noexcept nogil:
+        """The clock stops, before the word moves on. The time."""
         cdef int64_t now = now_ns()
-        lease.out_ns += now - <int64_t>a64_load_relaxed(&lease.started)
-        a64_store_release(&lease.started, 0)
-        a64_store_relaxed(&self.slot.tasks_done, a64_load_relaxed(&self.slot.tasks_done) + 1)
+        cdef int64_t took = now - <int64_t>a64_load_relaxed(&lease.started)
+        lease.out_ns += took
+        # In this order: who reads `busy`, `started` and `busy` again never counts this time twice.
+        a64_store_release(&lease.started, 0)                    # B1 pairs with B2 in Slots.busy_ns
+        a64_store_release(&self.slot.busy, a64_load_relaxed(&self.slot.busy) + <uint64_t>took)
         return now
+
+    cdef int64_t end(self, lease_t *lease) noexcept nogil:
+        """An item has ended: the clock stops. The time."""
+        a64_store_relaxed(&self.slot.tasks_done, a64_load_relaxed(&self.slot.tasks_done) + 1)
+        return self.stop(lease)
 
     cdef bint advance(self, lease_t *lease) noexcept nogil:
         """RUNNING(i) -> RUNNING(i+1). False: the host has killed this lease; exit."""

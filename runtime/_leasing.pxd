@@ -4,7 +4,7 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from runtime._extent cimport Arena, HostBlock
 from runtime._frame cimport Frame
-from runtime._records cimport Batch, Task
+from runtime._records cimport Batch, Span, Task
 from runtime._threads cimport DeadlineKeeper
 
 
@@ -15,6 +15,8 @@ cdef class Leasing:
     cdef dict levels                        # priority -> deque of Task and Batch
     cdef list order                         # priorities that have ever been used, highest first
     cdef object inbox                       # deque of Task, Batch and (bookkeeping) tuples
+    cdef list delayed                       # heap of (monotonic ns, number, Task or Batch, Span or None)
+    cdef uint64_t put_offs                  # entries it has ever had
     cdef bint busy, closed, inert
     cdef uint64_t *tags                     # per slot and entry: the tag of its last lease
     cdef dict functions                     # function id -> HostBlock, in order of use
@@ -38,6 +40,9 @@ cdef class Leasing:
     cdef dict stuck                         # slot -> what the last rescan saw
 
     cdef int enqueue(self, entry, bint front) except -1
+    cdef int put_off(self, entry, Span span, int64_t delay) except -1
+    cdef int requeue_now(self, entry, Span span) except -1
+    cdef int take_due(self, int64_t until) except -1
     cdef int forget(self, Task task) except -1
     cdef void over(self, Task task, int state) noexcept
     cdef int release(self, Task task) except -1

@@ -9,6 +9,7 @@ Rules for all that runs here, see _dispatch.pyx: no Python code, no waiting; and
 any allocation, an entry is popped before it is worked on and looked at again before it is published.
 """
 from collections import deque
+from heapq import heappop, heappush
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 from cpython.mem cimport PyMem_Calloc, PyMem_Free
@@ -45,6 +46,7 @@ cdef class Leasing:
         self.levels = {}
         self.order = []
         self.inbox = deque()
+        self.delayed = []
         self.functions = {}
         self.announce = set()
         self.repeat = set()
@@ -75,6 +77,30 @@ cdef class Leasing:
             queue.appendleft(entry)
         else:
             queue.append(entry)
+        return 0
+
+    cdef int put_off(self, entry, Span span, int64_t delay) except -1:
+        """Queue a task, or an item of a batch, ahead of the others, but not before so many nanoseconds."""
+        if delay <= 0:
+            return self.requeue_now(entry, span)
+        self.put_offs += 1                          # so that two entries never compare more than numbers
+        heappush(self.delayed, (now_ns() + delay, self.put_offs, entry, span))
+        return 0
+
+    cdef int requeue_now(self, entry, Span span) except -1:
+        if span is None:
+            return self.enqueue(entry, True) if (<Task>entry).state == T_WAITING else 0
+        if not (<Batch>entry).dropped:              # else it was counted when that happened
+            (<Batch>entry).pending.appendleft(span)
+            self.enqueue(entry, True)
+        return 0
+
+    cdef int take_due(self, int64_t until) except -1:
+        """Queue what was put off and whose time has come by then."""
+        cdef tuple due
+        while self.delayed and (<tuple>self.delayed[0])[0] <= until:
+            due = <tuple>heappop(self.delayed)
+            self.requeue_now(due[2], due[3])
         return 0
 
     cdef int forget(self, Task task) except -1:
@@ -329,6 +355,7 @@ cdef class Leasing:
         number = <uint32_t>table.free.pop()
         lease = self.arena.lease(index, number)
         a64_store_relaxed(&lease.started, 0)
+        a64_store_relaxed(&lease.reported, 0)
         lease.task = task.number
         lease.fn = <uint64_t>task.fn.id
         lease.kind = KIND_CHUNK if task.batch is not None else KIND_CALL

@@ -20,6 +20,7 @@ cdef class Span:
     cdef readonly uint64_t first            # index in the map of the first one
     cdef readonly uint32_t count            # how many
     cdef readonly uint32_t attempts         # which attempt of theirs this is, from 1
+    cdef readonly tuple deaths              # how earlier attempts died, a line each, the last ones; or None
     cdef uint32_t status                    # what `data` holds; S_VALUE: one item by itself
     cdef uint32_t start                     # position of the first one in the series
     cdef bytes data                         # a series, shared with other parts of it
@@ -38,6 +39,7 @@ cdef class Batch:
     cdef readonly int priority
     cdef readonly bint retryable            # items may be run again
     cdef readonly bint retry_timeouts       # also after their timeout
+    cdef bint ruthless                      # what runs of it is killed, too, when it is dropped
     cdef uint32_t fixed                     # items per chunk, 0: adaptive
     cdef double ran_ns, ran_items           # time and number of items that ran, older ones count half as much
     cdef object pending                     # deque of Span
@@ -77,6 +79,8 @@ cdef class Task:
     cdef bint killed                        # it was resolved while its process was still to die
     cdef int64_t killed_item                # by this item of the chunk
     cdef str reason                         # why it was killed, "" for the deadline
+    cdef bint unwanted                      # cancelled when its attempt could not be stopped: no further one
+    cdef readonly tuple deaths              # as of a Span
 
     cdef Span one(self, uint64_t item)
 
@@ -90,6 +94,7 @@ cdef class SlotTable:
     cdef uint32_t chunks                    # of them, chunks
     cdef uint64_t untold                    # tasks and items leased since the worker was told last
     cdef bint ready, draining
+    cdef bint signalled                     # SIGKILL was sent to the process by the host
     cdef bint acted                         # the rescan took results in ahead of their hint
     cdef bint suspect                       # leases were taken back from it: it did not look at them
     cdef uint64_t suspect_at                # ring_head at that time

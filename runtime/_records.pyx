@@ -77,6 +77,7 @@ cdef class Span:
         other.first = self.first + offset
         other.count = count
         other.attempts = self.attempts
+        other.deaths = self.deaths
         other.status = self.status
         other.start = self.start + offset
         other.data = self.data
@@ -167,6 +168,10 @@ cdef class Task:
     def attempts(self, uint64_t item):
         """Which attempt this is of a call, or of an item of a chunk."""
         return self.attempt if self.batch is None else self.one(item).attempts
+
+    def history(self, uint64_t item):
+        """How earlier attempts of a call, or of an item of a chunk, died: a line each, the last ones."""
+        return (self.deaths if self.batch is None else self.one(item).deaths) or ()
 
     def stretches(self, uint64_t first, uint64_t count):
         """[(index in the map, how many)] for items first .. first+count-1 of a chunk."""

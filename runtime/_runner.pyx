@@ -18,6 +18,7 @@ from runtime._frame cimport S_CALLS, S_PLAIN, SINGLE_HEAD, read_single, write_si
 from runtime._frame import read_frame
 from runtime._layout cimport *
 from runtime._plain cimport fixed_bytes, plain_bytes, plain_dumps, plain_loads, weigh_int
+from runtime._report cimport write_report
 from runtime._series cimport is_series, pack_series, unpack_series
 
 cdef extern from "Python.h":
@@ -46,6 +47,15 @@ cdef class Runner(WorkerPort):
         """The clock of a lease stops."""
         self.end(self.lease(entry))
         self.left -= 1
+
+    def report(self, done, total, note):
+        """What the running task says of its progress; nothing while none runs.
+
+        In a fork of the worker the region is private, so there it reaches nobody.
+        """
+        cdef uint32_t running = a32_load_relaxed(&self.slot.running)    # ours alone
+        if running:
+            write_report(self.lease(running - 1), done, total, note)
 
     def attend(self, worker, context, functions, int host_pidfd, int64_t left, int exit_descriptors):
         """What the loop needs, once it exists."""
@@ -214,7 +224,7 @@ cdef class Runner(WorkerPort):
                 self.tick(lease, &clock, k + 1 == count and not items)
                 if self.left == 0 or self.leaving or a32_load_relaxed(&self.slot.control) & C_STOP:
                     if clock.skipped:
-                        self.end(lease)
+                        self.stop(lease)
                     items.clear()
                     break
                 if (clock.took >= SLOW_ITEM or clock.since >= COMMIT or answers.nbytes >= COMMIT_BYTES) and (

@@ -4,7 +4,7 @@
 The sweep behind it is in _harvest.pyx; whether it is leased to, and what becomes of that, in _dispatch.pyx.
 """
 from cpython.bytes cimport PyBytes_FromStringAndSize
-from libc.stdint cimport uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from runtime._atomics cimport *
 from runtime._layout cimport *
@@ -53,6 +53,8 @@ cdef class Slots(Harvest):
                 a32_store_relaxed(&slot.phase, P_BOOT)
                 a32_store_relaxed(&slot.running, 0)
                 a64_store_relaxed(&slot.tasks_done, 0)
+                a64_store_relaxed(&slot.busy, 0)
+                table.signalled = False
                 a32_store_relaxed(&slot.turn, 0)
                 a32_store_relaxed(&slot.parked, AWAKE)
                 a32_store_release(&slot.state, S_LIVE)
@@ -101,6 +103,28 @@ cdef class Slots(Harvest):
     def signal(self, uint32_t index, int number):
         """Send a signal to the process in a slot. False: there is none."""
         return not self.inert and self.send_signal(index, number)
+
+    def sent_kill(self, uint32_t index):
+        """Whether the process in a slot, or the last one, was sent SIGKILL by us."""
+        return self.keeper.guards[index].killing or (<SlotTable>self.slots[index]).signalled
+
+    def busy_ns(self, uint32_t index):
+        """Nanoseconds that the worker in a slot has spent in user code, what runs now included."""
+        cdef slot_t *slot
+        cdef uint64_t busy, started = 0
+        cdef uint32_t running
+        cdef int64_t now
+        if index >= self.arena.slots:               # the runtime has ended
+            return 0
+        slot = self.arena.slot(index)
+        busy = a64_load_acquire(&slot.busy)
+        running = a32_load_acquire(&slot.running)
+        if 0 < running <= self.arena.leases:
+            started = a64_load_acquire(&self.arena.lease(index, running - 1).started)   # B2
+        if a64_load_acquire(&slot.busy) != busy:    # it ended between the two: all of it is counted by now
+            return a64_load_acquire(&slot.busy)
+        now = now_ns()
+        return busy + <uint64_t>(now - <int64_t>started) if 0 < started < <uint64_t>now else busy
 
     def incarnation(self, uint32_t index):
         """Counts the processes that lived in a slot."""

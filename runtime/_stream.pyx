@@ -7,18 +7,21 @@ cdef class Stream:
     """Gives out the items of one list after another, each list from its end, and keeps none of them.
 
     more: called for the next list; its exceptions, StopIteration among them, end the iteration. end: called
-    when the iteration has ended, is closed, or is dropped after it has begun; more than once, maybe.
+    when the iteration has ended, is closed, or is dropped after it has begun; more than once, maybe. left:
+    called for the number of items that are not in a list yet; None: unknown.
     Thread-safety: for one thread at a time.
     """
     cdef list items
     cdef object more
     cdef object end
+    cdef object left
     cdef bint begun
 
-    def __init__(self, more, end):
+    def __init__(self, more, end, left=None):
         self.items = []
         self.more = more
         self.end = end
+        self.left = left
 
     def __iter__(self):
         return self
@@ -32,6 +35,10 @@ cdef class Stream:
                 self.end()
                 raise
         return self.items.pop()
+
+    def __length_hint__(self):
+        left = self.left() if self.left is not None else None
+        return NotImplemented if left is None else left + PyList_GET_SIZE(self.items)
 
     def close(self):
         """Cancel what has not started; the iteration is over."""

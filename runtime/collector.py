@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 from runtime import _core, serializer
 from runtime.errors import BrokenRuntime, RuntimeFailure, TaskCancelled, TaskTimeout, WorkerDied
+from runtime.retries import HISTORY, retry_delay
 from runtime.sockets import HostLink
 from runtime.wire import Hint, HintKind
 
@@ -28,6 +29,7 @@ _ROOM = 0.05  # the same, while a task waits for room in the region
 _IDLE = 2.0  # the same, while nothing is out
 _GREETING = 0.001  # the same, while a worker waits for its welcome
 _LOOK = HintKind.LOOK  # an enum's member takes its time to be looked up
+_TICK = 0.001  # what a wait may fall short of: zmq counts in milliseconds
 _POLL = 0.001  # seconds after which hints are read even if the outboxes alone keep the collector busy
 _WORTH = 2  # times in a row that watching the outboxes may be in vain
 
@@ -59,11 +61,16 @@ class Death:
     rss: int | None
     stack: str = ""
 
-    def blamed(self, attempts: int) -> WorkerDied:
+    def blamed(self, attempts: int, task: str, history: tuple[str, ...]) -> WorkerDied:
         """The exception of a task that the worker was running."""
         return WorkerDied(
-            self.pid, self.number, self.exitcode, self.signal, self.reason, attempts, self.stack, self.rss
-        )
+            self.pid, self.number, self.exitcode, self.signal, self.reason, attempts, self.stack, self.rss,
+            task=task, history=history,
+        )  # fmt: skip
+
+    def line(self) -> str:
+        """For the history of a task."""
+        return f"pid {self.pid}: {self.reason}"
 
 
 def again(error: BrokenRuntime) -> BrokenRuntime:
@@ -114,6 +121,7 @@ class Collector:
         while not self.stopped:
             self.wait()
             dispatcher.drain_everything()
+            dispatcher.take_retries()
             now = time.monotonic()
             if now - looked >= (_ROOM if dispatcher.urgent else _RESCAN):
                 looked = now
@@ -139,11 +147,16 @@ class Collector:
                 return
             self._worth -= 1
         patience = self.patience()
+        due = self.dispatcher.retry_in
+        hurried = False
+        if due is not None and due < patience:  # a retry is due before
+            hurried, patience = True, due + _TICK
         if patience and not self.dispatcher.park():
             patience = 0.0
         hints = self.link.poll(patience)
         self._polled = time.monotonic()
-        if patience and not hints and self._polled - now >= patience and self.dispatcher.untold:
+        late = patience and not hurried and not hints and self._polled - now >= patience
+        if late and self.dispatcher.untold:
             # A worker may be about to tell: what is lost is what it does not tell in all that time.
             hints = self.link.poll(patience)
             if not hints and self.dispatcher.untold:
@@ -337,30 +350,38 @@ class Collector:
         except BaseException:  # a metaclass of the user's
             log.exception("retry_on could not be compared with %s", type(error))
             retry = False
-        if not (retry and self.retried(task, item)):
+        if not (retry and self.retried(task, item, task.history(item))):
             self.finish(task, item, False, error)
 
-    def retried(self, task: _core.Task, item: int) -> bool:
-        """Run it once more, if an attempt is left."""
+    def retried(self, task: _core.Task, item: int, deaths: tuple[str, ...] = ()) -> bool:
+        """Run it once more, if an attempt is left: the first time at once, then later and later.
+
+        deaths: how its attempts died so far.
+        """
         if self.broken is not None:
             return False
+        delay = int(retry_delay(task.attempts(item)) * 1e9)
         if task.batch is None:
             if not task.retries:
                 return False
             task.retries -= 1
-            self.dispatcher.retry(task)
+            self.dispatcher.retry(task, delay, deaths)
         else:
             if task.attempts(item) > task.batch.sink.retries:
                 return False
-            self.dispatcher.retry_item(task, item)
+            self.dispatcher.retry_item(task, item, delay, deaths)
         return True
 
     def died(self, task: _core.Task, item: int, death: Death) -> None:
         """Its worker died while it ran this: again, or WorkerDied."""
-        if self.retried(task, item):
+        deaths = (*task.history(item), death.line())[-HISTORY:]
+        if self.retried(task, item, deaths):
             return
-        error = death.blamed(task.attempts(item)) if self.broken is None else again(self.broken)
-        self.finish(task, item, False, error)
+        if self.broken is not None:
+            self.finish(task, item, False, again(self.broken))
+            return
+        name = f"task {task.number} ({task.fn.module}.{task.fn.name})"
+        self.finish(task, item, False, death.blamed(task.attempts(item), name, deaths))
 
     def abandoned(self, task: Any, batch: Any, spans: Any, cancelled: bool) -> None:
         """It never started, and never will."""

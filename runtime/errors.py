@@ -45,7 +45,8 @@ class WorkerDied(_Record):
     pid, number: of the worker. exitcode: its exit status, or None when unknown or when
     a signal ended it. signal: the number of that signal, or None. reason: the likely cause
     in words. attempts: how often the task had been started. stack: the worker's Python
-    stack at the crash, or "". rss: its largest resident size in bytes, or None.
+    stack at the crash, or "". rss: its largest resident size in bytes, or None. task: its number
+    and function. history: how the attempts died that did, a line each, the last ones.
     """
 
     fields = ("pid", "number", "exitcode", "signal", "reason", "attempts", "stack", "rss")
@@ -60,15 +61,32 @@ class WorkerDied(_Record):
         attempts: int = 1,
         stack: str = "",
         rss: int | None = None,
+        *,
+        task: str = "",
+        history: tuple[str, ...] = (),
     ) -> None:
         self.pid, self.number, self.exitcode, self.signal = pid, number, exitcode, signal
         self.reason, self.attempts, self.stack, self.rss = reason, attempts, stack, rss
-        text = f"worker {number} (pid {pid}) died while it ran this task: {reason or 'cause unknown'}"
+        self.task, self.history = task, tuple(history)
+        what = task or "this task"
+        text = f"worker {number} (pid {pid}) died while it ran {what}: {reason or 'cause unknown'}"
         if attempts > 1:
             text += f"; the task was started {attempts} times"
+        if len(self.history) > 1:
+            text += "\n" + "\n".join(f"    {line}" for line in self.history)
         if stack:
             text += "\n" + stack
         super().__init__(text)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        kind, values, state = super().__reduce__()
+        named = {name: state.pop(name) for name in ("task", "history")}
+        return _made, (kind, values, named), state
+
+
+def _made(kind: type[WorkerDied], values: tuple[Any, ...], named: dict[str, Any]) -> WorkerDied:
+    """The same failure again: pickle calls nothing by keywords."""
+    return kind(*values, **named)
 
 
 class TaskTimeout(RuntimeFailure, TimeoutError):

@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from runtime import _core, config, forking, serializer
+from runtime.asynchronous import AsyncResults, outcome_of
 from runtime.collector import again
 from runtime.config import INHERIT, TaskOptions
 from runtime.lifecycle import WorkerStatus
-from runtime.mapping import Results, Run, check_sizes
+from runtime.mapping import Results, Run, check_sizes, total_of
+from runtime.progress import open_bar
 from runtime.supervisor import Supervisor
 
 __all__ = ["Future", "Options", "Runtime", "Stats", "WorkerInfo"]
@@ -31,7 +33,7 @@ class WorkerInfo:
     number: what names it, 0 .. max_workers-1. slot: its row in the region, or None. pid: of its process, or
     None. started: when that was asked for, seconds since the epoch, or None. tasks_done: tasks and items that
     workers of this number have run. task: number of the one that runs now, or None. rss: resident bytes, or
-    None.
+    None. busy: seconds that workers of this number have spent in user code; it never goes backwards.
     """
 
     number: int
@@ -43,6 +45,7 @@ class WorkerInfo:
     tasks_done: int
     task: int | None
     rss: int | None
+    busy: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +114,18 @@ class Future(_core.Promise, concurrent.futures.Future[T]):
             return super().running()
         return not self.done() and bool(core.dispatcher.running(task))
 
+    def progress(self) -> tuple[float, float | None, str] | None:
+        """The (done, total, note) that the call has reported last; None before the first report.
+
+        It stays when the call has ended. A retry begins without one.
+        """
+        task, core = self._task, self._core
+        if task is not None and core is not None:
+            reported: tuple[float, float | None, str] | None = core.dispatcher.progress(task)
+            if reported is not None:
+                return reported
+        return self.reported
+
     def __repr__(self) -> str:
         if self.running():  # which the stdlib's reads from a state that nobody sets here
             return f"<{type(self).__name__} at {id(self):#x} state=running>"
@@ -145,16 +160,31 @@ class Front(concurrent.futures.Executor, abc.ABC):
         chunksize: int | None = None,
         buffersize: int | None = None,
         return_exceptions: bool = False,
+        progress: bool = False,
     ) -> Iterator[T]:
         """An iterator over fn(*items), in the order of the input.
 
         timeout: seconds from this call until each result must have come. chunksize: items that travel
         together; by default it adapts to their run time. buffersize: items that may be out at once; by
         default all of a sized input, and a bounded window of any other. return_exceptions: yield an item's
-        exception instead of raising it. Raises: what an item raised, with a note that names the item.
+        exception instead of raising it. progress: show a bar on stderr: rich's if it is installed, else a
+        line; where stderr is no terminal, a plain line every ten seconds. It counts results as they come.
+        Raises: what an item raised, with a note that names the item.
         """
-        return self._target()._map(
-            self._options, fn, iterables, timeout, chunksize, buffersize, return_exceptions, True
+        return (
+            self._target()
+            ._map(
+                self._options,
+                fn,
+                iterables,
+                timeout,
+                chunksize,
+                buffersize,
+                return_exceptions,
+                True,
+                progress,
+            )
+            .iterate()
         )
 
     def map_unordered(
@@ -165,11 +195,59 @@ class Front(concurrent.futures.Executor, abc.ABC):
         chunksize: int | None = None,
         buffersize: int | None = None,
         return_exceptions: bool = False,
+        progress: bool = False,
     ) -> Iterator[T]:
         """As `map`, in the order in which the results come."""
-        return self._target()._map(
-            self._options, fn, iterables, timeout, chunksize, buffersize, return_exceptions, False
+        return (
+            self._target()
+            ._map(
+                self._options,
+                fn,
+                iterables,
+                timeout,
+                chunksize,
+                buffersize,
+                return_exceptions,
+                False,
+                progress,
+            )
+            .iterate()
         )
+
+    async def asubmit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
+        """What fn(*args, **kwargs) returns in a worker. It is submitted when this is first awaited.
+
+        Cancelling what awaits it stops the code: a call that has not started never runs, one that has is
+        killed, as by `cancel(future, running=True)`. Blocking: the event loop never is. Raises: what the
+        call raised; concurrent.futures.CancelledError if somebody else has cancelled it; as `submit`.
+        """
+        return await outcome_of(self._target(), self.submit(fn, *args, **kwargs))
+
+    def amap(
+        self,
+        fn: Callable[..., T],
+        *iterables: Iterable[Any],
+        timeout: float | None = None,
+        chunksize: int | None = None,
+        buffersize: int | None = None,
+        return_exceptions: bool = False,
+        progress: bool = False,
+    ) -> AsyncResults[T]:
+        """An async iterator over fn(*items), in the order of the input; the arguments are those of `map`.
+
+        The input is advanced while it is iterated, in the thread of the event loop, for a few milliseconds at
+        a time. That bounds the number of items, not the time that one of them takes: an input whose next()
+        blocks (it reads a slow file, say) blocks the loop, so let a thread read it.
+
+        When the iteration ends early (its task is cancelled, an item raises, `aclose()`, or it is left and
+        garbage-collected) what has not started never runs, and what runs is killed. For one task at a time.
+        """
+        return AsyncResults(
+            self._target()._map(
+                self._options, fn, iterables, timeout, chunksize, buffersize, return_exceptions, True,
+                progress, False,
+            )
+        )  # fmt: skip
 
 
 class Runtime(Front):
@@ -299,11 +377,14 @@ class Runtime(Front):
         buffersize: int | None,
         return_exceptions: bool,
         ordered: bool,
-    ) -> Iterator[T]:
+        progress: bool,
+        feed: bool = True,
+    ) -> Results:
         core = self._usable()
         if not callable(fn):
             raise TypeError(f"map() needs a callable, not {type(fn).__name__}")
         check_sizes(chunksize, buffersize)
+        bar = open_bar(getattr(fn, "__name__", "map"), total_of(iterables)) if progress else None
 
         def submit(batch: _core.Batch, span: _core.Span) -> None:
             self._usable()
@@ -311,17 +392,21 @@ class Runtime(Front):
                 raise self._ended()
             core.tell()
 
-        def drop(batch: _core.Batch) -> None:
-            core.dispatcher.drop(batch)
+        def drop(batch: _core.Batch, running: bool) -> None:
+            core.dispatcher.drop(batch, running)
             core.tell()
             core.wake()
 
-        results = Results(
-            fn, iterables, run=Run(options, ordered, return_exceptions), options=options, submit=submit,
-            drop=drop, table=self._table, workers=max(1, self._max_workers), timeout=timeout,
-            chunksize=chunksize or 0, buffersize=buffersize,
-        )  # fmt: skip
-        return results.iterate()
+        try:
+            return Results(
+                fn, iterables, run=Run(options, ordered, return_exceptions, bar), options=options,
+                submit=submit, drop=drop, table=self._table, workers=max(1, self._max_workers),
+                timeout=timeout, chunksize=chunksize or 0, buffersize=buffersize, bar=bar, feed=feed,
+            )  # fmt: skip
+        except BaseException:  # an input that is none, or Ctrl-C
+            if bar is not None:
+                bar.finish()
+            raise
 
     def options(
         self,
@@ -350,9 +435,12 @@ class Runtime(Front):
         task = future._task
         if not running or task is None or future.done():
             return False
-        killed: bool = self._core.dispatcher.cancel(task, True) == _core.CANCEL_KILLED
+        done = self._core.dispatcher.cancel(task, True)
+        self._core.tell()
         self._core.wake()
-        return killed
+        if done == _core.CANCEL_DONE:  # it waits once more: its worker has died meanwhile, say
+            return future.withdraw()
+        return bool(done == _core.CANCEL_KILLED)
 
     # ---- looking -------------------------------------------------------------------------------------
 
@@ -364,6 +452,7 @@ class Runtime(Front):
     def workers(self) -> tuple[WorkerInfo, ...]:
         """Every worker number and what it does now."""
         found = []
+        busy = self._core.busy()
         for number, status, worker, done in self._core.workers():
             task = None
             if worker is not None:
@@ -379,6 +468,7 @@ class Runtime(Front):
                     done,
                     task,
                     _rss(worker.pid) if worker is not None else None,
+                    busy[number],
                 )
             )
         return tuple(found)

@@ -17,6 +17,7 @@ from typing import Any
 from runtime import config, serializer, stacks
 from runtime.channels import HostEnds
 from runtime.collector import Death
+from runtime.oom import Reading
 from runtime.restarts import Restarts
 from runtime.worker import EXIT_DESCRIPTORS, EXIT_HOST_GONE, EXIT_KILLED, EXIT_ORPHANED
 from runtime.zygote import Zygote
@@ -66,6 +67,7 @@ class Worker:
     ready: bool = False
     ready_at: float = 0.0  # monotonic seconds
     counted: int = 0  # tasks that its number has counted
+    counted_ns: int = 0  # the same of its time in user code
     stopping: bool = False
     died: float = 0.0  # monotonic seconds, 0: alive
     patience: float = REPORT_WAIT  # seconds from its death until its slot is swept without a report
@@ -74,6 +76,8 @@ class Worker:
     reported: bool = False  # the zygote has said how it ended, and that its descendants are gone
     status: int | None = None  # exit code, negative for a signal
     rss: int | None = None
+    memory: Reading | None = None  # of its cgroup, at its start
+    suspicion: str = ""  # what may have ended it, behind how it ended
 
 
 @dataclass(slots=True, eq=False)
@@ -83,6 +87,8 @@ class Number:
     worker: Worker | None = None
     restarts: Restarts = field(default_factory=Restarts)
     tasks_done: int = 0  # by earlier processes
+    busy_ns: int = 0  # in user code, by earlier processes
+    shown_ns: int = 0  # the most that was said of it: it never goes backwards
 
 
 class Bell:
@@ -202,7 +208,7 @@ def how_it_ended(worker: Worker) -> str:
             name = signal.Signals(-status).name
         except ValueError:
             name = "?"
-        return f"killed by signal {-status} ({name})"
+        return f"killed by signal {-status} ({name}){worker.suspicion}"
     return {
         EXIT_KILLED: "the host had ended the task that it was finishing",
         EXIT_HOST_GONE: "it believed that the host was gone",

@@ -15,7 +15,16 @@ import math
 import os
 from collections.abc import Iterator
 
-__all__ = ["available_cpus", "cpu_quota", "memory_limit", "memory_total"]
+__all__ = [
+    "available_cpus",
+    "cpu_quota",
+    "groups_of",
+    "limit_of",
+    "memory_groups",
+    "memory_limit",
+    "memory_total",
+    "oom_kills",
+]
 
 in_worker = False
 """True in a worker process (worker.py sets it): a Runtime made there has one worker by default."""
@@ -39,8 +48,37 @@ def cpu_quota(root: str = "/", pid: int | str = "self") -> float | None:
 
 def memory_limit(root: str = "/", pid: int | str = "self") -> int | None:
     """Bytes of memory that the cgroups allow, the least of all ancestors; None: no limit."""
+    return limit_of(memory_groups(root, pid))
+
+
+def groups_of(root: str = "/", pid: int | str = "self") -> str:
+    """What the kernel says of a process's groups: the same text, the same groups. "" when it has ended."""
+    return _read(os.path.join(root, "proc", str(pid)), "cgroup")
+
+
+def memory_groups(root: str = "/", pid: int | str = "self") -> tuple[tuple[int, str], ...]:
+    """(cgroup version, folder) of the groups that limit a process's memory, its own first."""
+    return tuple(_groups("memory", root, pid))
+
+
+def oom_kills(groups: tuple[tuple[int, str], ...]) -> int | None:
+    """Processes that the kernel has killed for want of memory in the first of these that counts them.
+
+    None: none does. A count includes that of the groups below.
+    """
+    for version, folder in groups:
+        text = _read(folder, "memory.events" if version == 2 else "memory.oom_control")
+        for line in text.splitlines():
+            name, _, count = line.partition(" ")
+            if name == "oom_kill" and count.strip().isdecimal():
+                return int(count)
+    return None
+
+
+def limit_of(groups: tuple[tuple[int, str], ...]) -> int | None:
+    """Bytes of memory that these groups allow, the least of them; None: no limit."""
     limits = []
-    for version, folder in _groups("memory", root, pid):
+    for version, folder in groups:
         text = _read(folder, "memory.max" if version == 2 else "memory.limit_in_bytes")
         if text.isdecimal() and int(text) < _UNLIMITED:
             limits.append(int(text))

@@ -33,6 +33,7 @@ from runtime.channels import HostEnds
 from runtime.collector import Collector
 from runtime.errors import BrokenRuntime
 from runtime.lifecycle import Number, Worker, WorkerStatus, death_of, how_it_ended
+from runtime.oom import MemoryWatch
 from runtime.relay import Relay, host_levels
 from runtime.restarts import WINDOW
 from runtime.sockets import HostLink
@@ -46,8 +47,8 @@ log = logging.getLogger("runtime")
 class Lives(abc.ABC):
     """The workers of one runtime by number and by slot, and the verbs that act on them.
 
-    Thread-safety: `look`, `workers` and `dump_stacks` may be called from any thread; the rest belongs to the
-    supervisor's.
+    Thread-safety: `look`, `workers`, `busy` and `dump_stacks` may be called from any thread; the rest belongs to
+    the supervisor's.
     """
 
     settings: config.Settings
@@ -66,6 +67,7 @@ class Lives(abc.ABC):
         self._counting = threading.RLock()  # guards each number's worker and count, for those who look
         self._drained = False  # nothing is left: the workers were told to leave
         self._ever_ready = False
+        self._memory = MemoryWatch()
         self._zygote: Zygote | None = None  # the one that forks
         self._old: list[Zygote] = []  # dead ones, whose workers are being replaced
 
@@ -102,6 +104,16 @@ class Lives(abc.ABC):
                 for n, it in sorted(self._numbers.items())
                 if n in self._wanted or it.worker is not None
             ]
+
+    def busy(self) -> dict[int, float]:
+        """Seconds that the processes of each number have spent in user code; they never go backwards."""
+        with self._counting:
+            for it in self._numbers.values():
+                now = it.busy_ns
+                if it.worker is not None:
+                    now += self.dispatcher.busy_ns(it.worker.slot) - it.worker.counted_ns
+                it.shown_ns = max(it.shown_ns, now)
+            return {n: it.shown_ns * 1e-9 for n, it in self._numbers.items()}
 
     def dump_stacks(self, number: int | None) -> dict[int, str]:
         """The Python stacks of live workers, by number; of one alone if it is named. See `stacks.take`."""
@@ -141,6 +153,9 @@ class Lives(abc.ABC):
             done = self._done_by(worker)
             number.tasks_done += done - worker.counted
             worker.counted = done  # what it still runs is counted when it is dead
+            busy = self.dispatcher.busy_ns(worker.slot)
+            number.busy_ns += max(0, busy - worker.counted_ns)
+            worker.counted_ns = max(busy, worker.counted_ns)
 
     # ---- births and deaths ---------------------------------------------------------------------------
 
@@ -188,6 +203,7 @@ class Lives(abc.ABC):
                 os.close(fd)
             return
         worker.pid, worker.pidfd = pid, pidfd
+        worker.memory = self._memory.reading(pid)
         self._hear(worker, fds)
         self.dispatcher.occupy(worker.slot, pidfd)
         self._looks.append(worker.slot)
@@ -300,6 +316,8 @@ class Lives(abc.ABC):
             if not worker.died or not (worker.reported or now >= worker.died + worker.patience):
                 continue
             slot = worker.slot
+            if worker.status == -signal.SIGKILL and not self.dispatcher.sent_kill(slot):
+                worker.suspicion = self._memory.suspicion(worker.memory, worker.rss)
             if worker.unready:
                 self._failed_before_ready(self._numbers[worker.number], now, self._start_failure(worker))
             self.link.close_slot(slot)

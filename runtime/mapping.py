@@ -19,13 +19,15 @@ from typing import Any
 
 from runtime import _core, serializer
 from runtime.config import TaskOptions
+from runtime.progress import Bar
 
-__all__ = ["Results", "Run", "check_sizes"]
+__all__ = ["LATE", "Results", "Run", "check_sizes", "total_of"]
 
 _WINDOW_PER_WORKER = 256  # items of an unsized input that are out per worker, at most
 _WINDOW_BYTES = 32 << 20  # bytes of their pickles, at most
 _GROUP = 4096  # items that are taken from the input at a time, at most
 _QUICK = 0.0005  # seconds: an input that needs longer for a group gives smaller ones
+LATE = "the results of map() did not come within its timeout"
 _REPR = 200  # characters of an item in the note on its error
 
 
@@ -35,7 +37,9 @@ class Run:
     Thread-safety: `deliver` and `fail` may be called from any thread, `take` from the one that iterates.
     """
 
-    def __init__(self, options: TaskOptions, ordered: bool, return_exceptions: bool) -> None:
+    def __init__(
+        self, options: TaskOptions, ordered: bool, return_exceptions: bool, bar: Bar | None = None
+    ) -> None:
         self.retries = options.retries
         self.retry_on = options.retry_on
         self.return_exceptions = return_exceptions
@@ -45,6 +49,8 @@ class Run:
         self._arrived: deque[int] = deque()  # their order of arrival
         self._changed = threading.Condition()  # re-entrant: a destructor may come in
         self._next = 0
+        self._bar = bar
+        self._listener: Callable[[], object] | None = None  # who cannot wait here: called once
 
     def deliver(self, index: int, values: list[Any]) -> None:
         """The results of items index .. index+len(values)-1. The list is ours from now on."""
@@ -58,34 +64,50 @@ class Run:
     def _put(self, index: int, outcome: list[Any] | Failure) -> None:
         with self._changed:
             self._ready[index] = outcome
+            if self._bar is not None:
+                failed = isinstance(outcome, Failure)
+                self._bar.add(1 if isinstance(outcome, Failure) else len(outcome), int(failed))
             if not self._ordered:
                 self._arrived.append(index)
             elif index != self._next:
                 return
             self._changed.notify()
+            listener, self._listener = self._listener, None
+        if listener is not None:
+            listener()
 
     def take(self, deadline: float | None) -> tuple[int, list[Any] | Failure]:
         """The next outcomes, and the index of the first. Raises: TimeoutError at `deadline` (monotonic
         seconds).
         """
         with self._changed:
-            while True:
-                index = self._next if self._ordered else self._arrived[0] if self._arrived else -1
-                if index in self._ready:
-                    break
+            while (found := self._pop()) is None:
                 if deadline is None:
                     self._changed.wait()
                 elif (
                     not self._changed.wait(max(0.0, deadline - time.monotonic()))
                     and time.monotonic() >= deadline
                 ):
-                    raise TimeoutError("the results of map() did not come within its timeout")
-            outcome = self._ready.pop(index)
-            if self._ordered:
-                self._next += len(outcome) if isinstance(outcome, list) else 1
-            else:
-                self._arrived.popleft()
-            return index, outcome
+                    raise TimeoutError(LATE)
+            return found
+
+    def take_now(self, listener: Callable[[], object]) -> tuple[int, list[Any] | Failure] | None:
+        """As `take`, without waiting. None: there is nothing yet; `listener` is called when there is."""
+        with self._changed:
+            found = self._pop()
+            self._listener = listener if found is None else None
+            return found
+
+    def _pop(self) -> tuple[int, list[Any] | Failure] | None:
+        index = self._next if self._ordered else self._arrived[0] if self._arrived else -1
+        if index not in self._ready:
+            return None
+        outcome = self._ready.pop(index)
+        if self._ordered:
+            self._next += len(outcome) if isinstance(outcome, list) else 1
+        else:
+            self._arrived.popleft()
+        return index, outcome
 
 
 class Failure:
@@ -101,6 +123,8 @@ class Failure:
 class Results:
     """What feeds a map, and where the iterator that `map` returns has its results from."""
 
+    _bar: Bar | None = None  # for a destructor, when the input is none
+
     def __init__(
         self,
         fn: Callable[..., Any],
@@ -109,12 +133,14 @@ class Results:
         run: Run,
         options: TaskOptions,
         submit: Callable[[_core.Batch, _core.Span], None],
-        drop: Callable[[_core.Batch], None],
+        drop: Callable[[_core.Batch, bool], None],
         table: serializer.FunctionTable,
         workers: int,
         timeout: float | None,
         chunksize: int,
         buffersize: int | None,
+        bar: Bar | None = None,
+        feed: bool = True,
     ) -> None:
         self._fn = fn
         self._several = len(iterables) != 1  # then each item is a tuple of arguments
@@ -127,7 +153,8 @@ class Results:
         self._drop = drop
         self._table = table
         self._chunksize = min(chunksize, 1 << 31)
-        self._deadline = None if timeout is None else time.monotonic() + timeout
+        self.deadline = None if timeout is None else time.monotonic() + timeout
+        self._bar = bar
         self._batches: list[_core.Batch] = []
         self._fed = 0  # items taken from the input
         self._taken = 0  # outcomes handed out
@@ -138,14 +165,17 @@ class Results:
         self._window: int | None = buffersize
         if buffersize is None and not sized:
             self._window = _WINDOW_PER_WORKER * workers
-        self._group = _GROUP if sized else 1  # items that are taken at a time
-        self._feed()
+        self._group = _GROUP if sized and feed else 1  # items that are taken at a time
+        self._total = total_of(iterables)  # items in all, or None
+        if feed:
+            self._feed()
 
     # ---- in ------------------------------------------------------------------------------------------
 
-    def _feed(self) -> None:
-        """Take items from the input, up to the window."""
-        while self._input is not None:
+    def _feed(self, until: float | None = None) -> None:
+        """Take items from the input, up to the window, or until that time (monotonic) has come."""
+        began = -1.0
+        while self._input is not None and (until is None or began < until):
             room = self._group
             if self._window is not None:
                 out = self._fed - self._taken
@@ -169,6 +199,10 @@ class Results:
             quick = time.monotonic() - began < _QUICK
             self._group = min(_GROUP, 2 * self._group) if quick else max(1, self._group // 4)
             self._send(values)
+            if until is not None and time.monotonic() - began >= _QUICK:
+                self._group = max(1, self._group // 4)  # items that are large take their time, too
+        if self._input is None and self._bar is not None:
+            self._bar.cut(self._fed)
 
     def _send(self, values: list[Any]) -> None:
         """Queue items: plain ones in a row together, others one by one."""
@@ -233,7 +267,15 @@ class Results:
 
     def iterate(self) -> Iterator[Any]:
         """The results. Dropped or closed after it has begun, it cancels what has not started."""
-        return _core.Stream(self._more, self.close)
+        return _core.Stream(self._more, self.close, self.left)
+
+    def left(self) -> int | None:
+        """Items whose outcome was not handed out yet, or None if nobody can know."""
+        return None if self._total is None else max(0, self._total - self._taken)
+
+    def __del__(self) -> None:
+        if self._bar is not None:
+            self._bar.cut(self._fed)  # nobody takes more of the input; what was taken may go on
 
     def _more(self) -> list[Any]:
         """The next results, the last one first. Raises: StopIteration at the end; what an item has raised."""
@@ -242,8 +284,36 @@ class Results:
             self._feed()
         if self._taken == self._fed:
             failure, self._failure = self._failure, None
+            self._finish_bar()
             raise failure if failure is not None else StopIteration
-        index, outcome = run.take(self._deadline)
+        return self._accept(*run.take(self.deadline))
+
+    def step(self, until: float, listener: Callable[[], object]) -> list[Any] | None:
+        """As `_more`, for who must not wait: takes items from the input until that time (monotonic seconds).
+
+        []: there is more to take from it. None: there is nothing to do; `listener` is called when there is.
+        Raises: StopAsyncIteration at the end.
+        """
+        more = self._input is not None and self._thirsty()
+        if more:
+            self._feed(until)
+            more = self._input is not None and self._thirsty()
+        if self._taken == self._fed and not more:
+            failure, self._failure = self._failure, None
+            raise failure if failure is not None else StopAsyncIteration
+        found = self._run.take_now(listener)
+        if found is not None:
+            return self._accept(*found)
+        return [] if more else None
+
+    def _finish_bar(self) -> None:
+        """The iteration has ended: nothing that the user prints now comes before the bar's last drawing."""
+        if self._bar is not None:
+            self._bar.finish(wait=True)
+
+    def _accept(self, index: int, outcome: list[Any] | Failure) -> list[Any]:
+        """Outcomes to hand out, the last one first. Raises: what an item has raised."""
+        run = self._run
         if isinstance(outcome, list):
             self._count(len(outcome))
             return outcome
@@ -266,14 +336,29 @@ class Results:
         while self._sizes and self._sizes[0][0] <= self._taken:
             self._bytes_out -= self._sizes.popleft()[1]
 
-    def close(self) -> None:
-        """Cancel what has not started. Idempotent."""
+    def close(self, running: bool = False) -> None:
+        """Cancel what has not started, and with `running` kill what has. Idempotent."""
         self._input = self._failure = None
+        self._total = self._taken if self._total is not None else None
+        if self._bar is not None:
+            self._bar.finish()
         batches, self._batches = self._batches, []
         if self._taken < self._fed:
             self._fed = self._taken
             for batch in batches:
-                self._drop(batch)
+                self._drop(batch, running)
+
+
+def total_of(iterables: tuple[Iterable[Any], ...]) -> int | None:
+    """Items that a map of these has, if all can say so."""
+    try:
+        return (
+            min([len(it) for it in iterables if isinstance(it, Sized)])
+            if all(isinstance(it, Sized) for it in iterables)
+            else None
+        )
+    except Exception:  # a __len__ of the user's that only works sometimes
+        return None
 
 
 def _short_of(span: _core.Span) -> str:
