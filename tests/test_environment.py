@@ -12,12 +12,12 @@ import socket
 import stat
 import subprocess
 import sys
-from pathlib import Path
 
 import evil
 import pytest
 import zmq
-from watching import ROOT, all_ready, environment, output, run, send, settled, stopped, until
+from strangers import folders, garbage, waiting_runtime
+from watching import ROOT, all_ready, environment, output, run, send, stopped, until
 
 import runtime
 from runtime import wire
@@ -239,12 +239,6 @@ def test_a_named_region_without_dev_shm_is_a_clear_error():
 # ---- the folder ----------------------------------------------------------------------------------
 
 
-def folders():
-    return {
-        path for path in Path(os.environ["XDG_RUNTIME_DIR"]).iterdir() if path.name.startswith("runtime-")
-    }
-
-
 def test_the_socket_folder_is_private_and_paths_vanish(runtime_factory):
     before = folders()
     rt = runtime_factory(2)
@@ -300,42 +294,11 @@ def test_workers_of_a_wrong_type(number):
 # ---- strangers -----------------------------------------------------------------------------------
 
 
-class Waiting:
-    """A runtime whose workers are not forked yet: the zygote imports a module that waits for a file."""
-
-    def __init__(self, rt, folder, go):
-        self.rt, self.folder, self.go = rt, folder, go
-
-    def paths(self, ending=""):
-        """The sockets of both workers."""
-
-        def found():
-            paths = sorted(self.folder.iterdir())
-            return len(paths) == 6 and [path for path in paths if path.name.endswith(ending)]
-
-        return until(found, "both workers' sockets are bound")
-
-    def works(self):
-        """The workers may start now; all is as it should be. The count of strange messages."""
-        rt = self.rt
-        self.go.touch()
-        futures = [rt.submit(evil.square, i) for i in range(300)]
-        assert [f.result(15) for f in futures] == [i * i for i in range(300)]
-        assert list(rt.map(evil.square, range(300))) == [i * i for i in range(300)]
-        all_ready(rt)
-        settled(rt)
-        return rt._core.link.strangers
-
-
 @pytest.fixture
 def waiting(runtime_factory, tmp_path, monkeypatch):
-    go = tmp_path / "go"
-    (tmp_path / "waiting_preload.py").write_text(f"import evil\nevil.wait_for({str(go)!r})\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    before = folders()
-    rt = runtime_factory(2, preload="waiting_preload")
-    yield Waiting(rt, (folders() - before).pop(), go)
-    go.touch()
+    with waiting_runtime(runtime_factory, tmp_path) as one:
+        yield one
 
 
 @pytest.fixture
@@ -343,26 +306,6 @@ def context():
     with zmq.Context() as context:
         yield context
         context.destroy(0)
-
-
-def garbage(draw):
-    """Messages that are none of ours: (count that have to be counted, messages)."""
-    good = wire.encode_hint(wire.HintKind.LOOK, 0, 1)
-    return [
-        b"",
-        b"\0",
-        good[:-1],
-        good + b"\0",
-        good[:12],
-        b"X" + good[1:],
-        b"\xff" * len(good),
-        wire.encode_hint(wire.HintKind.WELCOME, 0, 1),  # in the wrong direction
-        wire.encode_hint(wire.HintKind.LOOK, 2**32 - 1, 1),
-        wire.encode_hint(wire.HintKind.LOOK, 0, 2**64 - 1),
-        wire.encode_hint(wire.HintKind.HELLO, 5, 77),
-        good[:4] + b"\x09\x00" + good[6:],  # an unknown kind
-        *(draw.randbytes(draw.choice([1, 5, 24, 24, 24, 31, 56])) for _ in range(100)),
-    ]
 
 
 def test_strange_messages_are_counted_and_dropped(waiting, context):

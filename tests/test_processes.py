@@ -8,13 +8,13 @@ import itertools
 import os
 import signal
 import sys
-import textwrap
 import threading
 import time
 import warnings
 from pathlib import Path
 
 import evil
+import hosts
 import pytest
 from watching import (
     alive,
@@ -434,48 +434,12 @@ def test_a_runtime_made_in_a_forked_child_works(rt):
 # ---- every kind of host --------------------------------------------------------------------------
 
 KINDS = {
-    "plain": "",
-    "threads": """
-        import threading
-        lock, stop = threading.Lock(), threading.Event()
-        def work():
-            while not stop.wait(0.0001):
-                with lock:
-                    sum(range(1000))
-        threads = [threading.Thread(target=work) for _ in range(4)]
-        [t.start() for t in threads]
-        after.append(lambda: (stop.set(), [t.join() for t in threads]))
-    """,
-    "blas": """
-        import numpy
-        matrix = numpy.ones((300, 300))
-        matrix @ matrix
-        after.append(lambda: matrix @ matrix)
-    """,
-    "zmq": """
-        import zmq
-        context = zmq.Context()
-        pair = [context.socket(zmq.PAIR), context.socket(zmq.PAIR)]
-        pair[0].bind("inproc://own")
-        pair[1].connect("inproc://own")
-        pair[1].send(b"own")
-        def check():
-            assert pair[0].recv() == b"own"
-            [socket.close(0) for socket in pair]
-            context.term()
-        after.append(check)
-    """,
+    **hosts.SETUPS,
     "zmq instance": """
         import zmq
         own = zmq.Context.instance().socket(zmq.PUB)
         own.bind_to_random_port("tcp://127.0.0.1")
         after.append(lambda: (own.close(0), zmq.Context.instance().term()))
-    """,
-    "process pool": """
-        import concurrent.futures, multiprocessing
-        pool = concurrent.futures.ProcessPoolExecutor(2, multiprocessing.get_context("fork"))
-        assert pool.submit(evil.square, 5).result() == 25
-        after.append(lambda: (pool.submit(evil.square, 5).result(), pool.shutdown()))
     """,
     "handlers": """
         import faulthandler, signal
@@ -501,32 +465,10 @@ KINDS = {
     """,
 }
 
-SCRIPT = """
-import os, random, sys
-import evil, runtime
-after = []
-print("once")                          # stays in the buffer of the pipe
-{setup}
-def main():
-    with runtime.Runtime(2) as rt:
-        pids = {{rt.submit(os.getpid).result(20) for _ in range(10)}}
-        assert os.getpid() not in pids
-        numbers = list(rt.map(lambda i: random.random(), range(200), chunksize=5))
-        assert len(set(numbers)) == len(numbers), "the workers draw the same random numbers"
-        error = rt.submit(evil.misbehave, "kill").exception(20)
-        assert type(error) is runtime.WorkerDied, error
-        assert list(rt.map(evil.square, range(50))) == [i * i for i in range(50)]
-        [call() for call in after]
-        after.clear()
-    print("end")
-main()
-"""
-
 
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_start_from_every_kind_of_host(kind):
-    lines = output(SCRIPT.format(setup=textwrap.dedent(KINDS[kind])))
-    assert lines == ["once", "end"]
+    hosts.result(run(["-c", hosts.text(KINDS[kind])]))
 
 
 def test_start_within_an_asyncio_loop():

@@ -1,0 +1,74 @@
+"""What each promise wants to see counted: here (CI, the figure in brackets) and in all (`make soak`).
+
+Read by conftest.py of this folder and by tools/soak.py; plain data, so that both can load it by its path.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Goal(NamedTuple):
+    """One line of the table of promises, and the test that proves it."""
+
+    promises: tuple[int, ...]  # by their numbers
+    title: str
+    test: str  # FILE::FUNCTION in this folder
+    counts: dict[str, tuple[int, int]]  # what is counted: (in CI, in all)
+    times: str = ""  # the promised time, in words
+    longest: bool = False  # one run has to reach the count by itself
+
+
+GOALS = (
+    Goal(
+        (1, 2),
+        "no accepted task is lost, one recorded result each, whichever workers are killed",
+        "test_deaths.py::test_no_task_is_lost_or_doubled",
+        {"tasks": (20_000, 1_000_000), "kills": (100, 10_000)},
+    ),
+    Goal(
+        (3,),
+        "only the started task is blamed for a death",
+        "test_deaths.py::test_only_the_started_task_is_blamed",
+        {"poison": (50, 1_000)},
+    ),
+    Goal(
+        (10,),
+        "nothing is left over of what is killed",
+        "test_leftovers.py::test_nothing_is_left_of_what_is_killed",
+        {"workers": (10, 1_000), "zygotes": (10, 1_000), "hosts": (10, 1_000)},
+        "1 s",
+    ),
+    Goal(
+        (11,),
+        "hung code is stopped at its deadline, also C code that holds the GIL",
+        "test_deadlines.py::test_hung_code_is_stopped_at_its_deadline",
+        {"hung": (20, 1_000), "holding the GIL": (10, 500)},
+        "100 ms",
+    ),
+    Goal(
+        (14,),
+        "a crash loop does not slow the other slots (its CPU has a test of its own)",
+        "test_crash_loops.py::test_a_crash_loop_does_not_slow_the_other_slots",
+        {"kinds": (4, 4)},
+    ),
+    Goal(
+        (15,),
+        "a producer ten times too fast: flat memory",
+        "test_pressure.py::test_memory_is_flat_under_a_fast_producer",
+        {"seconds": (10, 600)},
+        longest=True,
+    ),
+    Goal(
+        (16,),
+        "every kind of host: no hang, output once, distinct random streams",
+        "test_hosts.py::test_every_kind_of_host",
+        {"hosts": (12, 1_200)},
+    ),
+    Goal(
+        (17,),
+        "forged, replayed and truncated messages on every socket have no effect",
+        "test_forgery.py::test_forged_messages_have_no_effect",
+        {"messages on each": (200, 10_000)},
+    ),
+)
