@@ -25,7 +25,7 @@ SOURCES    = runtime tools tests setup.py $(wildcard bench examples)
 TYPED      = runtime tools setup.py $(wildcard tests/typing)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build run test lint format types wheel smoke clean distclean
+.PHONY: help setup build run test soak lint format types wheel smoke clean distclean
 
 help: ## show this text
 	@echo "usage: make TARGET [PYTHON=python3.13] [ARGS=\"...\"]"
@@ -43,6 +43,9 @@ run: ## the main job on real input: a census of the standard library, checked ag
 
 test: setup ## the test suite without storms and promises (MARK="..." chooses otherwise)
 	$(RUN) -m pytest -m "$(MARK)" -n $(JOBS) --dist loadfile $(ARGS)
+
+soak: setup ## the full counts of a promise, in slices: make soak PROMISE=1 MINUTES=20
+	$(RUN) tools/soak.py $(if $(PROMISE),--promise $(PROMISE)) $(if $(MINUTES),--minutes $(MINUTES)) $(ARGS)
 
 lint: setup ## ruff and cython-lint
 	$(RUN) -m ruff check $(SOURCES)
