@@ -42,4 +42,5 @@ cdef extern from "include/atomics.h" nogil:
     unsigned int MFD_ALLOW_SEALING
     int sys_memfd_create(const char *name, unsigned int flags)
     int sys_pidfd_open(int pid)
+    bint sys_is_open(int fd)
     int sys_pidfd_send_signal(int pidfd, int sig)

@@ -126,12 +126,11 @@ cdef class Harvest(Leasing):
         if l_state(word) != L_DONE or l_tag(word) != task.tag or task.state != T_LEASED:
             return 0
         memcpy(&copy, lease, <size_t>(<char *>&lease.reported - <char *>lease))
-        if copy.out_where == AT_INLINE and copy.out_bytes <= INLINE_BYTES:
-            memcpy(copy.inline_, lease.inline_, copy.out_bytes)
         if a64_load_relaxed(&lease.reported) and task.future is not None:
             task.future.reported = read_report(lease)
         ran = l_item(word)
         if copy.out_where == AT_INLINE and copy.out_bytes <= INLINE_BYTES:
+            memcpy(copy.inline_, lease.inline_, copy.out_bytes)
             plain = self.plain_result(task, &copy, found)
             if not plain:
                 exporter = PyBytes_FromStringAndSize(copy.inline_, <Py_ssize_t>copy.out_bytes)

@@ -316,6 +316,7 @@ cdef class Leasing:
         cdef SlotTable table = self.slots[index]
         cdef slot_t *slot = self.arena.slot(index)
         cdef uint32_t number
+        cdef uint64_t at
         cdef lease_t *lease
         cdef Frame frame = None
         cdef HostBlock block = task.block
@@ -387,8 +388,9 @@ cdef class Leasing:
                 task.by_value = frame
         task.slot = index
         task.entry = number
-        self.tags[index * self.arena.leases + number] += 1
-        task.tag = self.tags[index * self.arena.leases + number] & 0xFFFFFFFFFFULL
+        at = index * self.arena.leases + number
+        self.tags[at] += 1
+        task.tag = self.tags[at] & 0xFFFFFFFFFFULL
         task.state = T_LEASED
         task.delivered = 0
         table.tasks[number] = task
@@ -397,7 +399,7 @@ cdef class Leasing:
             table.chunks += 1
         self.waiting -= task.count
         self.leased += task.count
-        self.keeper.timeouts[index * self.arena.leases + number] = task.timeout
+        self.keeper.timeouts[at] = task.timeout
         if task.timeout:
             self.keeper.arm()
         a64_store_release(&lease.word, lease_word(L_LEASED, 0, task.tag))

@@ -36,6 +36,7 @@ cdef class Runner(WorkerPort):
     cdef int host_pidfd         # of ours: if it is gone, a task has closed what it did not own
     cdef int exit_descriptors   # the code to exit with then
     cdef int64_t check_at       # monotonic ns of the next check
+    cdef int64_t ended_at       # monotonic ns at which the last item ended
 
     cdef object function_for(self, lease_t *lease)
     cdef int call(self, uint32_t entry, lease_t *lease, fn, int32_t status) except -1

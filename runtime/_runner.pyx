@@ -10,7 +10,6 @@ from _pickle import loads
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.object cimport PyObject
-from posix.fcntl cimport F_GETFD, fcntl
 from posix.unistd cimport _exit
 
 from runtime._atomics cimport *
@@ -30,7 +29,7 @@ cdef int64_t COMMIT = 500_000           # ns: quicker items are committed togeth
 cdef int64_t COMMIT_BYTES = 256 << 10   # or when their results have grown to this
 cdef int64_t QUICK_ITEM = 2_000         # ns: for items that take less the clock is read once for several,
 cdef uint32_t STRIDE = 16               # at most so many
-cdef int64_t CHECK = 1_000_000          # ns between two checks while there is work
+cdef int64_t CHECK = 10_000_000         # ns between two checks while there is work
 cdef int LOST = -2
 LEASE_LOST = LOST                       # what `serve` returns when the host has killed the lease that ran
 cdef int QUICK = 64                     # functions that are found without the cache's bookkeeping
@@ -45,7 +44,7 @@ cdef class Runner(WorkerPort):
 
     def end_item(self, uint32_t entry):
         """The clock of a lease stops."""
-        self.end(self.lease(entry))
+        self.ended_at = self.end(self.lease(entry))
         self.left -= 1
 
     def report(self, done, total, note):
@@ -103,16 +102,20 @@ cdef class Runner(WorkerPort):
         self.check()
 
     cdef int check(self) except -1:
-        """Between two tasks: is this process still fit for the next one?"""
+        """Between two tasks: is this process still fit for the next one?
+
+        After each: what the next one would pay for. What may wait for some milliseconds waits, and the clock
+        was read when the task ended.
+        """
         self.context.task = None
         if self.left == 0:
             self.leaving = True
-        if fcntl(self.host_pidfd, F_GETFD) < 0:
+        if not sys_is_open(self.host_pidfd):
             _exit(self.exit_descriptors)        # before it claims what it could not answer for
-        if now_ns() >= self.check_at:
+        if self.ended_at >= self.check_at:
             self.worker.check()
             self.check_at = now_ns() + CHECK
-        PyErr_CheckSignals()
+            PyErr_CheckSignals()
         return 0
 
     cdef object function_for(self, lease_t *lease):
@@ -159,7 +162,7 @@ cdef class Runner(WorkerPort):
             if out is None:
                 item = self.worker.succeeded(result)
         fn = packed = kwargs = result = None    # their destructors run within the time of the call
-        self.end(lease)
+        self.ended_at = self.end(lease)
         self.left -= 1
         if out is not None:
             nbytes = SINGLE_HEAD + <uint64_t>PyBytes_GET_SIZE(out)
@@ -224,7 +227,7 @@ cdef class Runner(WorkerPort):
                 self.tick(lease, &clock, k + 1 == count and not items)
                 if self.left == 0 or self.leaving or a32_load_relaxed(&self.slot.control) & C_STOP:
                     if clock.skipped:
-                        self.stop(lease)
+                        self.ended_at = self.stop(lease)
                     items.clear()
                     break
                 if (clock.took >= SLOW_ITEM or clock.since >= COMMIT or answers.nbytes >= COMMIT_BYTES) and (
@@ -272,7 +275,7 @@ cdef class Runner(WorkerPort):
         if not last and not clock.timed and clock.skipped < clock.stride:
             a64_store_relaxed(&self.slot.tasks_done, a64_load_relaxed(&self.slot.tasks_done) + 1)
             return 0
-        now = self.end(lease)
+        now = self.ended_at = self.end(lease)
         clock.took = (now - clock.last) // clock.skipped
         clock.since += now - clock.last
         if clock.took > QUICK_ITEM:

@@ -112,6 +112,7 @@ static inline int futex_wake(a32_t *w, int n) {
 #endif
 static inline int sys_memfd_create(const char *name, unsigned int flags) { return (int)syscall(SYS_memfd_create, name, flags); }
 static inline int sys_pidfd_open(int pid) { return (int)syscall(SYS_pidfd_open, pid, 0); }
+static inline int sys_is_open(int fd) { return syscall(SYS_fcntl, fd, F_GETFD) >= 0; }
 static inline int sys_pidfd_send_signal(int pidfd, int sig) { return (int)syscall(SYS_pidfd_send_signal, pidfd, sig, (void *)0, 0); }
 
 #endif
