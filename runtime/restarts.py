@@ -15,7 +15,7 @@ __all__ = ["FAILURES", "WINDOW", "Restarts", "backoff"]
 FAILURES = 5  # so many deaths before ready …
 WINDOW = 30.0  # … in so many seconds make a number give up: it goes on trying, but nobody counts on it
 _FIRST = 0.05  # seconds before the second attempt; doubled each time
-_MOST = 5.0  # seconds before any, for one number; what several in a row cost together must not grow
+_MOST = 10.0  # seconds before any, for one number; what several in a row cost together must not grow
 
 
 def backoff(failures: int, crowd: int = 1) -> float:

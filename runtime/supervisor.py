@@ -298,7 +298,7 @@ class Supervisor(Zygotes):
             for worker in self._slots.values():
                 if not worker.died:
                     self._let_go(worker)
-            if self._zygote is not None and (self._zygote.importing or self.broken is not None):
+            if self._zygote is not None and (not self._zygote.started or self.broken is not None):
                 self._forget_unforked(False)
         if self._stop_by and now >= self._stop_by:
             self._stop_by = now + 1.0
@@ -323,7 +323,7 @@ class Supervisor(Zygotes):
             self.dispatcher.signal(worker.slot, signal.SIGKILL)
             self.dispatcher.vacate(worker.slot)
         if self._zygote is not None:
-            self._zygote.close(0.0 if self._zygote.importing else _QUIT_WAIT)
+            self._zygote.close(_QUIT_WAIT if self._zygote.started else 0.0)
         for zygote in (*self._old, *([self._heir] if self._heir is not None else [])):
             zygote.close(0.0)
         for worker in self._slots.values():
