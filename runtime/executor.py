@@ -6,10 +6,12 @@ import abc
 import concurrent.futures
 import os
 import signal
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Any, TypeVar
 
 from runtime import _core, config, forking, serializer
@@ -255,17 +257,22 @@ class Runtime(Front):
 
     Thread-safety: every method, from any thread. Fork-safety: in a fork of its process it is inert: `submit`
     raises. Blocking: the constructor returns at once; `submit` does not wait. At the end of the interpreter,
-    or when it is garbage-collected, pending tasks are finished, as the stdlib's executors do.
+    or when it is garbage-collected, pending tasks are finished, as the stdlib's executors do; but Ctrl-C that
+    nobody catches ends running tasks after a second, and so it does when it leaves a `with` block.
 
     max_workers: processes; by default what the cgroup's quota and the affinity allow. initializer, initargs:
     called in each worker before its first task. max_tasks_per_child: tasks, or items of a map, after which a
-    worker is replaced. preload: modules to import before workers are forked. region_size: bytes of shared
+    worker is replaced. preload: modules to import before workers are forked. start_method: "exec", from a
+    fresh interpreter; or "fork", from this process as it is now (its modules and data by copy-on-write, but
+    no open file), while it has one thread. region_size: bytes of shared
     memory for arguments and results, or a text like "64MiB". retries: further attempts for a task whose
     worker died, or that raised one of retry_on. timeout: seconds that one attempt of a task, or one item of
     a map, may run. drain_timeout: seconds that workers have to leave at shutdown. max_worker_rss: bytes of
-    unshared memory after which a worker is replaced. mp_context is accepted and ignored, with a warning.
+    unshared memory after which a worker is replaced; each draws its own limit between 90 and 100 % of that,
+    so that workers that grow alike do not leave at once. mp_context is accepted and ignored, with a warning.
 
-    Raises: TypeError, ValueError for bad arguments; OSError, RegionFull when the machine lacks what it needs.
+    Raises: TypeError, ValueError for bad arguments; OSError, RegionFull when the machine lacks what it needs;
+    RuntimeError for "fork" in a process with threads.
     """
 
     def __init__(
@@ -296,6 +303,8 @@ class Runtime(Front):
             start_method, region_size, region_max, retries, retry_on, timeout, drain_timeout, max_worker_rss,
             state_max_items, state_max_bytes, forward_logs, name,
         )  # fmt: skip
+        if _exiting:
+            raise RuntimeError("cannot make a Runtime after interpreter shutdown")
         if self._settings.threads > 1:
             raise ValueError("threads must be 1: several native threads per worker are not in this version")
         if self._settings.state_max_items is not None or self._settings.state_max_bytes is not None:
@@ -565,6 +574,15 @@ class Runtime(Front):
         """End the runtime now: SIGKILL to every worker. What has no result yet fails with BrokenRuntime."""
         self._end("kill_workers() was called", signal.SIGKILL)
 
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Shut down; but Ctrl-C waits for no task: as terminate_workers()."""
+        if kind is not None and issubclass(kind, KeyboardInterrupt):
+            self._end(_INTERRUPTED, signal.SIGTERM)
+        else:
+            self.shutdown()
+
     def _end(self, reason: str, number: int) -> None:
         if self._core.pid == os.getpid():
             self._shutdown = self._core.dispatcher.refusing = True
@@ -635,6 +653,7 @@ def _rss(pid: int | None) -> int | None:
 # ---- the ends of a process ---------------------------------------------------------------------------
 
 _exiting = False
+_INTERRUPTED = "Ctrl-C ended the program"
 
 
 def _stop(core: Supervisor) -> None:
@@ -644,15 +663,32 @@ def _stop(core: Supervisor) -> None:
 
 
 def _at_exit() -> None:
-    """The interpreter ends: finish what is pending, as the stdlib's executors do."""
+    """The interpreter ends: finish what is pending, as the stdlib's executors do.
+
+    Unless it is Ctrl-C that ends it, before or meanwhile: then nobody waits for a task.
+    """
     global _exiting
     _exiting = True
     mine = forking.living()
-    for core in mine:
-        core.dispatcher.refusing = True
-        core.stop()
-    for core in mine:
-        core.join()
+    try:
+        for core in mine:
+            core.dispatcher.refusing = True
+            core.stop()
+        if _interrupted():
+            raise KeyboardInterrupt
+        for core in mine:
+            core.join()
+    except KeyboardInterrupt:
+        for core in mine:
+            core.end(_INTERRUPTED, signal.SIGTERM)
+        for core in mine:
+            core.join()
+
+
+def _interrupted() -> bool:
+    """Whether the program was ended by Ctrl-C that nobody caught. (At a prompt it ends only a statement.)"""
+    last = getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)
+    return isinstance(last, KeyboardInterrupt) and not hasattr(sys, "ps1")
 
 
 threading._register_atexit(_at_exit)  # type: ignore[attr-defined]

@@ -37,7 +37,7 @@ from runtime.zygotes import Zygotes
 __all__ = ["Supervisor"]
 
 _QUIT_WAIT = 2.0  # seconds that a zygote has to end
-_END_WAIT = 2.0  # seconds that workers have to end when the runtime is ended by force
+_END_WAIT = 1.0  # seconds that workers have to end when the runtime is ended by force
 
 log = logging.getLogger("runtime")
 
