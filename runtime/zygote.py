@@ -11,10 +11,8 @@
       │  {"what": "quit"}             ──►  kill what is left, exit
       ✗  host's pidfd                 ──►  the same, and remove the socket folder
 
-With start_method="fork" it is forked from the host instead, when that has one thread (inherit.py). That
-cannot be done again later, so it keeps an heir: a fork of itself that has forked nothing, with a connection
-of its own to the host, which is sent along ({"what": "heir"}). When the zygote dies, the host tells the heir
-to lead, and the heir makes the next one. If both are gone, nothing can be forked any more.
+With start_method="fork" it is forked from the host instead, when that has one thread (inherit.py), and it
+keeps an heir (heirs.py).
 
 This is the only file that forks. `Zygote` and `Forked` are the host's handles, `main` and
 `_become_zygote` the process itself.
@@ -35,7 +33,6 @@ import signal
 import socket
 import sys
 import threading
-import time
 import traceback
 import warnings
 from collections import deque
@@ -44,6 +41,7 @@ from typing import Any, NamedTuple
 
 from runtime import _core, serializer, worker
 from runtime.channels import Channels, HostEnds
+from runtime.heirs import Ending, Heirs
 from runtime.inherit import forget_host, has_threads, refuse_threads
 from runtime.sockets import Paths
 from runtime.wire import WireError, decode_report, encode_report
@@ -52,7 +50,6 @@ __all__ = ["Forked", "Report", "Zygote", "fork_zygote", "main"]
 
 _MESSAGE = 1 << 16  # bytes of an order or a report, at most
 _HOST_END = 1.0  # seconds for a host that has closed its end to be gone
-_HEIR_AFTER = 0.05  # seconds after which an heir is made: the first workers come first
 _STACK_AFTER = 9.0  # seconds after which a module that is still being imported leaves its stack
 
 
@@ -179,7 +176,7 @@ class Forked(Zygote):
         self.socket = connection
         self.socket.setblocking(False)
         self.pid, self.pidfd, self.stack_fd = pid, pidfd, stack_fd
-        self.process = _Ending(pidfd)  # type: ignore[assignment]
+        self.process = Ending(pidfd)  # type: ignore[assignment]
         self.importing = ""
         self.started = False
         self.unsent = deque()
@@ -188,23 +185,6 @@ class Forked(Zygote):
         """The handle of the heir that a report has brought."""
         pidfd, connection = report.fds
         return Forked(socket.socket(fileno=connection), report.fields["pid"], pidfd, os.dup(self.stack_fd))
-
-
-class _Ending:
-    """What is used of Popen, for a process that may not be a child of ours: an heir is not."""
-
-    def __init__(self, pidfd: int) -> None:
-        self._pidfd = pidfd
-        self._code: int | None = None
-
-    def wait(self) -> int | None:
-        """Until it has ended. Its exit code; None: unknown."""
-        select.select([self._pidfd], [], [])
-        with contextlib.suppress(ChildProcessError):
-            found = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED)
-            assert found is not None
-            self._code = found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
-        return self._code
 
 
 def fork_zygote(settings: dict[str, Any], arena: _core.Arena, environment: dict[str, str]) -> Forked:
@@ -263,12 +243,13 @@ class _Watch:
         os.close(self._stop)
 
 
-class _Process:
+class _Process(Heirs):
     """The zygote's state: its children by slot, and who asks."""
 
     def __init__(
         self, connection: socket.socket, arena: _core.Arena, host_pidfd: int, settings: dict[str, Any]
     ) -> None:
+        super().__init__()
         self.connection = connection
         self.arena = arena
         self.host_pidfd = host_pidfd
@@ -276,11 +257,8 @@ class _Process:
         self.children: dict[int, tuple[int, int, int]] = {}  # pidfd -> (pid, slot, incarnation)
         self.quitting = False  # the host said so
         self.own: set[int] = set()  # children that a preloaded module made
-        self.keeps_heir = False  # it was forked from the host
         self.stack_fd = -1  # where slow imports leave their stacks
         self.preloaded = False
-        self.heir: tuple[int, int] | None = None  # (pidfd, pid)
-        self.heir_at = 0.0  # monotonic time at which the next one is made
         self.poller = select.poll()
         self.poller.register(connection, select.POLLIN)
         self.poller.register(host_pidfd, select.POLLIN)
@@ -343,12 +321,11 @@ class _Process:
 
     def fork(self, order: dict[str, Any]) -> None:
         """Fork a worker, and send its pidfd and the host's ends of its channels."""
-        _flush()
         parent = os.getpid()
         channels = None
         try:
             channels = Channels()
-            pid = os.fork()
+            pid = self.fork_child()
         except OSError as error:
             if channels is not None:
                 channels.close()
@@ -412,7 +389,10 @@ class _Process:
                 with contextlib.suppress(ChildProcessError):
                     os.waitpid(pid, 0)
 
-    # ---- the heir ----
+    def fork_child(self) -> int:
+        """As os.fork; what streams hold is written once."""
+        _flush()
+        return os.fork()
 
     def lead(self) -> None:
         """Import what is to be imported, then serve. Never returns."""
@@ -425,79 +405,6 @@ class _Process:
             gc.freeze()  # it is shared with every worker: the collector shall not write into it
         self.report("started")
         self.loop()
-
-    def until_heir(self) -> float | None:
-        """Milliseconds until an heir is due, which is made if it is; None: there is one, or none is kept."""
-        if not self.keeps_heir or self.heir is not None:
-            return None
-        now = time.monotonic()
-        if self.heir_at == 0.0:
-            self.heir_at = now + _HEIR_AFTER
-        if now >= self.heir_at and self.make_heir():
-            return None
-        return max(1.0, (self.heir_at - now) * 1000)
-
-    def make_heir(self) -> bool:
-        """Fork a spare zygote, and send the host the way to it. Killed in between: the heir reads its end.
-
-        False: there is no process to be had, now.
-        """
-        _flush()
-        self.heir_at = time.monotonic() + 1.0  # of the next attempt, if there is no process to be had
-        try:
-            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
-        except OSError:
-            return False
-        try:
-            pid = os.fork()
-            if pid == 0:
-                ours.close()
-                self.become_heir(theirs)
-            pidfd = _core.pidfd_open(pid)
-            self.heir = (pidfd, pid)
-            self.heir_at = 0.0
-            self.poller.register(pidfd, select.POLLIN)
-            self.report("heir", [pidfd, ours.fileno()], pid=pid)
-            return True
-        except OSError:
-            return False
-        finally:
-            ours.close()
-            theirs.close()
-
-    def become_heir(self, connection: socket.socket) -> None:
-        """In the child: wait for the host's word. Never returns."""
-        try:
-            self.let_go()
-            _core.become_subreaper()
-            self.connection = connection
-            self.poller = select.poll()
-            self.poller.register(connection, select.POLLIN)
-            self.poller.register(self.host_pidfd, select.POLLIN)
-            while True:
-                self.poller.poll()
-                if select.select([self.host_pidfd], [], [], 0)[0]:
-                    self.leave()
-                data = self.connection.recv(_MESSAGE)
-                order = decode_report(data) if data else {"what": "quit"}
-                if order["what"] == "lead":
-                    self.settings["preload"], self.settings["imports"] = order["preload"], order["imports"]
-                    self.make_heir()
-                    self.lead()
-                self.quitting = bool(data)
-                self.leave()
-        finally:
-            os._exit(1)
-
-    def bury_heir(self) -> None:
-        """The heir has died: the next one is made soon."""
-        assert self.heir is not None
-        pidfd, pid = self.heir
-        self.heir = None
-        self.poller.unregister(pidfd)
-        os.close(pidfd)
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(pid, 0)
 
     def let_go(self) -> None:
         """In a child: what is the zygote's."""

@@ -42,7 +42,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("byvalue",),
     ("functions",),
     ("serializer",),  # the door to these eight
-    ("sockets", "children", "inherit", "logrecords", "channels"),
+    ("sockets", "children", "inherit", "heirs", "logrecords", "channels"),
     ("forwarding", "stacks"),
     ("worker",),
     ("zygote",),  # forks, and then calls worker.main

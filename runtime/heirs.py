@@ -1,0 +1,157 @@
+"""Heirs: how a zygote that was forked from the host is replaced, though the host has threads by then.
+
+    host                        zygote                      heir
+      │ ◄── {"heir", pid} ──────── │ ──fork──────────────────► │   waits; has forked nothing
+      │     + pidfd, connection    │                           │
+      │                            ✗                           │
+      │ {"lead", preload, …} ────────────────────────────────► │   makes the next heir, then serves
+      ✗  host's pidfd                                        ✗ │   as a zygote does
+
+The heir is made 50 ms after the start, since the first workers come first, or before the first import if
+something is to be preloaded: an import may fail, or leave a thread behind that forbids forking. A zygote that
+dies without one, or together with it, cannot be replaced.
+"""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import os
+import select
+import socket
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from runtime import _core
+from runtime.wire import decode_report
+
+__all__ = ["Ending", "Heirs"]
+
+_AFTER = 0.05  # seconds after which an heir is made
+_AGAIN = 1.0  # seconds until the next attempt, when there was no process to be had
+_MESSAGE = 1 << 16  # bytes of an order, at most
+
+
+class Ending:
+    """What is used of Popen, for a process that may not be a child of ours: an heir is not."""
+
+    def __init__(self, pidfd: int) -> None:
+        self._pidfd = pidfd
+        self._code: int | None = None
+
+    def wait(self) -> int | None:
+        """Until it has ended. Its exit code; None: unknown."""
+        select.select([self._pidfd], [], [])
+        with contextlib.suppress(ChildProcessError):
+            found = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED)
+            assert found is not None
+            self._code = found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
+        return self._code
+
+
+class Heirs(abc.ABC):
+    """A zygote's dealings with its heir, and the heir's own wait. For the one thread of its process."""
+
+    connection: socket.socket
+    host_pidfd: int
+    settings: dict[str, Any]
+    poller: select.poll
+    quitting: bool
+
+    def __init__(self) -> None:
+        self.keeps_heir = False  # it was forked from the host
+        self.heir: tuple[int, int] | None = None  # (pidfd, pid)
+        self.heir_at = 0.0  # monotonic time at which the next one is made
+
+    @abc.abstractmethod
+    def fork_child(self) -> int:
+        """As os.fork."""
+
+    @abc.abstractmethod
+    def report(self, what: str, fds: Sequence[int] = (), **fields: Any) -> None:
+        """Tell the host."""
+
+    @abc.abstractmethod
+    def let_go(self) -> None:
+        """In a child: close what is the zygote's."""
+
+    @abc.abstractmethod
+    def lead(self) -> None:
+        """Serve as a zygote. Never returns."""
+
+    @abc.abstractmethod
+    def leave(self) -> None:
+        """End every descendant, and this process. Never returns."""
+
+    def until_heir(self) -> float | None:
+        """Milliseconds until an heir is due, which is made if it is; None: there is one, or none is kept."""
+        if not self.keeps_heir or self.heir is not None:
+            return None
+        now = time.monotonic()
+        if self.heir_at == 0.0:
+            self.heir_at = now + _AFTER
+        if now >= self.heir_at and self.make_heir():
+            return None
+        return max(1.0, (self.heir_at - now) * 1000)
+
+    def make_heir(self) -> bool:
+        """Fork a spare zygote, and send the host the way to it. Killed in between: the heir reads its end.
+
+        False: there is no process to be had, now.
+        """
+        self.heir_at = time.monotonic() + _AGAIN
+        try:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+        except OSError:
+            return False
+        try:
+            pid = self.fork_child()
+            if pid == 0:
+                ours.close()
+                self.become_heir(theirs)
+            pidfd = _core.pidfd_open(pid)
+            self.heir = (pidfd, pid)
+            self.heir_at = 0.0
+            self.poller.register(pidfd, select.POLLIN)
+            self.report("heir", [pidfd, ours.fileno()], pid=pid)
+            return True
+        except OSError:
+            return False
+        finally:
+            ours.close()
+            theirs.close()
+
+    def become_heir(self, connection: socket.socket) -> None:
+        """In the child: wait for the host's word. Never returns."""
+        try:
+            self.let_go()
+            _core.become_subreaper()
+            self.connection = connection
+            self.poller = select.poll()
+            self.poller.register(connection, select.POLLIN)
+            self.poller.register(self.host_pidfd, select.POLLIN)
+            while True:
+                self.poller.poll()
+                if select.select([self.host_pidfd], [], [], 0)[0]:
+                    self.leave()
+                data = self.connection.recv(_MESSAGE)
+                order = decode_report(data) if data else {"what": "quit"}
+                if order["what"] == "lead":
+                    self.settings["preload"], self.settings["imports"] = order["preload"], order["imports"]
+                    self.make_heir()
+                    self.lead()
+                self.quitting = bool(data)
+                self.leave()
+        finally:
+            os._exit(1)
+
+    def bury_heir(self) -> None:
+        """The heir has died: the next one is made soon."""
+        assert self.heir is not None
+        pidfd, pid = self.heir
+        self.heir = None
+        self.poller.unregister(pidfd)
+        os.close(pidfd)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(pid, 0)
