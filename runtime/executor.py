@@ -537,7 +537,7 @@ class Runtime(Front):
         Also of a worker that starts, or holds the GIL in C. A stopped one has a text that says so; one that
         is dead at the moment is left out. Thread-safety: any thread, several at once. Blocking: milliseconds,
         about a second if a worker does not answer. Raises: ValueError for a number that no worker has;
-        RuntimeError in a fork.
+        OSError when no descriptor is left; RuntimeError in a fork.
         """
         core = self._core
         if core.pid != os.getpid():

@@ -222,5 +222,6 @@ def death_of(worker: Worker) -> Death:
     status = worker.status
     exitcode = status if status is not None and status >= 0 else None
     number = -status if status is not None and status < 0 else None
-    stack = stacks.crash_stack(worker.ends.stack) if worker.ends is not None else ""
+    crashed = worker.ends is not None and (status is None or number in stacks.CRASHES)
+    stack = stacks.crash_stack(worker.ends.stack) if crashed and worker.ends is not None else ""
     return Death(worker.pid, worker.number, exitcode, number, how_it_ended(worker), worker.rss, stack)

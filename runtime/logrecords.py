@@ -20,7 +20,9 @@ _SHORT = 2_000  # the same if it does not: all of them escaped still fit
 _NAME = 1_000  # characters of a name or a path
 _EXTRAS = 64  # attributes of a record that the user has added
 
-_STANDARD = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName"}
+_NOW = logging.makeLogRecord({})
+_LOGGING_STARTED = _NOW.created - _NOW.relativeCreated / 1000  # seconds since the epoch
+_STANDARD = frozenset(_NOW.__dict__) | {"message", "asctime", "taskName"}
 _OURS = frozenset({"worker", "task"})
 _NONE = type(None)
 _FIELDS: dict[str, tuple[type, ...]] = {
@@ -149,7 +151,7 @@ def decode(data: bytes) -> logging.LogRecord | RemoteWarning:
         if key in _STANDARD or key in _OURS or not _is_plain(value):
             raise WireError(f"the attribute {key[:100]!r} is not one that a record may bring along")
     record = logging.makeLogRecord({**fields, **extras, "args": (), "exc_info": None})
-    record.relativeCreated = (record.created - _logging_started()) * 1000
+    record.relativeCreated = (record.created - _LOGGING_STARTED) * 1000
     return record
 
 
@@ -162,9 +164,3 @@ def _checked(fields: Any, kinds: dict[str, tuple[type, ...]]) -> dict[str, Any]:
         if type(value) not in types or (type(value) is int and not -(1 << 63) <= value < 1 << 64):
             raise WireError(f"the field {key} holds {ascii(value)[:100]}")
     return fields
-
-
-def _logging_started() -> float:
-    """Seconds since the epoch: what relativeCreated counts from."""
-    fresh = logging.LogRecord("", 0, "", 0, "", (), None)
-    return fresh.created - fresh.relativeCreated / 1000

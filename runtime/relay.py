@@ -292,7 +292,7 @@ def host_levels() -> dict[str, int]:
     """Levels that the host's loggers were given, so that workers send nothing in vain; "" is the root's."""
     levels = {"": logging.root.level}
     for name, logger in list(logging.Logger.manager.loggerDict.items()):
-        if isinstance(logger, logging.Logger) and logger.level and len(name) <= 100:
+        if isinstance(logger, logging.Logger) and logger.level and len(name) <= 100 and name.isascii():
             levels[name] = logger.level
             if len(levels) > _LOGGERS:
                 break

@@ -31,7 +31,7 @@ from types import FrameType
 from runtime import _core
 from runtime.channels import HostEnds
 
-__all__ = ["LIMIT", "SIGNAL", "Asked", "crash_stack", "leave_stacks", "take"]
+__all__ = ["CRASHES", "LIMIT", "SIGNAL", "Asked", "crash_stack", "forked", "leave_stacks", "take"]
 
 SIGNAL = signal.SIGRTMAX - 5
 LIMIT = 64 << 10  # bytes of a text, at most
@@ -39,6 +39,7 @@ _FULL = 1 << 20  # bytes after which the file is emptied
 _FOR_GIL = 0.2  # seconds after which a thread that waits for the GIL is taken to wait for C code
 _PATIENCE = 1.0  # seconds until a worker is said not to answer
 _FRAMES = 100  # of one thread, as faulthandler shows
+CRASHES = frozenset({signal.SIGSEGV, signal.SIGABRT, signal.SIGFPE, signal.SIGBUS, signal.SIGILL})
 _CRASH = b"Fatal Python error: "
 _NOTE = b"\x1e%d\n"
 _NOTES = re.compile(rb"\x1e\d+\n")
@@ -55,6 +56,11 @@ def leave_stacks(channel: socket.socket, fd: int) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, [SIGNAL])  # here, and in all threads but the one that answers
     # Not a threading.Thread: nobody joins it or lists it, and it starts in a quarter of the time.
     _thread.start_new_thread(_answer, (channel.fileno(), fd))
+
+
+def forked() -> None:
+    """In a child that a task forked: its crash is not the worker's."""
+    faulthandler.disable()
 
 
 def _answer(channel: int, fd: int) -> None:

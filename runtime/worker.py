@@ -379,6 +379,7 @@ def _after_fork(arena: _core.Arena) -> None:
     global _forked
     _forked = True
     arena.make_private()
+    stacks.forked()
 
 
 def reset_signals() -> None:

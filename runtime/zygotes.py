@@ -199,10 +199,13 @@ class Zygotes(Lives):
         if zygote is not None and zygote.importing:
             log.warning("preload module %r is still being imported:\n%s", zygote.importing, zygote.stack())
         elif self.settings.initializer is not None:
+            stack = ""
+            with contextlib.suppress(OSError):  # no descriptor left
+                stack = next(iter(self.dump_stacks(None).values()), "")
             log.warning(
                 "no worker is ready yet; the initializer %r is still running:\n%s",
                 self.settings.initializer,
-                next(iter(self.dump_stacks(None).values()), ""),
+                stack,
             )
         else:
             log.warning("no worker is ready yet")

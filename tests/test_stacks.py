@@ -88,6 +88,18 @@ def test_other_deaths_have_none(rt, how):
     assert rt.submit(evil.misbehave, how).exception(30).stack == ""
 
 
+def test_the_crash_of_a_forked_child_is_not_the_workers(rt):
+    def fork_and_crash():
+        pid = os.fork()
+        if pid == 0:
+            crash(signal.SIGABRT)
+        assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGABRT
+        os._exit(3)
+
+    error = rt.submit(fork_and_crash).exception(30)
+    assert (error.exitcode, error.stack) == (3, "")
+
+
 def test_all_threads_are_in_it(rt, tmp_path):
     def busy():
         threading.Thread(target=evil.wait_for, args=(path, path + ".note"), daemon=True).start()

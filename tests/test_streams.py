@@ -15,10 +15,11 @@ import time
 
 import evil
 import pytest
-from watching import ROOT, all_ready, environment, host, output, read_pids, run, send, until
+from watching import ROOT, alive, all_ready, environment, host, output, read_pids, run, send, until
 
 import runtime
 from runtime import channels, relay
+from runtime.zygote import Zygote
 
 # ---- what tasks do -------------------------------------------------------------------------------
 
@@ -426,6 +427,28 @@ def test_descriptors_of_the_host_are_back_after_deaths(rt):
             send(pid, signal.SIGKILL)
         until(lambda old=pids: not set(all_ready(rt).values()) & old, "they are replaced")
     until(lambda: count() <= before, lambda: f"{count()} descriptors, {before} before")
+
+
+@pytest.mark.parametrize("kept", [0, 1, 3])
+def test_descriptors_that_do_not_arrive(runtime_factory, monkeypatch, kept, caplog):
+    """The host had none left when its ends came: nobody could hear that worker, so another one is started."""
+    plain, cut = Zygote.reports, []
+
+    def reports(self):
+        found = plain(self)
+        for report in found:
+            if report.what == "forked" and not cut:
+                cut.append(report.fields["pid"])
+                for fd in report.fds[kept:]:
+                    os.close(fd)
+                del report.fds[kept:]
+        return found
+
+    monkeypatch.setattr(Zygote, "reports", reports)
+    rt = runtime_factory(1)
+    assert rt.submit(say, "x" * 100_000).exception(30) is None
+    assert not alive(cut[0])
+    assert "no descriptors left" in caplog.text
 
 
 # ---- forks ---------------------------------------------------------------------------------------
