@@ -26,6 +26,7 @@ def executor() -> None:
         assert_type(rt.stats().done, int)
         assert_type(rt.scale(2), None)
         assert_type(rt.workers()[0].status, runtime.WorkerStatus)
+        assert_type(rt.dump_stacks(0), dict[int, str])
         concurrent.futures.wait([future])
         rt.shutdown(cancel_futures=True)
 
