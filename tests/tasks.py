@@ -238,6 +238,22 @@ def hang(*_: Any) -> NoReturn:
     raise AssertionError("not reached")
 
 
+def log_and_hang_at(path: str, value: int, bad: int) -> int:
+    """The value, which is logged; one of them hangs."""
+    log_line(path, value)
+    if value == bad:
+        hang()
+    return value
+
+
+def spin(seconds: float) -> float:
+    """Keep a processor busy for so long."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        pass
+    return seconds
+
+
 def hang_in_c() -> None:
     """Hang in C, with the GIL held."""
     ctypes.PyDLL(None).sleep(1000)

@@ -20,7 +20,9 @@ def executor() -> None:
         assert_type(future, runtime.Future[int])
         assert_type(future.result(), int)
         assert_type(rt.map(double, range(3)), Iterator[int])
-        assert_type(rt.map_unordered(double, range(3), chunksize=2), Iterator[int])
+        assert_type(rt.map_unordered(double, range(3), chunksize=2, progress=True), Iterator[int])
+        assert_type(future.progress(), tuple[float, float | None, str] | None)
+        assert_type(rt.workers()[0].busy, float)
         assert_type(rt.options(priority=2).submit(double, 1), runtime.Future[int])
         assert_type(rt.cancel(future, running=True), bool)
         assert_type(rt.stats().done, int)
@@ -32,7 +34,16 @@ def executor() -> None:
 
 
 async def loop(rt: runtime.Runtime) -> int:
+    assert_type(await rt.asubmit(double, 1), int)
+    assert_type(await rt.options(timeout=1.0).asubmit(double, x=1), int)
+    async for value in rt.amap(double, range(3), return_exceptions=True):
+        assert_type(value, int)
+    await rt.amap(double, range(3)).aclose()
     return await asyncio.wrap_future(rt.submit(double, 1))
+
+
+def in_a_worker() -> None:
+    runtime.current().report(1, total=3.5, note="one")
 
 
 def memory() -> None:
@@ -50,6 +61,8 @@ def memory() -> None:
 
 def failures() -> None:
     try:
-        raise runtime.WorkerDied(1, 0, None, 9)
+        raise runtime.WorkerDied(1, 0, None, 9, history=("pid 1",))
+    except runtime.WorkerDied as died:
+        assert_type(died.history, tuple[str, ...])
     except runtime.RuntimeFailure as error:
         assert_type(error, runtime.RuntimeFailure)

@@ -1,0 +1,147 @@
+"""Deadlines that the host cannot see to itself, and those that meet the end of what they are for.
+
+The first: user code in the host holds the GIL in C, for as long as the test wants. The second: a storm of tasks
+that end at about the time at which they are killed; the loser of that race takes nobody with it.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import select
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import evil
+import pytest
+import tasks
+from watching import Host, settled, shut_down_clean
+
+from runtime import Runtime, TaskTimeout
+
+TIMEOUT = 0.5
+PROMISED = 0.1  # seconds from a deadline to the kill
+
+HOST = """
+import ctypes, os, sys, runtime, tasks
+how, path = sys.argv[1:]
+rt = runtime.Runtime(1, timeout=0.5 if how == "runtime" else None)
+pid = rt.submit(tasks.own_pid).result()
+if how in ("map", "unordered"):
+    view = rt.options(timeout=0.5)
+    run = view.map if how == "map" else view.map_unordered
+    results = run(tasks.log_and_hang_at, [path] * 9, range(9), [4] * 9, return_exceptions=True)
+    def outcome():
+        return sorted(type(value).__name__ for value in results)
+else:
+    view = rt if how == "runtime" else rt.options(timeout=0.5)
+    future = view.submit(tasks.log_and_hang_at, path, 4, 4)
+    def outcome():
+        return type(future.exception()).__name__
+while not os.path.exists(path) or "4" not in open(path).read().split():
+    pass
+print(pid, flush=True)
+ctypes.PyDLL(None).read(0, ctypes.create_string_buffer(1), 1)  # holds the GIL until a byte comes
+print(outcome(), flush=True)
+print(rt.submit(abs, -3).result(), flush=True)
+rt.shutdown()
+"""
+
+
+@pytest.fixture
+def host() -> Iterator[Callable[..., Host]]:
+    made: list[Host] = []
+
+    def make(*args: str) -> Host:
+        made.append(Host(HOST, *args))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+@pytest.mark.parametrize("how", ["call", "runtime", "map", "unordered"])
+def test_a_host_that_holds_the_gil_in_c_keeps_no_deadline_waiting(
+    host: Callable[..., Host], tmp_path: Path, how: str
+) -> None:
+    script = host(how, str(tmp_path / "log"))
+    (pid,) = script.pids()
+    began = time.monotonic()
+    fd = os.pidfd_open(pid)
+    try:
+        assert select.select([fd], [], [], 30)[0], "the worker lives on"
+        took = time.monotonic() - began
+    finally:
+        os.close(fd)
+    # The host has not got on meanwhile: it waits for this byte.
+    script.process.stdin.write("x")
+    script.process.stdin.flush()
+    assert took < TIMEOUT + 10 * PROMISED
+    said = script.line()
+    assert said == ("TaskTimeout" if how in ("call", "runtime") else str(["TaskTimeout", *["int"] * 8]))
+    assert script.line() == "3"
+    assert script.process.wait(20) == 0
+
+
+def storm(rt: Runtime, path: Path, count: int) -> Counter[str]:
+    """Tasks that end within a keeper's period of their deadline, each followed by two innocents."""
+    draw = random.Random(count)
+    view = rt.options(timeout=0.02)
+    near, innocent = [], []
+    for i in range(count):
+        near.append(view.submit(evil.counted, str(path), f"near{i}", draw.uniform(0.018, 0.031)))
+        innocent += [rt.submit(evil.counted, str(path), f"innocent{2 * i + k}") for k in range(2)]
+    kinds: Counter[str] = Counter()
+    for i, future in enumerate(near):
+        error = future.exception(100)
+        assert error is None or type(error) is TaskTimeout
+        assert error is not None or future.result() == f"near{i}"
+        kinds["late" if error else "in time"] += 1
+    for i, future in enumerate(innocent):
+        assert future.result(100) == f"innocent{i}"
+    ran = Counter(tuple(line.split()[:2]) for line in path.read_text().splitlines())
+    assert all(ran["S", f"innocent{i}"] == 1 for i in range(2 * count)), (
+        "an innocent ran twice, or was killed"
+    )
+    assert all(ran["S", f"near{i}"] == 1 for i in range(count))
+    assert rt.stats().failed == kinds["late"]
+    settled(rt)
+    return kinds
+
+
+def test_timeouts_near_the_end_of_tasks(factory: Callable[..., Runtime], tmp_path: Path) -> None:
+    rt = factory(2, preload="evil")
+    kinds = storm(rt, tmp_path / "log", 80)
+    assert kinds["late"] and kinds["in time"], f"no race at all: {kinds}"
+    shut_down_clean(rt)
+
+
+@pytest.mark.stress
+@pytest.mark.timeout(600)
+def test_a_thousand_timeouts_near_the_end_of_tasks(factory: Callable[..., Runtime], tmp_path: Path) -> None:
+    late = 0
+    for lap in range(60):
+        rt = factory(2, preload="evil")
+        late += storm(rt, tmp_path / f"log{lap}", 80)["late"]
+        shut_down_clean(rt)
+        if late >= 1000:
+            break
+    print(f"{late} were killed")
+    assert late >= 1000
+
+
+def test_timeouts_near_the_end_of_items(factory: Callable[..., Runtime], tmp_path: Path) -> None:
+    """The same in the chunks of a map: the neighbours of an item that was late are delivered."""
+    rt = factory(2, preload="tasks")
+    draw = random.Random(5)
+    spins = [draw.uniform(0.018, 0.031) if i % 4 == 0 else 0.0 for i in range(120)]
+    got = list(rt.options(timeout=0.02).map(tasks.spin, spins, chunksize=8, return_exceptions=True))
+    assert len(got) == 120
+    for spin, value in zip(spins, got, strict=True):
+        assert value == spin or (spin > 0 and type(value) is TaskTimeout)
+    assert sum(type(value) is TaskTimeout for value in got) > 0
+    assert rt.stats().failed == sum(type(value) is TaskTimeout for value in got)
+    settled(rt)
