@@ -58,7 +58,8 @@ async def outcome_of(runtime: Canceller, future: concurrent.futures.Future[T]) -
         future.add_done_callback(_alarm(loop, waiter))
         await waiter
     except BaseException:  # cancelled; or closed, in a loop that has ended
-        runtime.cancel(future, running=True)
+        if not future.done():
+            runtime.cancel(future, running=True)
         raise
     try:
         return future.result()

@@ -266,7 +266,8 @@ class Runtime(Front):
     fresh interpreter; or "fork", from this process as it is now (its modules and data by copy-on-write, but
     no open file), while it has one thread. region_size: bytes of shared
     memory for arguments and results, or a text like "64MiB". retries: further attempts for a task whose
-    worker died, or that raised one of retry_on. timeout: seconds that one attempt of a task, or one item of
+    worker died, or that raised one of retry_on: the first at once, the others after 50 ms and more, at most
+    5 s; the time is drawn anew for each. timeout: seconds that one attempt of a task, or one item of
     a map, may run. drain_timeout: seconds that workers have to leave at shutdown. max_worker_rss: bytes of
     unshared memory after which a worker is replaced; each draws its own limit between 90 and 100 % of that,
     so that workers that grow alike do not leave at once. mp_context is accepted and ignored, with a warning.

@@ -71,6 +71,19 @@ def test_what_a_call_raises(pool: Runtime, call: tuple[Any, ...], kind: type[Bas
         asyncio.run(pool.asubmit(*call))
 
 
+def test_cancelled_when_the_call_has_failed_already(pool: Runtime) -> None:
+    """Arguments that cannot be pickled fail the future at once; the cancel comes before that was told."""
+
+    async def main() -> None:
+        task = asyncio.create_task(pool.asubmit(len, threading.Lock()))
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(main())
+
+
 def test_submit_that_refuses(factory: Callable[..., Runtime], pool: Runtime) -> None:
     rt = factory(1)
     rt.shutdown()

@@ -1,7 +1,7 @@
 """Deadlines that the host cannot see to itself, and those that meet the end of what they are for.
 
-The first: user code in the host holds the GIL in C, for as long as the test wants. The second: a storm of tasks
-that end at about the time at which they are killed; the loser of that race takes nobody with it.
+The first: user code in the host holds the GIL in C, for as long as the test wants. The second: a storm of
+tasks that end at about the time at which they are killed; the loser of that race takes nobody with it.
 """
 
 from __future__ import annotations

@@ -88,6 +88,19 @@ def test_attempts_of_a_call_keep_their_distance(
     assert rt.stats().rescued == 0
 
 
+@pytest.mark.parametrize("fn", [log_and_die, log_and_raise])
+def test_attempts_of_an_item_keep_their_distance(
+    factory: Callable[..., Runtime], tmp_path: Path, fn: Callable[..., Any]
+) -> None:
+    view = factory(2).options(retries=2, retry_on=ValueError)
+    path = str(tmp_path / "log")
+    (error,) = view.map(fn, [path], return_exceptions=True)
+    assert isinstance(error, WorkerDied if fn is log_and_die else ValueError)
+    at = [float(line) for line in Path(path).read_text().split()]
+    assert len(at) == 3
+    assert at[2] - at[1] >= RETRY_BACKOFF
+
+
 def test_other_items_of_the_batch_go_on_meanwhile(
     factory: Callable[..., Runtime], tmp_path: Path, far: None
 ) -> None:
