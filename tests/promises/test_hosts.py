@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 from hosts import HOSTS, missing
 
 
 def test_every_kind_of_host(tally, tmp_path):
     lacking = {name: modules for name in HOSTS if (modules := missing(name))}
-    assert not (lacking and tally.is_slice), f"a slice needs all hosts; not installed: {lacking}"
+    strict = tally.is_slice or os.environ.get("RUNTIME_ALL_HOSTS")
+    assert not (lacking and strict), f"all hosts are wanted; not installed: {lacking}"
     while tally.more():
         for name, start in HOSTS.items():
             if name in lacking:
