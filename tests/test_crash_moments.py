@@ -118,7 +118,7 @@ def pause_at_signal(*paths: str) -> None:
 
 def as_arguments_come(factory: Any, place: Place, _: Any) -> Moment:
     rt = factory(2, region_size="1MiB")
-    pids = {number: pid for number, pid in all_ready(rt).items()}
+    pids = all_ready(rt)
     future = rt.submit(note_and_measure, str(place.here), bytes(LARGE))
     number = until(lambda: [i.number for i in rt.workers() if i.task is not None], "it is claimed")[0]
     assert not place.here.exists(), "it has got everything already"

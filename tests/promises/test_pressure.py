@@ -80,7 +80,7 @@ class Watch:
 
 SHAPES = {
     "small": (slow, lambda i: i, 0.0, False),
-    "large": (slow, lambda i: b"%d" % i * 20_000, 0.0, False),
+    "large": (slow, lambda i: b"%08d" % i * 8_000, 0.0, False),
     "unordered": (slow, lambda i: i, 0.0, True),
     "slow consumer": (fast, lambda i: i, 0.002, False),
 }
