@@ -185,8 +185,8 @@ def write_table() -> None:
 # ---- a slice -------------------------------------------------------------------------------------
 
 
-def run_slice(goal: Goal, seconds: float, seed: int) -> Record | None:
-    """What the proof has counted in that time, or None: it has failed, and pytest has said why."""
+def run_slice(goal: Goal, seconds: float, seed: int) -> Record:
+    """What the proof has counted in that time, or why it has failed; and how long the machine stood still."""
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
         stalls, report = Path(folder, "stalls"), Path(folder, "report")
         stalls.touch()
@@ -197,22 +197,33 @@ def run_slice(goal: Goal, seconds: float, seed: int) -> Record | None:
             task = {"seconds": seconds, "seed": seed, "stalls": str(stalls), "report": str(report)}
             test = str(GOALS.parent / goal.test)
             argv = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "promise", test]
-            code = subprocess.run(
-                argv, cwd=ROOT, env={**os.environ, "RUNTIME_SOAK": json.dumps(task)}
-            ).returncode
+            code, why = told(argv, {**os.environ, "RUNTIME_SOAK": json.dumps(task)})
         finally:
             assert beats.stdin is not None
             beats.stdin.close()
             beats.wait()
+        spans = [json.loads(line) for line in stalls.read_text().splitlines()]
+        found: Record = {"stalls": len(spans), "stalled": round(sum(b - a for a, b in spans), 2)}
         if code or not report.exists():
-            return None
-        found: Record = json.loads(report.read_text())
-        return found
+            return {**found, "failed": True, "why": why or f"pytest ended with {code}"}
+        return {**found, **json.loads(report.read_text())}
 
 
-def soak(goal: Goal, minutes: float, seed: int, told: bool) -> int:
+def told(argv: list[str], environ: dict[str, str]) -> tuple[int, str]:
+    """(exit code, the first line of a failure) of a test whose output is shown as it comes."""
+    why = ""
+    with subprocess.Popen(argv, cwd=ROOT, env=environ, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            if line.startswith("E  ") and not why:
+                why = line[1:].strip()[:300]
+    return process.returncode, why
+
+
+def soak(goal: Goal, minutes: float, seed: int, anyway: bool) -> int:
     changes = dirty()
-    if changes and not told:
+    if changes and not anyway:
         sys.exit(
             "soak: there are uncommitted changes, so nobody could say later what ran:\n  "
             + "\n  ".join(changes)
@@ -222,7 +233,7 @@ def soak(goal: Goal, minutes: float, seed: int, told: bool) -> int:
     code, commit = digest(), git("rev-parse", "HEAD").strip()
     print(f"soak: promise {', '.join(map(str, goal.promises))}, {minutes:g} min, seed {seed}", flush=True)
     found = run_slice(goal, minutes * 60, seed)
-    if code != digest() or commit != git("rev-parse", "HEAD").strip() or (dirty() and not told):
+    if code != digest() or commit != git("rev-parse", "HEAD").strip() or (dirty() and not anyway):
         sys.exit("soak: sources changed while the slice ran; it is not written down")
     record = {
         "promises": goal.promises,
@@ -230,17 +241,17 @@ def soak(goal: Goal, minutes: float, seed: int, told: bool) -> int:
         "commit": commit,
         "dirty": bool(changes),
         "code": code,
-        "failed": found is None,
+        "failed": False,
         "seed": str(seed),
         "counts": {},
         "seconds": 0.0,
         "ms": {},
         "machine": machine(),
-        **(found or {}),
+        **found,
     }
     append(LEDGER, record)
     write_table()
-    if found is None:
+    if record["failed"]:
         print(
             f"soak: FAILED; the same again: make soak PROMISE={goal.promises[0]} MINUTES={minutes:g} ", end=""
         )
