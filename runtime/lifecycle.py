@@ -33,6 +33,7 @@ __all__ = [
     "raise_descriptor_limit",
     "room_for",
     "slots_for",
+    "starts_possible",
     "zygote_settings",
 ]
 
@@ -40,6 +41,7 @@ REPORT_WAIT = 0.1  # seconds to wait for the zygote's word on how a worker ended
 _ROOM = 64  # workers that any runtime may be scaled to; a larger one to …
 _ROOM_FACTOR = 4  # … so many times the number that it was made with
 _FDS_PER_WORKER = 13  # descriptors of the host for a worker: listeners, connections, pidfd, channels
+_FDS_TAKEN = 12  # of them a worker that is ready has
 _FDS_RESERVE = 24  # for zmq's own, the zygote, and what comes and goes
 
 
@@ -161,6 +163,20 @@ def raise_descriptor_limit(workers: int) -> None:
                 f"is {hard}: raise it (ulimit -Hn {need}, LimitNOFILE= of a unit) or use fewer workers"
             )
         resource.setrlimit(resource.RLIMIT_NOFILE, (need, hard))
+
+
+def starts_possible(starting: int) -> int:
+    """How many workers there are descriptors for, beside those that start and may not have all of theirs yet.
+
+    A replacement comes before its predecessor's are free; libzmq aborts if it accepts when there is none.
+    """
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return config.MAX_WORKERS
+    try:
+        return (soft - len(os.listdir("/proc/self/fd")) + 1) // _FDS_TAKEN - starting
+    except OSError:  # not even one for the folder
+        return 0
 
 
 def zygote_settings(settings: config.Settings, table: serializer.FunctionTable) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from runtime import _core, config, serializer, stacks
 from runtime.channels import HostEnds
 from runtime.collector import Collector
 from runtime.errors import BrokenRuntime
-from runtime.lifecycle import Number, Worker, WorkerStatus, death_of, how_it_ended
+from runtime.lifecycle import Number, Worker, WorkerStatus, death_of, how_it_ended, starts_possible
 from runtime.oom import MemoryWatch
 from runtime.relay import Relay, host_levels
 from runtime.restarts import WINDOW
@@ -40,6 +40,8 @@ from runtime.sockets import HostLink
 from runtime.zygote import Report, Zygote
 
 __all__ = ["Lives"]
+
+_NO_DESCRIPTORS = 0.05  # seconds until it is tried again to start a worker that there was no descriptor for
 
 log = logging.getLogger("runtime")
 
@@ -67,6 +69,7 @@ class Lives(abc.ABC):
         self._counting = threading.RLock()  # guards each number's worker and count, for those who look
         self._drained = False  # nothing is left: the workers were told to leave
         self._ever_ready = False
+        self._short = False  # of descriptors: a worker waits to be started
         self._memory = MemoryWatch()
         self._zygote: Zygote | None = None  # the one that forks
         self._old: list[Zygote] = []  # dead ones, whose workers are being replaced
@@ -166,11 +169,24 @@ class Lives(abc.ABC):
             return
         if not self._zygote_is_there():
             return
+        missing = []
         for n, number in self._wanted.items():
             if number.worker is not None and number.worker.stopping:
                 self._retire(number.worker)  # it finishes what it runs; the next one starts meanwhile
-            if number.worker is not None or number.restarts.not_before > now:
+            if number.worker is None and number.restarts.not_before <= now:
+                missing.append((n, number))
+        if not missing:
+            return
+        room = starts_possible(sum(not worker.ready for worker in self._slots.values()))
+        for n, number in missing:
+            if room <= 0:
+                if not self._short:
+                    log.warning("too few file descriptors are left to start worker %d; waiting for some", n)
+                self._short = True
+                number.restarts.not_before = now + _NO_DESCRIPTORS
                 continue
+            self._short = False
+            room -= 1
             slot = self.dispatcher.open_slot(n, 1)
             if slot < 0:
                 return  # all are being swept; the next settle comes back here
