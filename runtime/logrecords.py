@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from typing import Any, NamedTuple
+from typing import Any
 
 from runtime.wire import WireError
 
@@ -55,14 +55,17 @@ _WARNING: dict[str, tuple[type, ...]] = {
 }
 
 
-class RemoteWarning(NamedTuple):
-    """A warning of a worker: its text, its category by module and name, and where it was given."""
+class RemoteWarning:
+    """A warning of a worker: its text, its category by module (home) and name, and where it was given."""
 
-    text: str
-    home: str
-    category: str
-    filename: str
-    lineno: int
+    __slots__ = ("category", "filename", "home", "lineno", "text")
+
+    def __init__(self, text: str, home: str, category: str, filename: str, lineno: int) -> None:
+        self.text = text
+        self.home = home
+        self.category = category
+        self.filename = filename
+        self.lineno = lineno
 
 
 def encode_log(record: logging.LogRecord, worker: int, task: int | None) -> bytes:

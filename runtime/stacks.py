@@ -42,8 +42,8 @@ _FRAMES = 100  # of one thread, as faulthandler shows
 CRASHES = frozenset({signal.SIGSEGV, signal.SIGABRT, signal.SIGFPE, signal.SIGBUS, signal.SIGILL})
 _CRASH = b"Fatal Python error: "
 _NOTE = b"\x1e%d\n"
-_NOTES = re.compile(rb"\x1e\d+\n")
-_PIECE = re.compile(rb"\x1d(\d+) (\d+)\n")
+_NOTES = rb"\x1e\d+\n"  # compiled when it is needed: a worker needs it never
+_PIECE = rb"\x1d(\d+) (\d+)\n"
 
 
 # ---- in the worker -------------------------------------------------------------------------------------
@@ -243,7 +243,7 @@ def _written(one: Asked, begin: int) -> bytes:
 def _answered(one: Asked, question: int, begin: int) -> str | None:
     """The piece that answers the question, once it is complete."""
     data = _written(one, begin)
-    for match in _PIECE.finditer(data):
+    for match in re.finditer(_PIECE, data):
         length = int(match[2])
         if int(match[1]) == question and len(data) >= match.end() + length:
             return data[match.end() : match.end() + length].decode(errors="replace")
@@ -267,7 +267,7 @@ def _by_signal(one: Asked) -> str | None:
     The kernel blocks the signal in the thread that handles it, before the first byte is written and until the
     handler returns: text is there, nothing pending, and no thread blocks it that did not do so before.
     """
-    data = _PIECE.split(_NOTES.sub(b"", _written(one, one.begin)))[0][:LIMIT]
+    data = _by_handler(one)
     if not data:
         return None
     for thread, status in _threads(one):
@@ -275,8 +275,13 @@ def _by_signal(one: Asked) -> str | None:
             return None
         if thread not in one.blocking and _has(status, "SigBlk"):
             return None
-    data = _PIECE.split(_NOTES.sub(b"", _written(one, one.begin)))[0][:LIMIT]
+    data = _by_handler(one)
     return f"(it holds the GIL outside of Python code; taken by a signal)\n{data.decode(errors='replace')}"
+
+
+def _by_handler(one: Asked) -> bytes:
+    """What lies before the first piece, without notes."""
+    return re.split(_PIECE, re.sub(_NOTES, b"", _written(one, one.begin)))[0][:LIMIT]
 
 
 def _excuse(one: Asked) -> str:
