@@ -219,10 +219,10 @@ class Lives(abc.ABC):
                 os.close(fd)
             return
         worker.pid, worker.pidfd = pid, pidfd
-        worker.memory = self._memory.reading(pid)
         self._hear(worker, fds)
         self.dispatcher.occupy(worker.slot, pidfd)
         self._looks.append(worker.slot)
+        worker.memory = self._memory.reading(pid)
         if self.broken is not None or self._drained or worker.stopping:
             self.dispatcher.signal(worker.slot, signal.SIGKILL)
 
