@@ -110,7 +110,7 @@ def check_times(tries: list[Try], stalls: list[list[float]]) -> None:
         if one.took > one.promised
     ]
     said = "".join(
-        f"\n  {one}, from {one.begin:.3f} to {one.end:.3f}; the machine stood still for {stalled * 1000:.1f} ms"
+        f"\n  {one}, from {one.begin:.3f} to {one.end:.3f}; the machine stalled for {stalled * 1000:.1f} ms"
         for one, stalled in late
     )
     assert not late or at(sorted(one.took / one.promised for one in tries), 0.99) <= 1, (
