@@ -22,7 +22,7 @@ SETUPS = {
             while not stop.wait(0.0001):
                 with lock:
                     sum(range(1000))
-        threads = [threading.Thread(target=work) for _ in range(4)]
+        threads = [threading.Thread(target=work, daemon=True) for _ in range(4)]
         [t.start() for t in threads]
         after.append(lambda: (stop.set(), [t.join() for t in threads]))
     """,
@@ -34,10 +34,10 @@ SETUPS = {
         def multiply():
             while not stop.is_set():
                 matrix @ matrix
-        thread = threading.Thread(target=multiply)       # BLAS is at work while the runtime starts
+        thread = threading.Thread(target=multiply, daemon=True)  # BLAS is at work while the runtime starts
         thread.start()
         numpy.random.seed(7)
-        options["preload"] = "numpy"
+        options["preload"] += ["numpy.random"]   # numpy imports it when it is asked for
         after.append(lambda: (stop.set(), thread.join(), matrix @ matrix))
     """,
     "zmq": """
@@ -74,7 +74,7 @@ SETUPS = {
 CHECK = """
 import os, random, sys
 import evil, runtime
-after, during, options = [], [], {{}}
+after, during, options = [], [], {{"preload": ["random"]}}  # so that a fork would inherit its state
 print("once")                          # stays in the buffer of a pipe
 {setup}
 def draw(i):
@@ -112,7 +112,7 @@ async def in_a_loop():
             await asyncio.sleep(0.001)
     ticking = asyncio.create_task(tick())
     loop = asyncio.get_running_loop()
-    with runtime.Runtime(2) as rt:
+    with runtime.Runtime(2, **options) as rt:
         many = [loop.run_in_executor(rt, evil.square, i) for i in range(50)]
         assert await asyncio.gather(*many) == [i * i for i in range(50)]
         await asyncio.to_thread(check, rt)
