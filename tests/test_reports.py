@@ -298,6 +298,20 @@ def test_killed_in_the_middle_of_a_report_a_whole_one_is_left(factory: Callable[
     settled(rt)
 
 
+def test_a_report_that_is_half_written_hides_none(factory: Callable[..., Runtime]) -> None:
+    """What a worker leaves that is killed as it writes: the next report is spoilt, not the last one."""
+    future = factory(1).submit(spoil_the_older_and_die)
+    assert isinstance(future.exception(), WorkerDied)
+    assert future.progress() == (2, 4, "KEEPKEEPKEEP")
+
+
+def spoil_the_older_and_die() -> None:
+    runtime.current().report(1, 2, "OLD!" * 3)
+    runtime.current().report(2, 4, "KEEP" * 3)
+    if overwrite(b"OLD!" * 3, -19, 69) == 1:  # all of it: numbers, kinds, note
+        tasks.kill_self()
+
+
 @pytest.mark.parametrize("field", ["kind", "length"])
 def test_a_worker_that_writes_nonsense_shows_nothing(factory: Callable[..., Runtime], field: str) -> None:
     future = factory(1).submit(scribble, field)
@@ -306,19 +320,27 @@ def test_a_worker_that_writes_nonsense_shows_nothing(factory: Callable[..., Runt
 
 
 def scribble(field: str) -> None:
-    """Report, then overwrite the kind, or the length of the note, of all reports in the region."""
-    runtime.current().report(1, 1, "MARKMARKMARK")
+    """Report, then overwrite the kind, or the length of the note."""
+    runtime.current().report(1, 1, "MARK" * 3)
+    at = -3 if field == "kind" else -1
+    if overwrite(b"MARK" * 3, at, at + 1) != 1:
+        raise AssertionError("it is not where it should be")
+
+
+def overwrite(note: bytes, start: int, end: int) -> int:
+    """Fill a stretch around each such note in the region with 0xFF; how many there are."""
+    count = 0
     with open("/proc/self/maps") as maps:
         for line in maps:
             if "memfd:" in line and " rw" in line:
-                start, end = (int(n, 16) for n in line.split()[0].split("-"))
-                size = end - start
-                memory = (ctypes.c_char * size).from_address(start)
-                raw = bytes(memory[: min(size, 8 << 20)])
-                at = raw.find(b"MARKMARKMARK")
+                first, last = (int(n, 16) for n in line.split()[0].split("-"))
+                memory = (ctypes.c_char * (last - first)).from_address(first)
+                at = memory.raw.find(note)
                 while at >= 0:
-                    memory[at - (3 if field == "kind" else 1)] = 0xFF
-                    at = raw.find(b"MARKMARKMARK", at + 1)
+                    ctypes.memset(first + at + start, 0xFF, end - start)
+                    count += 1
+                    at = memory.raw.find(note, at + 1)
+    return count
 
 
 def test_a_report_costs_less_than_ten_microseconds_and_no_call_of_the_system(pool: Runtime) -> None:
