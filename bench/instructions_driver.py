@@ -9,6 +9,7 @@ are left out, as tests/test_model.py does. Nothing forks, sleeps, or spins.
 from __future__ import annotations
 
 import os
+import socket
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -28,8 +29,12 @@ class Loop(Worker):
     """A worker's loop without its process."""
 
     def __init__(self, arena: Any, slot: int, host: int) -> None:
-        self.orders = Orders(slot, 0, 1, Paths("", "", ""), host, 0, None, None, None, b"", ())
+        unused, _ = socket.socketpair()
+        self.orders = Orders(
+            slot, 0, 1, Paths("", "", ""), host, 0, None, None, None, b"", (), unused, 0, None
+        )
         self.port = _core.Runner(arena, slot, lambda: None)
+        self.max_rss = None
         self.functions = serializer.FunctionCache()
         self.children = Children()
         self.port.attend(self, Context(self.orders), self.functions, host, -1, 1)

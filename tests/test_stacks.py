@@ -17,7 +17,7 @@ import pytest
 from watching import all_ready, fields, read_pids, send, stopped, until
 
 import runtime
-from runtime import channels, stacks, supervisor
+from runtime import channels, stacks, zygotes
 
 # ---- what tasks do -------------------------------------------------------------------------------
 
@@ -269,8 +269,8 @@ def hang_at_start(path, how):
 
 @pytest.mark.parametrize("how", ["sleep", "gil"])
 def test_an_initializer_that_hangs(runtime_factory, tmp_path, how, monkeypatch, caplog):
-    monkeypatch.setattr(supervisor, "_SLOW_START", 0.2)
-    monkeypatch.setattr(supervisor, "_SLOW_AGAIN", 0.2)  # the first may come while it is still importing
+    monkeypatch.setattr(zygotes, "_SLOW_START", 0.2)
+    monkeypatch.setattr(zygotes, "_SLOW_AGAIN", 0.2)  # the first may come while it is still importing
     rt = runtime_factory(1, initializer=hang_at_start, initargs=(str(tmp_path / "pid"), how))
     read_pids(tmp_path / "pid")
     assert "in hang_at_start" in rt.dump_stacks()[0]

@@ -65,7 +65,9 @@ def stopped(pid: int) -> bool:
 
 
 def parent(pid: int) -> int:
-    return int(fields(pid)[1])
+    """Its parent's pid; 0: it is gone."""
+    found = fields(pid)
+    return int(found[1]) if found else 0
 
 
 def send(pid: int, number: int) -> None:
