@@ -487,7 +487,7 @@ class Runtime(Front):
         """Counts and sizes; each is exact, but they are read one after the other."""
         core = self._core
         dispatcher, arena = core.dispatcher, core.arena
-        looks = [dispatcher.look(w.slot) for _, _, w, _ in core.workers() if w is not None]
+        looks = [dispatcher.look(slot) for slot in core.occupied()]
         running = sum(look[3] is not None for look in looks)
         ready = sum(status is WorkerStatus.READY for _, status, _, _ in core.workers())
         return Stats(

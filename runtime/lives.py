@@ -49,8 +49,8 @@ log = logging.getLogger("runtime")
 class Lives(abc.ABC):
     """The workers of one runtime by number and by slot, and the verbs that act on them.
 
-    Thread-safety: `look`, `workers`, `busy` and `dump_stacks` may be called from any thread; the rest belongs
-    to the supervisor's.
+    Thread-safety: `look`, `workers`, `occupied`, `busy` and `dump_stacks` may be called from any thread; the rest
+    belongs to the supervisor's.
     """
 
     settings: config.Settings
@@ -143,6 +143,10 @@ class Lives(abc.ABC):
         if worker.stopping:
             return WorkerStatus.STOPPING
         return WorkerStatus.READY if worker.ready else WorkerStatus.STARTING
+
+    def occupied(self) -> list[int]:
+        """Slots with a living process, also of one whose number has its next one already."""
+        return [worker.slot for worker in list(self._slots.values()) if not worker.died]
 
     def _done_by(self, worker: Worker | None) -> int:
         return self.dispatcher.look(worker.slot)[2] if worker is not None else 0

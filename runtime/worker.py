@@ -354,7 +354,9 @@ def main(arena: _core.Arena, orders: Orders) -> None:
         threading.Thread(
             target=_core.watch_host, args=arguments, name="runtime-host-watch", daemon=True
         ).start()
-        os.register_at_fork(after_in_child=lambda: _after_fork(arena))
+        os.register_at_fork(
+            before=_before_fork, after_in_parent=_unmask, after_in_child=lambda: _after_fork(arena)
+        )
         _context = Context(orders)
         if orders.levels is not None:
             forwarding.forward_records(orders.records, _context, orders.levels)
@@ -374,10 +376,29 @@ def main(arena: _core.Arena, orders: Orders) -> None:
         os._exit(code)
 
 
+_LEAVERS = (signal.SIGTERM, signal.SIGUSR2)
+_masks: dict[int, set[signal.Signals | int]] = {}  # thread that forks -> its mask from before
+
+
+def _before_fork() -> None:
+    """CPython drops a signal that comes while a fork is under way; the child's SIGTERM shall wait instead."""
+    _masks[threading.get_ident()] = signal.pthread_sigmask(signal.SIG_BLOCK, _LEAVERS)
+
+
+def _unmask() -> None:
+    mask = _masks.pop(threading.get_ident(), None)
+    if mask is not None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
 def _after_fork(arena: _core.Arena) -> None:
-    """In a child that a task forked: what it does to the region stays its own."""
+    """In a child that a task forked: what it does to the region stays its own, and SIGTERM ends it."""
     global _forked
     _forked = True
+    for number in _LEAVERS:
+        if signal.getsignal(number) is _leave:  # a task may have set its own
+            signal.signal(number, signal.SIG_DFL)
+    _unmask()
     arena.make_private()
     stacks.forked()
 
@@ -396,15 +417,24 @@ def _nothing(number: int, frame: object) -> None:
     """SIGINT does nothing here."""
 
 
-def _on_term(worker: Worker) -> None:
-    def leave(number: int, frame: object) -> None:
-        worker.port.leaving = True
-        worker.port.leave()  # the host takes back what is not started, and starts the next worker, meanwhile
-        if worker.waiting:
-            raise _Leave
+_leaver: Worker | None = None  # who leaves when SIGTERM comes
 
-    signal.signal(signal.SIGTERM, leave)
-    signal.signal(signal.SIGUSR2, leave)
+
+def _on_term(worker: Worker) -> None:
+    global _leaver
+    _leaver = worker
+    signal.signal(signal.SIGTERM, _leave)
+    signal.signal(signal.SIGUSR2, _leave)
+
+
+def _leave(number: int, frame: object) -> None:
+    worker = _leaver
+    if worker is None or _forked:
+        return
+    worker.port.leaving = True
+    worker.port.leave()  # the host takes back what is not started, and starts the next worker, meanwhile
+    if worker.waiting:
+        raise _Leave
 
 
 def _reseed() -> None:

@@ -440,6 +440,7 @@ def main() -> None:
         os.set_inheritable(fd, False)
     _have_streams()
     signal.signal(signal.SIGINT, lambda number, frame: None)  # the host decides what Ctrl-C means
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored by the host, it would take what wait4 tells
     _core.become_subreaper()
     settings = pickle.loads(_read(config))
     _like_the_host(settings)
@@ -458,7 +459,7 @@ def _become_zygote(
         arena.adopt_process()
         forget_host((connection.fileno(), arena.fd, host, stack_fd))
         worker.reset_signals()
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, it would take what wait4 tells
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # as in main()
         if collecting:
             gc.enable()
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import threading
 from pathlib import Path
 
@@ -53,6 +54,16 @@ def leave_late(path: str) -> int:
 
     atexit.register(evil.wait_for, path, path + ".leaving")
     return os.getpid()
+
+
+def terminate_a_child() -> int:
+    """The signal that a forked child has ended by, after SIGTERM."""
+    pid = os.fork()
+    if pid == 0:
+        while True:
+            signal.pause()
+    os.kill(pid, signal.SIGTERM)
+    return -os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def in_a_pool(method: str) -> list[int]:

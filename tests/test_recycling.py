@@ -10,7 +10,16 @@ from pathlib import Path
 
 import evil
 import pytest
-from recycled import grow, grow_slowly, in_a_pool, leave_late, noted, noted_until, own_limit
+from recycled import (
+    grow,
+    grow_slowly,
+    in_a_pool,
+    leave_late,
+    noted,
+    noted_until,
+    own_limit,
+    terminate_a_child,
+)
 from tasks import own_pid
 from watching import alive, all_ready, output, read_pids, run_script, send, settled, until
 
@@ -106,6 +115,7 @@ def test_the_next_worker_starts_while_the_task_is_finished(
     send(pid, number)
     assert rt.submit(own_pid).result() != pid
     assert future.running() and alive(pid)
+    assert rt.stats().running == 1
     go.touch()
     assert future.result() == pid
     until(lambda: not alive(pid), "it has left")
@@ -219,6 +229,22 @@ def test_signal_handlers_of_preloaded_modules_are_reset(tmp_path: Path) -> None:
     assert run_script(tmp_path, text) == "(['SIG_DFL', 'SIG_DFL', 'SIG_DFL', 'SIG_IGN'], True)\n"
 
 
+def test_a_host_that_ignores_sigchld_is_told_how_workers_end() -> None:
+    code = """if True:
+        import signal, subprocess, sys
+        import evil, runtime
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+
+        def child():
+            return subprocess.run([sys.executable, "-c", "raise SystemExit(7)"]).returncode
+
+        for method in ("exec", "fork"):
+            with runtime.Runtime(1, start_method=method) as rt:
+                print(rt.submit(evil.misbehave, "kill").exception().signal, rt.submit(child).result())
+    """
+    assert output(code) == ["9 7", "9 7"]
+
+
 def test_inheritable_descriptors_of_the_host_stay_there() -> None:
     code = """if True:
         import os
@@ -252,6 +278,13 @@ def test_thread_caps_reach_the_workers() -> None:
         assert output(code, environ={"OMP_NUM_THREADS": "7"}) == [f"7 None None {share}"] * 2 + [
             "7 None None None"
         ]
+
+
+def test_sigterm_ends_what_a_task_has_forked(factory: Factory) -> None:
+    """multiprocessing.Pool waits for its children after SIGTERM: the worker's handler is not theirs."""
+    rt = factory(1)
+    assert rt.submit(terminate_a_child).result() == signal.SIGTERM
+    assert rt.workers()[0].status is runtime.WorkerStatus.READY
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
