@@ -49,8 +49,8 @@ log = logging.getLogger("runtime")
 class Lives(abc.ABC):
     """The workers of one runtime by number and by slot, and the verbs that act on them.
 
-    Thread-safety: `look`, `workers`, `occupied`, `busy` and `dump_stacks` may be called from any thread; the rest
-    belongs to the supervisor's.
+    Thread-safety: `look`, `workers`, `occupied`, `busy` and `dump_stacks` may be called from any thread; the
+    rest belongs to the supervisor's.
     """
 
     settings: config.Settings
