@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -293,6 +294,16 @@ def test_descriptors_of_the_host_are_overlaid() -> None:
     assert output(code) == ["{'/dev/null'}", "True", "b'still there'", "b''", "b''"]
 
 
+def spare_of(zygote: int) -> int:
+    """The child of a zygote that is not its one worker: it has one thread."""
+    with suppress(OSError):  # somebody has just ended
+        children = Path(f"/proc/{zygote}/task/{zygote}/children").read_text().split()
+        heirs = [int(pid) for pid in children if len(os.listdir(f"/proc/{pid}/task")) == 1]
+        if len(children) == 2 and len(heirs) == 1:
+            return heirs[0]
+    return 0
+
+
 def test_the_zygote_and_its_heir_hold_none_either() -> None:
     code = """if True:
         import os, sys, time
@@ -306,7 +317,7 @@ def test_the_zygote_and_its_heir_hold_none_either() -> None:
     """
     with host(code) as one:
         zygote, reading, writing = one.pids()
-        for pid in (zygote, until(lambda: heir_of(zygote), "it has an heir")):
+        for pid in (zygote, until(lambda: spare_of(zygote), "it has an heir")):
             for fd in (reading, writing):
                 assert os.readlink(f"/proc/{pid}/fd/{fd}") == "/dev/null"
 
@@ -383,6 +394,9 @@ LED = """if True:
     marker = evil.marker = "set in the host"
     print(parent(all_ready(rt)[0]), *all_ready(rt).values(), flush=True)
     for line in sys.stdin:
+        if line == "heir\\n":
+            print(rt._core._heir.pid if rt._core._heir is not None else 0, flush=True)
+            continue
         error = rt.submit(evil.square, int(line)).exception()
         print(error if error is not None else "ok", flush=True)
     rt.shutdown()
@@ -390,11 +404,11 @@ LED = """if True:
 """
 
 
-def heir_of(zygote: int) -> int:
-    """The child of a zygote that is no worker: it has one thread."""
-    text = Path(f"/proc/{zygote}/task/{zygote}/children").read_text()
-    heirs = [pid for pid in map(int, text.split()) if len(os.listdir(f"/proc/{pid}/task")) == 1]
-    return heirs[0] if len(heirs) == 1 else 0
+def heir_of(one) -> int:
+    """The heir that the host knows of, or 0: one that it does not know of yet cannot take over."""
+    one.process.stdin.write("heir\n")
+    one.process.stdin.flush()
+    return int(one.line())
 
 
 def ask(one, number: int) -> str:
@@ -407,7 +421,7 @@ def test_the_heir_takes_over_again_and_again() -> None:
     with host(LED, stderr=-3) as one:
         zygote, *workers = one.pids()
         for turn in range(3):
-            heir = until(lambda z=zygote: heir_of(z), "it has an heir")
+            heir = until(lambda: heir_of(one), "it has an heir")
             send(zygote, signal.SIGKILL)
             until(lambda z=zygote: not alive(z), "it is dead")
             assert ask(one, turn) == "ok"
@@ -417,7 +431,8 @@ def test_the_heir_takes_over_again_and_again() -> None:
                 ),
                 "two workers and the next heir are its children, those of the dead one are replaced",
             )
-            workers = [pid for pid in family(one.mark) if parent(pid) == heir and pid != heir_of(heir)]
+            following = until(lambda h=heir: (found := heir_of(one)) != h and found, "it has an heir")
+            workers = [pid for pid in family(one.mark) if parent(pid) == heir and pid != following]
             assert ask(one, turn) == "ok"
             zygote = heir
         one.process.stdin.close()
@@ -428,9 +443,9 @@ def test_the_heir_takes_over_again_and_again() -> None:
 def test_a_dead_heir_is_replaced() -> None:
     with host(LED) as one:
         zygote, *_ = one.pids()
-        first = until(lambda: heir_of(zygote), "it has an heir")
+        first = until(lambda: heir_of(one), "it has an heir")
         send(first, signal.SIGKILL)
-        second = until(lambda: (found := heir_of(zygote)) != first and found, "it makes another")
+        second = until(lambda: (found := heir_of(one)) != first and found, "it makes another")
         send(zygote, signal.SIGKILL)
         until(lambda: sum(parent(p) == second for p in family(one.mark)) == 3, "that one leads")
         assert ask(one, 3) == "ok"
@@ -443,7 +458,7 @@ def test_both_killed_at_once() -> None:
     """What is pending is told, and nothing hangs."""
     with host(LED, stderr=-3) as one:
         zygote, *workers = one.pids()
-        heir = until(lambda: heir_of(zygote), "it has an heir")
+        heir = until(lambda: heir_of(one), "it has an heir")
         send(one.pid, signal.SIGSTOP)  # so that it takes notice when both are dead
         until(lambda: stopped(one.pid), "the host has stopped")
         for pid in (zygote, heir, *workers):
@@ -461,10 +476,10 @@ def test_both_killed_at_once() -> None:
 def test_the_host_killed(when: str) -> None:
     with host(LED, stderr=-3) as one:
         zygote, *_ = one.pids()
-        heir = until(lambda: heir_of(zygote), "it has an heir")
+        heir = until(lambda: heir_of(one), "it has an heir")
         if when == "after a takeover":
             send(zygote, signal.SIGKILL)
-            until(lambda: heir_of(heir), "the heir has an heir")
+            until(lambda: heir_of(one) not in (0, heir), "the heir has an heir")
         elif when == "while the zygote is stopped":
             send(zygote, signal.SIGSTOP)
             until(lambda: stopped(zygote), "it has stopped")

@@ -42,7 +42,7 @@ GOALS = (
     Goal(
         (11,),
         "hung code is stopped at its deadline, also C code that holds the GIL",
-        "test_deadlines.py::test_hung_code_is_stopped_at_its_deadline",
+        "test_hung_code.py::test_hung_code_is_stopped_at_its_deadline",
         {"hung": (20, 1_000), "holding the GIL": (10, 500)},
         "100 ms",
     ),
