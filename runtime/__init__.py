@@ -34,15 +34,17 @@ except Exception as error:
         raise
 
 if TYPE_CHECKING:
-    from runtime.executor import Future, Runtime, Stats, WorkerInfo
+    from runtime.executor import Runtime
+    from runtime.figures import Stats, WorkerInfo
+    from runtime.future import Future
     from runtime.lifecycle import WorkerStatus
 
 # The host's side, imported when it is asked for: a zygote and its workers start sooner without it.
 _HOST = {
-    "Future": "executor",
+    "Future": "future",
     "Runtime": "executor",
-    "Stats": "executor",
-    "WorkerInfo": "executor",
+    "Stats": "figures",
+    "WorkerInfo": "figures",
     "WorkerStatus": "lifecycle",
 }
 

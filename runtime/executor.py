@@ -2,254 +2,31 @@
 
 from __future__ import annotations
 
-import abc
 import concurrent.futures
 import os
 import signal
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any, TypeVar
 
 from runtime import _core, config, forking, serializer
-from runtime.asynchronous import AsyncResults, outcome_of
 from runtime.collector import again
 from runtime.config import INHERIT, TaskOptions
+from runtime.figures import Stats, WorkerInfo
+from runtime.front import Front
+from runtime.future import Future
 from runtime.lifecycle import WorkerStatus
 from runtime.mapping import Results, Run, check_sizes, total_of
+from runtime.memory import resident
 from runtime.progress import open_bar
 from runtime.supervisor import Supervisor
 
 __all__ = ["Future", "Options", "Runtime", "Stats", "WorkerInfo"]
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerInfo:
-    """A worker as it was when asked.
-
-    number: what names it, 0 .. max_workers-1. slot: its row in the region, or None. pid: of its process, or
-    None. started: when that was asked for, seconds since the epoch, or None. tasks_done: tasks and items that
-    workers of this number have run. task: number of the one that runs now, or None. rss: resident bytes, or
-    None. busy: seconds that workers of this number have spent in user code; it never goes backwards.
-    """
-
-    number: int
-    slot: int | None
-    pid: int | None
-    generation: int
-    status: WorkerStatus
-    started: float | None
-    tasks_done: int
-    task: int | None
-    rss: int | None
-    busy: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Stats:
-    """Counts since the start, and sizes now. Items of a map count one by one.
-
-    queued: waiting in the host. leased: handed to a worker and not started. running: started. done, failed,
-    cancelled: ended. lane, message: leases announced through shared memory alone, and by a zmq message.
-    rescued: found by the backstop's rescan. reserved, used, pinned, largest_free: bytes of the region; pinned
-    are arguments that a view in a worker keeps. growths: times the region grew. workers: that are ready.
-    """
-
-    queued: int
-    leased: int
-    running: int
-    done: int
-    failed: int
-    cancelled: int
-    lane: int
-    message: int
-    rescued: int
-    reserved: int
-    used: int
-    pinned: int
-    largest_free: int
-    growths: int
-    workers: int
-
-
-class Future(_core.Promise, concurrent.futures.Future[T]):
-    """What `submit` returns: a stdlib Future whose call can be taken back until a worker has claimed it.
-
-    Thread-safety: every method, from any thread. Its lock is made when somebody first waits, or adds a
-    callback; see _future.
-    """
-
-    def __init__(self) -> None:
-        """A future that nobody fulfils yet; those of calls are made by `submit`."""
-
-    def cancel(self) -> bool:
-        """Cancel the call if no worker has started it. True: it never runs."""
-        task, core = self._task, self._core
-        if task is None or core is None:
-            return super().cancel()  # settled, or made by hand: whoever made it notifies
-        if not self.done():
-            if core.dispatcher.cancel(task) != _core.CANCEL_DONE:
-                return False
-            core.tell()
-            core.wake()
-        return self.withdraw()
-
-    def withdraw(self) -> bool:
-        """The call never runs: tell those who wait. For the runtime itself; users call `cancel`."""
-        if not super().cancel():
-            return False
-        self._task = None
-        with self._condition:  # re-entrant; two threads may cancel at once, and only one may notify
-            if self._state == "CANCELLED":
-                self.set_running_or_notify_cancel()
-        return True
-
-    def running(self) -> bool:
-        """Whether a worker is running the call now."""
-        task, core = self._task, self._core
-        if task is None or core is None:
-            return super().running()
-        return not self.done() and bool(core.dispatcher.running(task))
-
-    def progress(self) -> tuple[float, float | None, str] | None:
-        """The (done, total, note) that the call has reported last; None before the first report.
-
-        It stays when the call has ended. A retry begins without one.
-        """
-        task, core = self._task, self._core
-        if task is not None and core is not None:
-            reported: tuple[float, float | None, str] | None = core.dispatcher.progress(task)
-            if reported is not None:
-                return reported
-        return self.reported
-
-    def __repr__(self) -> str:
-        if self.running():  # which the stdlib's reads from a state that nobody sets here
-            return f"<{type(self).__name__} at {id(self):#x} state=running>"
-        return super().__repr__()
-
-    def __reduce__(self) -> Any:
-        raise TypeError("a Future belongs to its process; send its result() instead")
-
-
-class Front(concurrent.futures.Executor, abc.ABC):
-    """What a Runtime and its options() have in common: to submit with certain settings."""
-
-    _options: TaskOptions
-
-    @abc.abstractmethod
-    def _target(self) -> Runtime:
-        """Whose workers run it."""
-
-    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
-        """Run fn(*args, **kwargs) in a worker. The arguments are pickled before this returns.
-
-        What cannot be pickled fails the future. Raises: RuntimeError after shutdown, and in a fork;
-        BrokenRuntime when no worker can be started.
-        """
-        return self._target()._submit(self._options, fn, args, kwargs)
-
-    def map(
-        self,
-        fn: Callable[..., T],
-        *iterables: Iterable[Any],
-        timeout: float | None = None,
-        chunksize: int | None = None,
-        buffersize: int | None = None,
-        return_exceptions: bool = False,
-        progress: bool = False,
-    ) -> Iterator[T]:
-        """An iterator over fn(*items), in the order of the input.
-
-        timeout: seconds from this call until each result must have come. chunksize: items that travel
-        together; by default it adapts to their run time. buffersize: items that may be out at once; by
-        default all of a sized input, and a bounded window of any other. return_exceptions: yield an item's
-        exception instead of raising it. progress: show a bar on stderr: rich's if it is installed, else a
-        line; where stderr is no terminal, a plain line every ten seconds. It counts results as they come.
-        Raises: what an item raised, with a note that names the item.
-        """
-        return (
-            self._target()
-            ._map(
-                self._options,
-                fn,
-                iterables,
-                timeout,
-                chunksize,
-                buffersize,
-                return_exceptions,
-                True,
-                progress,
-            )
-            .iterate()
-        )
-
-    def map_unordered(
-        self,
-        fn: Callable[..., T],
-        *iterables: Iterable[Any],
-        timeout: float | None = None,
-        chunksize: int | None = None,
-        buffersize: int | None = None,
-        return_exceptions: bool = False,
-        progress: bool = False,
-    ) -> Iterator[T]:
-        """As `map`, in the order in which the results come."""
-        return (
-            self._target()
-            ._map(
-                self._options,
-                fn,
-                iterables,
-                timeout,
-                chunksize,
-                buffersize,
-                return_exceptions,
-                False,
-                progress,
-            )
-            .iterate()
-        )
-
-    async def asubmit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
-        """What fn(*args, **kwargs) returns in a worker. It is submitted when this is first awaited.
-
-        Cancelling what awaits it stops the code: a call that has not started never runs, one that has is
-        killed, as by `cancel(future, running=True)`. Blocking: the event loop never is. Raises: what the
-        call raised; concurrent.futures.CancelledError if somebody else has cancelled it; as `submit`.
-        """
-        return await outcome_of(self._target(), self.submit(fn, *args, **kwargs))
-
-    def amap(
-        self,
-        fn: Callable[..., T],
-        *iterables: Iterable[Any],
-        timeout: float | None = None,
-        chunksize: int | None = None,
-        buffersize: int | None = None,
-        return_exceptions: bool = False,
-        progress: bool = False,
-    ) -> AsyncResults[T]:
-        """An async iterator over fn(*items), in the order of the input; the arguments are those of `map`.
-
-        The input is advanced while it is iterated, in the thread of the event loop, for a few milliseconds at
-        a time. That bounds the number of items, not the time that one of them takes: an input whose next()
-        blocks (it reads a slow file, say) blocks the loop, so let a thread read it.
-
-        When the iteration ends early (its task is cancelled, an item raises, `aclose()`, or it is left and
-        garbage-collected) what has not started never runs, and what runs is killed. For one task at a time.
-        """
-        return AsyncResults(
-            self._target()._map(
-                self._options, fn, iterables, timeout, chunksize, buffersize, return_exceptions, True,
-                progress, False,
-            )
-        )  # fmt: skip
 
 
 class Runtime(Front):
@@ -464,23 +241,12 @@ class Runtime(Front):
         found = []
         busy = self._core.busy()
         for number, status, worker, done in self._core.workers():
-            task = None
+            slot = pid = started = task = None
             if worker is not None:
-                task = self._core.dispatcher.look(worker.slot)[3]
-            found.append(
-                WorkerInfo(
-                    number,
-                    worker.slot if worker is not None else None,
-                    worker.pid if worker is not None else None,
-                    1,
-                    status,
-                    worker.started if worker is not None else None,
-                    done,
-                    task,
-                    _rss(worker.pid) if worker is not None else None,
-                    busy[number],
-                )
-            )
+                slot, pid, started = worker.slot, worker.pid, worker.started
+                task = self._core.dispatcher.look(slot)[3]
+            rss = resident(pid) if pid is not None else None
+            found.append(WorkerInfo(number, slot, pid, 1, status, started, done, task, rss, busy[number]))
         return tuple(found)
 
     def stats(self) -> Stats:
@@ -629,6 +395,10 @@ class Options(Front):
         self._runtime = runtime
         self._options = options
 
+    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
+        """As `Runtime.submit`, with these settings."""
+        return self._runtime._submit(self._options, fn, args, kwargs)
+
     @property
     def _max_workers(self) -> int:
         return self._runtime._max_workers
@@ -638,17 +408,6 @@ class Options(Front):
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Ends nothing: the Runtime is its owner's to shut down."""
-
-
-def _rss(pid: int | None) -> int | None:
-    """Resident bytes of a process."""
-    if pid is None:
-        return None
-    try:
-        with open(f"/proc/{pid}/statm", "rb") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, IndexError):
-        return None
 
 
 # ---- the ends of a process ---------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import os
 from collections.abc import Iterator
 
 __all__ = [
+    "UNLIMITED",
     "available_cpus",
     "cpu_quota",
     "groups_of",
@@ -24,13 +25,14 @@ __all__ = [
     "memory_limit",
     "memory_total",
     "oom_kills",
+    "read",
 ]
 
 in_worker = False
 """True in a worker process (worker.py sets it): a Runtime made there has one worker by default."""
 
 # v1 says "no limit" as the largest page-aligned value below 2^63; no machine has 2^62 bytes.
-_UNLIMITED = 1 << 62
+UNLIMITED = 1 << 62
 
 
 def cpu_quota(root: str = "/", pid: int | str = "self") -> float | None:
@@ -38,9 +40,9 @@ def cpu_quota(root: str = "/", pid: int | str = "self") -> float | None:
     quotas = []
     for version, folder in _groups("cpu", root, pid):
         if version == 2:
-            quota, _, period = _read(folder, "cpu.max").partition(" ")
+            quota, _, period = read(folder, "cpu.max").partition(" ")
         else:
-            quota, period = _read(folder, "cpu.cfs_quota_us"), _read(folder, "cpu.cfs_period_us")
+            quota, period = read(folder, "cpu.cfs_quota_us"), read(folder, "cpu.cfs_period_us")
         if quota.isdecimal() and period.isdecimal() and int(quota) > 0 and int(period) > 0:
             quotas.append(int(quota) / int(period))
     return min(quotas, default=None)
@@ -53,7 +55,7 @@ def memory_limit(root: str = "/", pid: int | str = "self") -> int | None:
 
 def groups_of(root: str = "/", pid: int | str = "self") -> str:
     """What the kernel says of a process's groups: the same text, the same groups. "" when it has ended."""
-    return _read(os.path.join(root, "proc", str(pid)), "cgroup")
+    return read(os.path.join(root, "proc", str(pid)), "cgroup")
 
 
 def memory_groups(root: str = "/", pid: int | str = "self") -> tuple[tuple[int, str], ...]:
@@ -67,7 +69,7 @@ def oom_kills(groups: tuple[tuple[int, str], ...]) -> int | None:
     None: none does. A count includes that of the groups below.
     """
     for version, folder in groups:
-        text = _read(folder, "memory.events" if version == 2 else "memory.oom_control")
+        text = read(folder, "memory.events" if version == 2 else "memory.oom_control")
         for line in text.splitlines():
             name, _, count = line.partition(" ")
             if name == "oom_kill" and count.strip().isdecimal():
@@ -79,15 +81,15 @@ def limit_of(groups: tuple[tuple[int, str], ...]) -> int | None:
     """Bytes of memory that these groups allow, the least of them; None: no limit."""
     limits = []
     for version, folder in groups:
-        text = _read(folder, "memory.max" if version == 2 else "memory.limit_in_bytes")
-        if text.isdecimal() and int(text) < _UNLIMITED:
+        text = read(folder, "memory.max" if version == 2 else "memory.limit_in_bytes")
+        if text.isdecimal() and int(text) < UNLIMITED:
             limits.append(int(text))
     return min(limits, default=None)
 
 
 def memory_total(root: str = "/") -> int | None:
     """Bytes of memory of the machine; None: unknown."""
-    for line in _read(os.path.join(root, "proc"), "meminfo").splitlines():
+    for line in read(os.path.join(root, "proc"), "meminfo").splitlines():
         name, _, rest = line.partition(":")
         words = rest.split()
         if name == "MemTotal" and words and words[0].isdecimal():
@@ -105,8 +107,8 @@ def available_cpus(root: str = "/") -> int:
 def _groups(controller: str, root: str, pid: int | str) -> Iterator[tuple[int, str]]:
     """(cgroup version, folder) of the process's group and of all its visible ancestors."""
     proc = os.path.join(root, "proc", str(pid))
-    paths = _paths(_read(proc, "cgroup"), controller)
-    for version, shown, mount in _mounts(_read(proc, "mountinfo"), controller):
+    paths = _paths(read(proc, "cgroup"), controller)
+    for version, shown, mount in _mounts(read(proc, "mountinfo"), controller):
         group = paths.get(version)
         below = None if group is None else _below(group, shown)
         if below is None:
@@ -170,7 +172,8 @@ def _unescape(field: str) -> str:
     return field
 
 
-def _read(folder: str, name: str) -> str:
+def read(folder: str, name: str) -> str:
+    """The text of a file that the kernel writes; "" when there is none to read."""
     try:
         with open(os.path.join(folder, name), encoding="utf-8", errors="surrogateescape") as file:
             return file.read().strip()

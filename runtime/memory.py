@@ -1,4 +1,4 @@
-"""Memory that is really there: how much may still be taken, and taking it for a file without surprises.
+"""Memory: how much may still be taken, taking it for a file without surprises, and what a process has taken.
 
 A memfd has no size limit of its own: an over-large reservation is not refused, it ends in the OOM
 killer. So whoever reserves asks first. The answer is the least of MemAvailable and, for the process's
@@ -13,9 +13,9 @@ import signal
 from collections.abc import Iterator
 
 from runtime.errors import RegionFull
-from runtime.limits import _UNLIMITED, _groups, _read
+from runtime.limits import UNLIMITED, memory_groups, read
 
-__all__ = ["available_memory", "memory_room", "reserve"]
+__all__ = ["available_memory", "memory_room", "reserve", "resident", "unshared"]
 
 STEP = 16 << 20  # bytes reserved by one fallocate
 SPARED = 4 << 20  # bytes of memory that are left to the process itself
@@ -67,21 +67,43 @@ def reserve(fd: int, total: int, begin: int = 0) -> None:
         done += step
 
 
+def resident(pid: int) -> int | None:
+    """Resident bytes of a process; None: it has ended, or cannot be looked at."""
+    pages = _pages(str(pid))
+    return None if pages is None else pages[0] * os.sysconf("SC_PAGE_SIZE")
+
+
+def unshared() -> int | None:
+    """Resident bytes that this process shares with no file; None: it cannot look."""
+    pages = _pages("self")
+    return None if pages is None else (pages[0] - pages[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _pages(process: str) -> tuple[int, int] | None:
+    """Pages of a process that are resident, and how many of them are a file's."""
+    try:
+        with open(f"/proc/{process}/statm", "rb") as file:
+            fields = file.read().split()
+        return int(fields[1]), int(fields[2])
+    except (OSError, IndexError):
+        return None
+
+
 def _rooms(root: str) -> Iterator[tuple[int, str]]:
-    meminfo = _numbers(_read(os.path.join(root, "proc"), "meminfo"))
+    meminfo = _numbers(read(os.path.join(root, "proc"), "meminfo"))
     free = meminfo.get("MemAvailable:", meminfo.get("MemFree:"))
     if free is not None:
         yield free * 1024, "/proc/meminfo"
-    for version, folder in _groups("memory", root, "self"):
+    for version, folder in memory_groups(root):
         limit, used, prefix = (
             ("memory.max", "memory.current", "")
             if version == 2
             else ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
         )
-        ceiling, current = _read(folder, limit), _read(folder, used)
-        if not (ceiling.isdecimal() and current.isdecimal() and int(ceiling) < _UNLIMITED):
+        ceiling, current = read(folder, limit), read(folder, used)
+        if not (ceiling.isdecimal() and current.isdecimal() and int(ceiling) < UNLIMITED):
             continue
-        stat = _numbers(_read(folder, "memory.stat"))
+        stat = _numbers(read(folder, "memory.stat"))
         # Pages of files on the LRU lists; shared memory is not among them, the kernel counts it as anonymous.
         cache = stat.get(prefix + "inactive_file", 0) + stat.get(prefix + "active_file", 0)
         yield max(0, int(ceiling) - max(0, int(current) - cache)), os.path.join(folder, limit)

@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from runtime import _core, forwarding, limits, serializer, stacks
+from runtime import _core, forwarding, limits, memory, serializer, stacks
 from runtime.children import Children
 from runtime.sockets import Paths, WorkerLink
 
@@ -44,8 +44,8 @@ __all__ = [
 EXIT_FAILED = 70  # the initializer raised; the exception is in the bounce block
 EXIT_KILLED = 71  # the host killed the lease that this worker was finishing
 EXIT_HOST_GONE = 72  # the host has ended
-EXIT_ORPHANED = 74  # the zygote died before this worker was ready; another one is started
 EXIT_DESCRIPTORS = 73  # a task closed descriptors that were not its own
+EXIT_ORPHANED = 74  # the zygote died before this worker was ready; another one is started
 
 _IDLE_WAIT = 2.0  # seconds between two looks without a hint; the host's rescan is what finds a lost one
 
@@ -319,15 +319,8 @@ class Worker:
         self.children.reap()
         if self.max_rss is not None and time.monotonic() - self.rss_checked > 0.1:
             self.rss_checked = time.monotonic()
-            if own_rss() > self.max_rss:
+            if (memory.unshared() or 0) > self.max_rss:
                 self.port.leaving = True
-
-
-def own_rss() -> int:
-    """Bytes of resident memory that this process shares with no file."""
-    with open("/proc/self/statm", "rb") as file:
-        fields = file.read().split()
-    return (int(fields[1]) - int(fields[2])) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _item(status: int, payload: serializer.Payload) -> tuple[Any, ...]:
