@@ -24,30 +24,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from runtime import _core
-from runtime.wire import decode_report
+from runtime.wire import REPORT_BYTES, decode_report
 
-__all__ = ["Ending", "Heirs"]
+__all__ = ["Heirs"]
 
 _AFTER = 0.05  # seconds after which an heir is made
 _AGAIN = 1.0  # seconds until the next attempt, when there was no process to be had
-_MESSAGE = 1 << 16  # bytes of an order, at most
-
-
-class Ending:
-    """What is used of Popen, for a process that may not be a child of ours: an heir is not."""
-
-    def __init__(self, pidfd: int) -> None:
-        self._pidfd = pidfd
-        self._code: int | None = None
-
-    def wait(self) -> int | None:
-        """Until it has ended. Its exit code; None: unknown."""
-        select.select([self._pidfd], [], [])
-        with contextlib.suppress(ChildProcessError):
-            found = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED)
-            assert found is not None
-            self._code = found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
-        return self._code
 
 
 class Heirs(abc.ABC):
@@ -135,7 +117,7 @@ class Heirs(abc.ABC):
                 self.poller.poll()
                 if select.select([self.host_pidfd], [], [], 0)[0]:
                     self.leave()
-                data = self.connection.recv(_MESSAGE)
+                data = self.connection.recv(REPORT_BYTES)
                 order = decode_report(data) if data else {"what": "quit"}
                 if order["what"] == "lead":
                     self.settings["preload"], self.settings["imports"] = order["preload"], order["imports"]

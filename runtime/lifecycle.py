@@ -9,7 +9,6 @@ import pickle
 import resource
 import signal
 import sys
-import threading
 import warnings
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,13 +16,12 @@ from typing import Any
 from runtime import config, serializer, stacks
 from runtime.channels import HostEnds
 from runtime.collector import Death
+from runtime.handle import Zygote
 from runtime.oom import Reading
 from runtime.restarts import Restarts
 from runtime.worker import EXIT_DESCRIPTORS, EXIT_HOST_GONE, EXIT_KILLED, EXIT_ORPHANED
-from runtime.zygote import Zygote
 
 __all__ = [
-    "Bell",
     "Number",
     "Worker",
     "WorkerStatus",
@@ -91,35 +89,6 @@ class Number:
     tasks_done: int = 0  # by earlier processes
     busy_ns: int = 0  # in user code, by earlier processes
     shown_ns: int = 0  # the most that was said of it: it never goes backwards
-
-
-class Bell:
-    """An eventfd that any thread may ring, also after it was closed."""
-
-    def __init__(self) -> None:
-        self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self.inert = False  # in a fork of the host
-        self._lock = threading.RLock()  # a destructor that is run inside may ring again
-
-    def ring(self) -> None:
-        """Make a poll on the descriptor return."""
-        if self.inert:
-            return
-        with self._lock:
-            if self.fd >= 0:
-                with contextlib.suppress(BlockingIOError):
-                    os.eventfd_write(self.fd, 1)
-
-    def silence(self) -> None:
-        """Take back what was rung."""
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(self.fd)
-
-    def close(self) -> None:
-        """No ring reaches the descriptor any more, which may be somebody else's soon."""
-        with self._lock:
-            fd, self.fd = self.fd, -1
-        os.close(fd)
 
 
 def geometry(workers: int) -> tuple[int, int, int, int]:

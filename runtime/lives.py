@@ -32,12 +32,12 @@ from runtime import _core, config, serializer, stacks
 from runtime.channels import HostEnds
 from runtime.collector import Collector
 from runtime.errors import BrokenRuntime
+from runtime.handle import Report, Zygote
 from runtime.lifecycle import Number, Worker, WorkerStatus, death_of, how_it_ended, starts_possible
 from runtime.oom import MemoryWatch
 from runtime.relay import Relay, host_levels
 from runtime.restarts import WINDOW
 from runtime.sockets import HostLink
-from runtime.zygote import Report, Zygote
 
 __all__ = ["Lives"]
 

@@ -26,8 +26,8 @@ from collections import deque
 from typing import Any
 
 from runtime import logrecords
+from runtime.bell import Bell
 from runtime.channels import HostEnds
-from runtime.lifecycle import Bell
 from runtime.wire import WireError
 
 __all__ = ["Relay", "host_levels"]

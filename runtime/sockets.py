@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import zmq
 
+from runtime.bell import Bell
 from runtime.wire import HINT_BYTES, Hint, HintKind, WireError, decode_hint, encode_hint
 
 __all__ = ["HostLink", "Paths", "WorkerLink", "make_folder"]
@@ -130,9 +131,9 @@ class HostLink:
         self._push: dict[int, zmq.Socket[bytes]] = {}
         self._bound: dict[int, Paths] = {}
         self._count = 0
-        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._bell = Bell()
         self._poller = select.poll()
-        for fd in (self._wake, self._pull.FD, self._control.FD):
+        for fd in (self._bell.fd, self._pull.FD, self._control.FD):
             self._poller.register(fd, select.POLLIN)
 
     def open(self, slot: int) -> Paths:
@@ -211,20 +212,15 @@ class HostLink:
 
     def wake(self) -> None:
         """Make `poll` return. Harmless after `close`."""
-        if self.inert:
-            return
-        with self._lock:
-            if not self._context.closed:
-                with contextlib.suppress(BlockingIOError):
-                    os.eventfd_write(self._wake, 1)
+        if not self.inert:
+            self._bell.ring()
 
     def poll(self, timeout: float) -> list[Hint]:
         """Hints that have come, after at most `timeout` seconds; a subscription reads as CONTROL."""
         hints = self._receive()
         if not hints:
             self._poller.poll(timeout * 1000)
-            with contextlib.suppress(BlockingIOError):
-                os.eventfd_read(self._wake)
+            self._bell.silence()
             hints = self._receive()
         return hints
 
@@ -253,7 +249,7 @@ class HostLink:
             if self._context.closed:
                 return
             self._context.destroy(0)
-            os.close(self._wake)
+            self._bell.close()
         with contextlib.suppress(OSError):
             os.rmdir(self.folder)
 

@@ -19,10 +19,10 @@ import time
 from collections.abc import Callable
 
 from runtime import _core, config, serializer
+from runtime.bell import Bell
 from runtime.collector import Collector
 from runtime.errors import BrokenRuntime
 from runtime.lifecycle import (
-    Bell,
     Number,
     death_of,
     geometry,

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 __all__ = [
     "HINT_BYTES",
+    "REPORT_BYTES",
     "Hint",
     "HintKind",
     "WireError",
@@ -27,6 +28,7 @@ __all__ = [
 _HINT = struct.Struct("<4sHHIIQ")
 _MAGIC = b"RTH1"
 HINT_BYTES = _HINT.size  # 24
+REPORT_BYTES = 1 << 16  # of an order or a report, at most
 
 
 class WireError(ValueError):

@@ -14,8 +14,7 @@
 With start_method="fork" it is forked from the host instead, when that has one thread (inherit.py), and it
 keeps an heir (heirs.py).
 
-This is the only file that forks. `Zygote` and `Forked` are the host's handles, `main` and
-`_become_zygote` the process itself.
+This is the only file that forks. The host's end of it is in handle.py.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ from __future__ import annotations
 import array
 import contextlib
 import faulthandler
-import fcntl
 import gc
 import importlib
 import os
@@ -35,165 +33,30 @@ import sys
 import threading
 import traceback
 import warnings
-from collections import deque
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-from runtime import _core, serializer, worker
-from runtime.channels import Channels, HostEnds
-from runtime.heirs import Ending, Heirs
+from runtime import _core, forwarding, serializer, worker
+from runtime.channels import Channels
+from runtime.handle import Ending, Zygote
+from runtime.heirs import Heirs
 from runtime.inherit import forget_host, has_threads, refuse_threads
 from runtime.sockets import Paths
-from runtime.wire import WireError, decode_report, encode_report
+from runtime.wire import REPORT_BYTES, decode_report, encode_report
 
-__all__ = ["Forked", "Report", "Zygote", "fork_zygote", "main"]
+__all__ = ["fork_zygote", "main"]
 
-_MESSAGE = 1 << 16  # bytes of an order or a report, at most
 _HOST_END = 1.0  # seconds for a host that has closed its end to be gone
 _STACK_AFTER = 9.0  # seconds after which a module that is still being imported leaves its stack
 
 
-class Report(NamedTuple):
-    """What the zygote says: the fields, and the descriptors that came along."""
-
-    what: str
-    fields: dict[str, Any]
-    fds: list[int]
-
-
-# ---- the host's handle -------------------------------------------------------------------------------
-
-
-class Zygote:
-    """The host's handle of a zygote process.
-
-    Thread-safety: for the supervisor's thread, but for `kill`. Fork-safety: in a fork it is inert.
-    Raises: OSError when no process can be made.
-    """
-
-    def __init__(self, settings: dict[str, Any], arena: _core.Arena, environment: dict[str, str]) -> None:
-        import subprocess
-
-        if not sys.executable:
-            raise OSError(
-                "sys.executable is empty: an embedded Python cannot start workers; set it to a Python binary"
-            )
-        self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
-        host = _core.pidfd_open(os.getpid())
-        config = _written(b"runtime-zygote", pickle.dumps(settings, protocol=5))
-        self.stack_fd = _core.memfd_create(b"runtime-stack")
-        # The child gets /dev/null as 0, and keeps 1 and 2: ours must not be among these, even if the host
-        # has closed its own.
-        given = (theirs.fileno(), arena.fd, host, config, self.stack_fd)
-        fds = tuple(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3) for fd in given)
-        root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-        code = f"import sys; sys.path.insert(0, {root!r}); from runtime.zygote import main; main()"
-        flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
-        try:
-            self.process = subprocess.Popen(
-                [sys.executable, *flags, "-P", "-c", code, *map(str, fds)],
-                pass_fds=fds, stdin=subprocess.DEVNULL, env=environment,
-            )  # fmt: skip
-        except BaseException:
-            self.socket.close()
-            os.close(self.stack_fd)
-            raise
-        finally:
-            theirs.close()
-            for fd in (host, config, *fds):
-                os.close(fd)
-        self.socket.setblocking(False)
-        self.pid = self.process.pid
-        self.pidfd = _core.pidfd_open(self.pid)
-        self.importing = ""  # the preload module that is being imported now
-        self.started = False  # it forks from now on
-        self.unsent: deque[bytes] = deque()
-
-    def order(self, what: str, **fields: Any) -> None:
-        """Send an order, or queue it while the zygote has too many unread. Its end is reported elsewhere."""
-        self.unsent.append(encode_report(what, **fields))
-        self.send()
-
-    def send(self) -> None:
-        """Send what is queued, as far as there is room."""
-        try:
-            while self.unsent:
-                self.socket.send(self.unsent[0], socket.MSG_NOSIGNAL)
-                self.unsent.popleft()
-        except BlockingIOError:
-            pass
-        except OSError:
-            self.unsent.clear()
-
-    def reports(self) -> list[Report]:
-        """What has come; an empty what: the zygote has closed its end."""
-        found: list[Report] = []
-        while True:
-            try:
-                data, fds, _, _ = socket.recv_fds(
-                    self.socket, _MESSAGE, 1 + HostEnds.COUNT, socket.MSG_CMSG_CLOEXEC
-                )
-            except BlockingIOError:
-                return found
-            except ConnectionResetError:  # it died with orders unread; what it had reported comes next
-                continue
-            except OSError:
-                data, fds = b"", []
-            if not data:
-                found.append(Report("", {}, []))
-                return found
-            try:
-                fields = decode_report(data)
-            except WireError:
-                continue
-            found.append(Report(fields["what"], fields, list(fds)))
-
-    def stack(self) -> str:
-        """The Python stack that a slow import left."""
-        size = os.lseek(self.stack_fd, 0, os.SEEK_END)
-        return os.pread(self.stack_fd, min(size, _MESSAGE), max(0, size - _MESSAGE)).decode(errors="replace")
-
-    def kill(self) -> None:
-        """SIGKILL, through the pidfd."""
-        with contextlib.suppress(ProcessLookupError, OSError):
-            _core.pidfd_send_signal(self.pidfd, signal.SIGKILL)
-
-    def close(self, patience: float) -> None:
-        """Ask it to quit, wait, and kill it when it has not gone after `patience` seconds."""
-        self.order("quit")
-        if not select.select([self.pidfd], [], [], patience)[0]:
-            self.kill()
-        self.process.wait()
-        self.socket.close()
-        for fd in (self.pidfd, self.stack_fd):
-            os.close(fd)
-
-
-class Forked(Zygote):
-    """The host's handle of a zygote that was forked, or of an heir."""
-
-    def __init__(self, connection: socket.socket, pid: int, pidfd: int, stack_fd: int) -> None:
-        self.socket = connection
-        self.socket.setblocking(False)
-        self.pid, self.pidfd, self.stack_fd = pid, pidfd, stack_fd
-        self.process = Ending(pidfd)  # type: ignore[assignment]
-        self.importing = ""
-        self.started = False
-        self.unsent = deque()
-
-    def heir(self, report: Report) -> Forked:
-        """The handle of the heir that a report has brought."""
-        pidfd, connection = report.fds
-        return Forked(socket.socket(fileno=connection), report.fields["pid"], pidfd, os.dup(self.stack_fd))
-
-
-def fork_zygote(settings: dict[str, Any], arena: _core.Arena, environment: dict[str, str]) -> Forked:
+def fork_zygote(settings: dict[str, Any], arena: _core.Arena, environment: dict[str, str]) -> Zygote:
     """Fork a zygote from this process. Raises: RuntimeError if that has threads; OSError."""
     refuse_threads()
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
     host = _core.pidfd_open(os.getpid())
     stack_fd = _core.memfd_create(b"runtime-stack")
-    _flush()
+    forwarding.flush()
     # No handler of the host's may run in the child, and no garbage of the host's be collected there.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     collecting = gc.isenabled()
@@ -202,7 +65,8 @@ def fork_zygote(settings: dict[str, Any], arena: _core.Arena, environment: dict[
         pid = os.fork()
         if pid == 0:
             _become_zygote(theirs, arena, host, stack_fd, settings, environment, mask, collecting)
-        return Forked(ours, pid, _core.pidfd_open(pid), stack_fd)
+        pidfd = _core.pidfd_open(pid)
+        return Zygote(ours, pid, pidfd, stack_fd, Ending(pidfd))
     except BaseException:
         ours.close()
         os.close(stack_fd)
@@ -213,16 +77,6 @@ def fork_zygote(settings: dict[str, Any], arena: _core.Arena, environment: dict[
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         theirs.close()
         os.close(host)
-
-
-def _written(name: bytes, data: bytes) -> int:
-    """A memfd that holds `data`."""
-    fd = _core.memfd_create(name)
-    view = memoryview(data)
-    while view:
-        view = view[os.write(fd, view) :]
-    os.lseek(fd, 0, os.SEEK_SET)
-    return fd
 
 
 # ---- the process -------------------------------------------------------------------------------------
@@ -308,7 +162,7 @@ class _Process(Heirs):
 
     def obey(self) -> bool:
         """One order. False: quit."""
-        data = self.connection.recv(_MESSAGE)
+        data = self.connection.recv(REPORT_BYTES)
         if not data:
             return False
         order = decode_report(data)
@@ -391,7 +245,7 @@ class _Process(Heirs):
 
     def fork_child(self) -> int:
         """As os.fork; what streams hold is written once."""
-        _flush()
+        forwarding.flush()
         return os.fork()
 
     def lead(self) -> None:
@@ -509,9 +363,3 @@ def _have_streams() -> None:
 def _children() -> list[int]:
     with open(f"/proc/self/task/{os.getpid()}/children") as file:
         return [int(text) for text in file.read().split()]
-
-
-def _flush() -> None:
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError, OSError, ValueError):
-            stream.flush()

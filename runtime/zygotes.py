@@ -17,10 +17,11 @@ from typing import Any
 
 from runtime import _core, config, serializer
 from runtime.errors import BrokenRuntime, remote_traceback
+from runtime.handle import Report, Zygote, exec_zygote
 from runtime.lifecycle import zygote_settings
 from runtime.lives import Lives
 from runtime.restarts import FAILURES, backoff
-from runtime.zygote import Forked, Report, Zygote, fork_zygote
+from runtime.zygote import fork_zygote
 
 __all__ = ["Zygotes"]
 
@@ -47,7 +48,7 @@ class Zygotes(Lives):
         self._environment = {**os.environ, **config.thread_caps(settings.max_workers)}
         self._zygote_failures = 0
         self._zygote_at = 0.0  # monotonic time of the next attempt to start one
-        self._heir: Forked | None = None  # of a zygote that was forked from the host
+        self._heir: Zygote | None = None  # of a zygote that was forked from the host
         self._warn_at = time.monotonic() + _SLOW_START
 
     def _zygote_is_there(self) -> bool:
@@ -62,7 +63,7 @@ class Zygotes(Lives):
         if self.settings.start_method == "fork":
             return self._take_heir()
         try:
-            self._zygote = Zygote(self._zygote_settings, self.arena, self._environment)
+            self._zygote = exec_zygote(self._zygote_settings, self.arena, self._environment)
         except OSError as error:
             self._zygote_failed(f"no process for the zygote could be made: {error}")
             return False
@@ -127,7 +128,7 @@ class Zygotes(Lives):
     def _zygote_died(self, zygote: Zygote) -> None:
         """A new one takes over; workers of the old one are replaced, one by one."""
         zygote.kill()  # it may have closed its end without ending
-        code = zygote.process.wait()
+        code = zygote.wait()
         self._zygote = None
         for worker in list(self._slots.values()):
             if worker.zygote is zygote and worker.pid is None and not worker.died:
@@ -149,15 +150,14 @@ class Zygotes(Lives):
 
     def _meet_heir(self, zygote: Zygote, report: Report) -> None:
         """A forked zygote has made its spare."""
-        assert isinstance(zygote, Forked)
-        if len(report.fds) != 2:  # a descriptor got lost, for want of one
-            for fd in report.fds:
-                os.close(fd)
+        try:
+            heir = zygote.heir(report)
+        except OSError:
             log.warning("the heir of the zygote cannot be reached: this process has no descriptor left")
             return
         if self._heir is not None:
             self._heir.close(0.0)
-        self._heir = zygote.heir(report)
+        self._heir = heir
 
     def _take_heir(self) -> bool:
         """The zygote that was forked is gone, and cannot be forked again: its heir leads now."""

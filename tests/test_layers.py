@@ -35,7 +35,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("_dispatch",),
     ("_submit",),
     ("_core",),  # the compiled door
-    ("wire", "lookup", "payload"),
+    ("wire", "lookup", "payload", "bell"),
     ("linking", "guards"),
     ("versions",),
     ("reducers",),
@@ -43,7 +43,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("functions",),
     ("serializer",),  # the door to these eight
     ("sockets", "children", "inherit", "heirs", "logrecords", "channels"),
-    ("forwarding", "stacks"),
+    ("forwarding", "stacks", "handle"),
     ("worker",),
     ("zygote",),  # forks, and then calls worker.main
     ("collector", "mapping"),

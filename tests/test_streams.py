@@ -19,7 +19,7 @@ from watching import ROOT, alive, all_ready, environment, host, output, read_pid
 
 import runtime
 from runtime import channels, relay
-from runtime.zygote import Zygote
+from runtime.handle import Zygote
 
 # ---- what tasks do -------------------------------------------------------------------------------
 
@@ -481,14 +481,17 @@ def test_a_fork_of_the_host_can_print():
 
 
 def test_the_zygotes_own_output_goes_where_it_did(tmp_path):
-    (tmp_path / "talking_preload.py").write_text("print('preloaded', flush=True)\n")
+    (tmp_path / "talking_preload.py").write_text(
+        "import ctypes\nprint('preloaded', flush=True)\nctypes.CDLL(None).printf(b'in C\\n')\n"
+    )
     code = """if True:
         import runtime, evil
         with runtime.Runtime(2, preload="talking_preload") as rt:
             rt.submit(evil.square, 1).result()
     """
-    done = run(["-c", code], environ={"PYTHONPATH": os.pathsep.join([ROOT, f"{ROOT}/tests", str(tmp_path)])})
-    assert (done.returncode, done.stdout, done.stderr) == (0, "preloaded\n", "")
+    path = os.pathsep.join([ROOT, f"{ROOT}/tests", str(tmp_path)])
+    done = run(["-c", code], environ={"PYTHONPATH": path, "PYTHONUNBUFFERED": ""})
+    assert (done.returncode, done.stdout, done.stderr) == (0, "preloaded\nin C\n", "")
 
 
 def test_the_end_of_an_interpreter_without_shutdown():

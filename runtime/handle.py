@@ -1,0 +1,192 @@
+"""The host's handle of a zygote: orders to it, reports from it, its end. The process itself is zygote.py."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import pickle
+import select
+import signal
+import socket
+import sys
+from collections import deque
+from typing import Any, NamedTuple, Protocol
+
+from runtime import _core
+from runtime.channels import HostEnds
+from runtime.wire import REPORT_BYTES, WireError, decode_report, encode_report
+
+__all__ = ["Ending", "Report", "Zygote", "exec_zygote"]
+
+_STACK = 1 << 16  # bytes of a stack, at most
+
+
+class Report(NamedTuple):
+    """What the zygote says: the fields, and the descriptors that came along."""
+
+    what: str
+    fields: dict[str, Any]
+    fds: list[int]
+
+
+class Waits(Protocol):
+    """A Popen, or an Ending."""
+
+    def wait(self) -> int | None: ...
+
+
+class Ending:
+    """What is used of Popen, for a process that may not be a child of ours: an heir is not."""
+
+    def __init__(self, pidfd: int) -> None:
+        self._pidfd = pidfd
+        self._code: int | None = None
+
+    def wait(self) -> int | None:
+        """Until it has ended. Its exit code; None: unknown."""
+        select.select([self._pidfd], [], [])
+        with contextlib.suppress(ChildProcessError):
+            found = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED)
+            assert found is not None
+            self._code = found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
+        return self._code
+
+
+class Zygote:
+    """The host's handle of a zygote process, however that was made. Owns the descriptors that it is given.
+
+    Thread-safety: for the supervisor's thread, but for `kill`. Fork-safety: in a fork it is inert.
+    """
+
+    def __init__(self, connection: socket.socket, pid: int, pidfd: int, stack_fd: int, ending: Waits) -> None:
+        self.socket = connection
+        self.socket.setblocking(False)
+        self.pid, self.pidfd, self.stack_fd = pid, pidfd, stack_fd
+        self._ending = ending
+        self.importing = ""  # the preload module that is being imported now
+        self.started = False  # it forks from now on
+        self.unsent: deque[bytes] = deque()
+
+    def order(self, what: str, **fields: Any) -> None:
+        """Send an order, or queue it while the zygote has too many unread. Its end is reported elsewhere."""
+        self.unsent.append(encode_report(what, **fields))
+        self.send()
+
+    def send(self) -> None:
+        """Send what is queued, as far as there is room."""
+        try:
+            while self.unsent:
+                self.socket.send(self.unsent[0], socket.MSG_NOSIGNAL)
+                self.unsent.popleft()
+        except BlockingIOError:
+            pass
+        except OSError:
+            self.unsent.clear()
+
+    def reports(self) -> list[Report]:
+        """What has come; an empty what: the zygote has closed its end."""
+        found: list[Report] = []
+        while True:
+            try:
+                data, fds, _, _ = socket.recv_fds(
+                    self.socket, REPORT_BYTES, 1 + HostEnds.COUNT, socket.MSG_CMSG_CLOEXEC
+                )
+            except BlockingIOError:
+                return found
+            except ConnectionResetError:  # it died with orders unread; what it had reported comes next
+                continue
+            except OSError:
+                data, fds = b"", []
+            if not data:
+                found.append(Report("", {}, []))
+                return found
+            try:
+                fields = decode_report(data)
+            except WireError:
+                continue
+            found.append(Report(fields["what"], fields, list(fds)))
+
+    def stack(self) -> str:
+        """The Python stack that a slow import left."""
+        size = os.lseek(self.stack_fd, 0, os.SEEK_END)
+        return os.pread(self.stack_fd, min(size, _STACK), max(0, size - _STACK)).decode(errors="replace")
+
+    def heir(self, report: Report) -> Zygote:
+        """The handle of the heir that a report has brought. Raises: OSError when a descriptor is lacking."""
+        try:
+            if len(report.fds) != 2:
+                raise OSError(errno.EMFILE, "a descriptor got lost on its way")
+            stack_fd = os.dup(self.stack_fd)
+        except OSError:
+            for fd in report.fds:
+                os.close(fd)
+            raise
+        pidfd, connection = report.fds
+        return Zygote(socket.socket(fileno=connection), report.fields["pid"], pidfd, stack_fd, Ending(pidfd))
+
+    def wait(self) -> int | None:
+        """Until it has ended. Its exit code; None: unknown."""
+        return self._ending.wait()
+
+    def kill(self) -> None:
+        """SIGKILL, through the pidfd."""
+        with contextlib.suppress(ProcessLookupError, OSError):
+            _core.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+
+    def close(self, patience: float) -> None:
+        """Ask it to quit, wait, and kill it when it has not gone after `patience` seconds."""
+        self.order("quit")
+        if not select.select([self.pidfd], [], [], patience)[0]:
+            self.kill()
+        self.wait()
+        self.socket.close()
+        for fd in (self.pidfd, self.stack_fd):
+            os.close(fd)
+
+
+def exec_zygote(settings: dict[str, Any], arena: _core.Arena, environment: dict[str, str]) -> Zygote:
+    """A zygote that is a fresh interpreter. Raises: OSError when no process can be made."""
+    import subprocess
+
+    if not sys.executable:
+        raise OSError(
+            "sys.executable is empty: an embedded Python cannot start workers; set it to a Python binary"
+        )
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    code = f"import sys; sys.path.insert(0, {root!r}); from runtime.zygote import main; main()"
+    flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+    with contextlib.ExitStack() as passed, contextlib.ExitStack() as kept:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+        kept.callback(ours.close)
+        passed.callback(theirs.close)
+        host = _core.pidfd_open(os.getpid())
+        passed.callback(os.close, host)
+        config = _written(b"runtime-zygote", pickle.dumps(settings, protocol=5))
+        passed.callback(os.close, config)
+        stack_fd = _core.memfd_create(b"runtime-stack")
+        kept.callback(os.close, stack_fd)
+        # The child gets /dev/null as 0, and keeps 1 and 2: ours must not be among these, even if the host
+        # has closed its own.
+        fds = []
+        for fd in (theirs.fileno(), arena.fd, host, config, stack_fd):
+            fds.append(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3))
+            passed.callback(os.close, fds[-1])
+        process = subprocess.Popen(
+            [sys.executable, *flags, "-P", "-c", code, *map(str, fds)],
+            pass_fds=fds, stdin=subprocess.DEVNULL, env=environment,
+        )  # fmt: skip
+        pidfd = _core.pidfd_open(process.pid)
+        kept.pop_all()  # they are the handle's
+    return Zygote(ours, process.pid, pidfd, stack_fd, process)
+
+
+def _written(name: bytes, data: bytes) -> int:
+    """A memfd that holds `data`."""
+    fd = _core.memfd_create(name)
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+    os.lseek(fd, 0, os.SEEK_SET)
+    return fd
