@@ -41,7 +41,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from tasks import Gate
-from watching import idle, pids, ready, until
+from watching import SESSION as MARK
+from watching import fields, idle, parent, pids, ready, until
 
 if TYPE_CHECKING:
     import runtime
@@ -51,7 +52,6 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-MARK = "PYTEST_LEFTOVER_MARK"
 PROCESS_GRACE = 5.0  # seconds in which a process may still be ending
 OTHER_GRACE = 1.0  # the same for threads, descriptors, files
 
@@ -268,20 +268,10 @@ def read(path: str) -> bytes:
     return b""
 
 
-def status(pid: int | str) -> list[bytes]:
-    """The fields of /proc/PID/stat from the third on (the second may hold anything); [] if it is gone."""
-    return read(f"/proc/{pid}/stat").rpartition(b")")[2].split()
-
-
-def parent(pid: int) -> int:
-    fields = status(pid)
-    return int(fields[1]) if fields else 0
-
-
-def layout(pid: int | str) -> list[bytes] | None:
+def layout(pid: int | str) -> list[str] | None:
     """Where the stack and the arguments lie: the kernel draws it at exec, and a fork keeps it."""
-    fields = status(pid)
-    return [fields[25], fields[45]] if len(fields) > 45 and fields[25] != b"0" else None
+    found = fields(pid)
+    return [found[25], found[45]] if len(found) > 45 and found[25] != "0" else None
 
 
 def our_processes(new: frozenset[int]) -> set[int]:
@@ -306,7 +296,7 @@ def our_processes(new: frozenset[int]) -> set[int]:
 
 
 def describe_process(pid: int) -> str:
-    if status(pid)[:1] in ([b"Z"], []):
+    if fields(pid)[:1] in (["Z"], []):
         return f"{pid} (zombie: ended, and nobody has waited for it)"
     command = read(f"/proc/{pid}/cmdline").replace(b"\0", b" ").decode(errors="replace").strip()
     return f"{pid} (child of {parent(pid)}): {command[:200] or '?'}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -19,14 +18,6 @@ from watching import all_ready, idle, run_script, settled, shut_down_clean, unti
 
 import runtime
 from runtime import Runtime, TaskCancelled, TaskTimeout, WorkerDied
-
-# asyncio.timeout and TaskGroup came with 3.11.
-MODERN = pytest.mark.skipif(sys.version_info < (3, 11), reason="asyncio.timeout is not there")
-
-
-def at_gate(path: str, value: Any) -> Any:
-    """Items of a map: each waits at the gate."""
-    return pass_through(path, value)
 
 
 def log_then_hang(path: str, value: Any) -> None:
@@ -150,7 +141,6 @@ def test_a_call_that_runs_is_killed(factory: Callable[..., Runtime], tmp_path: P
     shut_down_clean(rt)
 
 
-@MODERN
 def test_timeouts_and_groups_of_asyncio_stop_the_code(
     factory: Callable[..., Runtime], tmp_path: Path
 ) -> None:

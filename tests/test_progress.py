@@ -85,10 +85,6 @@ def gone() -> None:
     until(lambda: not any(t.name == "runtime-progress" for t in threading.enumerate()), "the bars are gone")
 
 
-def at_gate(path: str, value: Any) -> Any:
-    return pass_through(path, value)
-
-
 # ---- what is drawn ---------------------------------------------------------------------------------
 
 
@@ -114,13 +110,13 @@ def test_it_counts_what_nobody_has_taken(
     factory: Callable[..., Runtime], terminal: Terminal, no_rich: None, gate: Gate
 ) -> None:
     rt = factory(1)
-    results = rt.map(at_gate, [gate.path] * 3, range(3), progress=True, chunksize=1)
+    results = rt.map(pass_through, [gate.path] * 3, range(3), progress=True, chunksize=1)
     gate.arrived()
-    until(lambda: "at_gate: 0/3 (0 %)" in terminal.read(), terminal.read)
+    until(lambda: "pass_through: 0/3 (0 %)" in terminal.read(), terminal.read)
     gate.open(2)
-    until(lambda: "at_gate: 2/3 (66 %)" in terminal.read(), terminal.read)
+    until(lambda: "pass_through: 2/3 (66 %)" in terminal.read(), terminal.read)
     gate.open()
-    until(lambda: "at_gate: 3/3 (100 %)" in terminal.read(), terminal.read)
+    until(lambda: "pass_through: 3/3 (100 %)" in terminal.read(), terminal.read)
     gone()  # though nobody has iterated
     assert list(results) == [0, 1, 2]
 
@@ -154,7 +150,7 @@ def test_amap(pool: Runtime, terminal: Terminal, no_rich: None) -> None:
 def test_what_is_printed_meanwhile_stands_above(
     pool: Runtime, terminal: Terminal, no_rich: None, gate: Gate
 ) -> None:
-    results = pool.map(at_gate, [gate.path], ["x"], progress=True)
+    results = pool.map(pass_through, [gate.path], ["x"], progress=True)
     gate.arrived()
     until(lambda: "0/1" in terminal.read(), terminal.read)
     print("hello", file=terminal.sys.stderr)
@@ -169,10 +165,10 @@ def test_several_bars_share_the_terminal(
     factory: Callable[..., Runtime], terminal: Terminal, no_rich: None, gate: Gate
 ) -> None:
     rt = factory(2)
-    first = rt.map(at_gate, [gate.path], ["x"], progress=True)
-    second = rt.map(at_gate, [gate.path], ["y"], progress=True)
+    first = rt.map(pass_through, [gate.path], ["x"], progress=True)
+    second = rt.map(pass_through, [gate.path], ["y"], progress=True)
     gate.arrived(2)
-    until(lambda: "items/s | at_gate: 0/1" in terminal.read(), terminal.read)
+    until(lambda: "items/s | pass_through: 0/1" in terminal.read(), terminal.read)
     assert sum(t.name == "runtime-progress" for t in threading.enumerate()) == 1
     gate.open(2)
     assert [*first, *second] == ["x", "y"]
@@ -190,13 +186,13 @@ def test_a_line_now_and_then_in_a_log(
     factory: Callable[..., Runtime], log: io.StringIO, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(progress, "PLAIN_INTERVAL", 0.05)
-    results = factory(1).map(at_gate, [gate.path] * 2, "ab", progress=True, chunksize=1)
+    results = factory(1).map(pass_through, [gate.path] * 2, "ab", progress=True, chunksize=1)
     gate.arrived()
     until(lambda: log.getvalue().count("\n") >= 2, "two lines")
     gate.open(2)
     assert list(results) == ["a", "b"]
     lines = log.getvalue().splitlines()
-    assert all(line.startswith("runtime: at_gate: ") for line in lines)
+    assert all(line.startswith("runtime: pass_through: ") for line in lines)
     assert "2/2 (100 %)" in lines[-1], "the last line says how it ended"
 
 
@@ -215,7 +211,7 @@ def test_ends_before_the_items(
     factory: Callable[..., Runtime], terminal: Terminal, no_rich: None, gate: Gate, how: str
 ) -> None:
     rt = factory(1)
-    results: Any = rt.map(at_gate, [gate.path] * 9, range(9), progress=True, chunksize=1)
+    results: Any = rt.map(pass_through, [gate.path] * 9, range(9), progress=True, chunksize=1)
     gate.arrived()
     gate.open()
     assert next(results) == 0
@@ -255,7 +251,7 @@ def test_bad_arguments_leave_no_bar(pool: Runtime, terminal: Terminal, no_rich: 
 
 
 def test_a_stream_that_is_closed(pool: Runtime, terminal: Terminal, no_rich: None, gate: Gate) -> None:
-    results = pool.map(at_gate, [gate.path], "x", progress=True)
+    results = pool.map(pass_through, [gate.path], "x", progress=True)
     gate.arrived()
     until(lambda: "0/1" in terminal.read(), terminal.read)
     terminal.stream.close()
@@ -315,7 +311,7 @@ def test_the_end_waits_for_a_stuck_stream_a_moment_only(
 def test_after_a_fork_the_child_draws_for_itself(
     pool: Runtime, terminal: Terminal, no_rich: None, gate: Gate
 ) -> None:
-    results = pool.map(at_gate, [gate.path], "x", progress=True)
+    results = pool.map(pass_through, [gate.path], "x", progress=True)
     gate.arrived()
     child = os.fork()
     if child == 0:

@@ -48,10 +48,10 @@ def read_pids(path: Any, count: int = 1) -> list[int]:
     return until(found, f"{count} pids in {path.name}")
 
 
-def fields(pid: int) -> list[str]:
-    """/proc/PID/stat from the state on; [] if there is no such process."""
+def fields(pid: int | str) -> list[str]:
+    """/proc/PID/stat from the state on (its second field may hold anything); [] if there is no such process."""
     with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
     return []
 
 
