@@ -49,7 +49,7 @@ def read_pids(path: Any, count: int = 1) -> list[int]:
 
 
 def fields(pid: int | str) -> list[str]:
-    """/proc/PID/stat from the state on (its second field may hold anything); [] if there is no such process."""
+    """/proc/PID/stat from the state on; [] if there is no such process."""
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
     return []
