@@ -23,8 +23,13 @@ class Bell:
             return
         with self._lock:
             if self.fd >= 0:
-                with contextlib.suppress(BlockingIOError):
+                with contextlib.suppress(OSError):  # full; or it was closed under us, see let_go
                     os.eventfd_write(self.fd, 1)
+
+    @property
+    def lock(self) -> threading.RLock:
+        """For `let_go`."""
+        return self._lock
 
     def silence(self) -> None:
         """Take back what was rung."""

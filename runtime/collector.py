@@ -203,6 +203,10 @@ class Collector:
         ):
             self._welcome.add(slot)
 
+    def greeted(self, slot: int) -> bool:
+        """Whether the worker in a slot is connected, both ways."""
+        return len(self._hello.get(slot, ())) == 2 and slot not in self._welcome
+
     def forget(self, slot: int) -> None:
         """The process in a slot is gone."""
         self._hello.pop(slot, None)

@@ -239,8 +239,9 @@ class Runtime(Front):
     def workers(self) -> tuple[WorkerInfo, ...]:
         """Every worker number and what it does now."""
         found = []
-        busy = self._core.busy()
-        for number, status, worker, done in self._core.workers():
+        now = self._core.workers()
+        busy = self._core.busy()  # after it: of every number that there was then
+        for number, status, worker, done in now:
             slot = pid = started = task = None
             if worker is not None:
                 slot, pid, started = worker.slot, worker.pid, worker.started
@@ -311,7 +312,8 @@ class Runtime(Front):
             raise RuntimeError(f"this Runtime belongs to process {core.pid}; ask it there")
         numbers = [found[0] for found in core.workers()]
         if number is not None and (isinstance(number, bool) or number not in numbers):
-            raise ValueError(f"there is no worker {number!r}; their numbers are 0 to {numbers[-1]}")
+            others = f"their numbers are 0 to {numbers[-1]}" if numbers else "there is none now"
+            raise ValueError(f"there is no worker {number!r}; {others}")
         return core.dump_stacks(number)
 
     # ---- ending --------------------------------------------------------------------------------------

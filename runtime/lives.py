@@ -181,7 +181,7 @@ class Lives(abc.ABC):
                 missing.append((n, number))
         if not missing:
             return
-        room = starts_possible(sum(not worker.ready for worker in self._slots.values()))
+        room = starts_possible(sum(self._lacks_descriptors(worker) for worker in self._slots.values()))
         for n, number in missing:
             if room <= 0:
                 if not self._short:
@@ -207,6 +207,12 @@ class Lives(abc.ABC):
                 "fork", slot=slot, incarnation=incarnation, number=n, generation=1, paths=paths,
                 levels=host_levels() if self.settings.forward_logs else None,
             )  # fmt: skip
+
+    def _lacks_descriptors(self, worker: Worker) -> bool:
+        """Whether the host will have more descriptors for a worker than it has now."""
+        if worker.ready or worker.died:
+            return False
+        return worker.ends is None or not self.collector.greeted(worker.slot)
 
     def _forked(self, worker: Worker | None, report: Report) -> None:
         """A process was made for a slot."""

@@ -199,7 +199,7 @@ class HostLink:
                 return False
             try:
                 _send(push, encode_hint(kind, slot, incarnation), _NOBLOCK)
-            except zmq.Again:
+            except zmq.ZMQError:  # Again; or it was closed under us, see let_go
                 return False
         return True
 
@@ -214,6 +214,11 @@ class HostLink:
         """Make `poll` return. Harmless after `close`."""
         if not self.inert:
             self._bell.ring()
+
+    @property
+    def locks(self) -> tuple[threading.RLock, threading.RLock]:
+        """For `let_go`."""
+        return self._lock, self._bell.lock
 
     def poll(self, timeout: float) -> list[Hint]:
         """Hints that have come, after at most `timeout` seconds; a subscription reads as CONTROL."""

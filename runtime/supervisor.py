@@ -30,6 +30,7 @@ from runtime.lifecycle import (
     room_for,
     slots_for,
 )
+from runtime.locks import let_go
 from runtime.relay import Relay
 from runtime.sockets import HostLink, make_folder
 from runtime.zygotes import Zygotes
@@ -118,8 +119,9 @@ class Supervisor(Zygotes):
         """Until everything has ended. Returns at once in a thread of the runtime's own."""
         if threading.current_thread() in self.threads:
             return
-        while not self.ended.wait(1.0) and self.threads[-1].is_alive():
-            pass
+        with let_go(*self.link.locks, self._counting, self._bell.lock):  # in a signal handler, say
+            while not self.ended.wait(1.0) and self.threads[-1].is_alive():
+                pass
 
     def _guarded(self, target: Callable[[], None]) -> Callable[[], None]:
         """A thread of ours must not end unseen by an exception: nobody would complete the futures."""

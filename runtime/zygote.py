@@ -293,7 +293,7 @@ def main() -> None:
     for fd in fds:
         os.set_inheritable(fd, False)
     _have_streams()
-    signal.signal(signal.SIGINT, lambda number, frame: None)  # the host decides what Ctrl-C means
+    _stay()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored by the host, it would take what wait4 tells
     _core.become_subreaper()
     settings = pickle.loads(_read(config))
@@ -313,6 +313,7 @@ def _become_zygote(
         arena.adopt_process()
         forget_host((connection.fileno(), arena.fd, host, stack_fd))
         worker.reset_signals()
+        _stay()
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # as in main()
         if collecting:
             gc.enable()
@@ -328,6 +329,16 @@ def _become_zygote(
         traceback.print_exc()
     finally:
         os._exit(1)
+
+
+def _stay() -> None:
+    """Ctrl-C and a service manager's SIGTERM go to the whole group: the host decides what they mean.
+
+    Workers leave at SIGTERM, when their tasks are done; it takes a zygote to replace them, and one that was
+    forked from the host could not be replaced itself, if its heir went with it.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: None)
 
 
 def _read(fd: int) -> bytes:

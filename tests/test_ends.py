@@ -259,3 +259,31 @@ def test_ctrl_c_that_was_caught_ends_nothing() -> None:
         assert one.line() == "finished"
         assert one.process.wait(20) == 0
         one.gone()
+
+
+HANDLER = """if True:
+    import os, random, signal, sys, threading
+    import runtime
+    what = sys.argv[1]
+    for k in range(5):
+        rt = runtime.Runtime(2)
+        rt.submit(int, 1).result()
+        signal.signal(signal.SIGTERM, lambda number, frame: rt.shutdown(cancel_futures=True))
+        timer = threading.Timer(random.uniform(0.05, 0.15), os.kill, (os.getpid(), signal.SIGTERM))
+        timer.start()
+        try:
+            while timer.is_alive() or what == "submit":
+                rt.submit(int, 1) if what == "submit" else rt._core.busy() and rt.workers()
+        except RuntimeError as error:
+            print(error, flush=True)
+        rt.shutdown()
+    print("end")
+"""
+
+
+@pytest.mark.parametrize("what", ["submit", "look"])
+def test_a_signal_handler_that_shuts_down(what: str) -> None:
+    """It runs in the middle of whatever the main thread does: nothing that the end needs may be locked."""
+    done = run(["-c", HANDLER, what])
+    said = ["cannot schedule new futures after shutdown"] * 5 if what == "submit" else []
+    assert (done.returncode, done.stdout.splitlines(), done.stderr) == (0, [*said, "end"], "")

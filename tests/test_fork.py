@@ -384,6 +384,24 @@ def test_crashes_retries_and_scaling() -> None:
     assert output(code) == ["3", "WorkerDied", str(sum(i * i for i in range(1000)))]
 
 
+def test_sigterm_to_the_whole_group() -> None:
+    """As a service manager sends it; a host that handles it finishes its tasks."""
+    code = """if True:
+        import os, signal, sys, time
+        import runtime
+        signal.signal(signal.SIGTERM, lambda number, frame: None)
+        with runtime.Runtime(2, start_method=sys.argv[1]) as rt:
+            futures = [rt.submit(time.sleep, 0.05) for _ in range(20)]
+            futures[0].result()
+            time.sleep(0.2)
+            zygote = rt._core._zygote.pid
+            os.killpg(0, signal.SIGTERM)
+            print([future.result() for future in futures] == [None] * 20, rt._core._zygote.pid == zygote)
+    """
+    for method in ("fork", "exec"):
+        assert output(code, method, start_new_session=True) == ["True True"]
+
+
 # ---- the heir ------------------------------------------------------------------------------------
 
 LED = """if True:

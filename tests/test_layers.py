@@ -35,7 +35,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("_dispatch",),
     ("_submit",),
     ("_core",),  # the compiled door
-    ("wire", "lookup", "payload", "bell"),
+    ("wire", "lookup", "payload", "bell", "locks"),
     ("linking", "guards"),
     ("versions",),
     ("reducers",),

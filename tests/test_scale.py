@@ -250,6 +250,25 @@ def test_descriptors_are_checked_again() -> None:
     assert done.stdout == "True 1 2\n", done.stderr
 
 
+def test_a_replacement_does_not_wait_for_those_that_start_slowly() -> None:
+    """They are connected by then, and have all the descriptors that they will have."""
+    code = """if True:
+        import os, resource, time
+        import runtime
+        def init():
+            if runtime.current().number:
+                time.sleep(60)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (250, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+        rt = runtime.Runtime(20, initializer=init)
+        rt.submit(abs, -1).result()
+        time.sleep(0.5)
+        print(type(rt.submit(os._exit, 1).exception()).__name__, rt.submit(abs, -2).result(20))
+        rt.kill_workers()
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("WorkerDied 2\n", "")
+
+
 def test_after_shutdown_and_in_a_fork(factory: Factory) -> None:
     rt = factory(1)
     rt.submit(echo).result()

@@ -319,6 +319,14 @@ def test_an_unknown_number(rt, number):
         rt.dump_stacks(number)
 
 
+def test_a_paused_runtime_has_no_worker(rt):
+    rt.scale(0)
+    until(lambda: not rt.workers())
+    assert rt.dump_stacks() == {}
+    with pytest.raises(ValueError, match="no worker 0; there is none now"):
+        rt.dump_stacks(0)
+
+
 def test_after_the_end(rt):
     rt.shutdown()
     assert rt.dump_stacks() == {}
