@@ -211,7 +211,7 @@ def test_the_end_does_not_wait_for_a_start(factory: Factory, tmp_path: Path, how
 LOOP = """if True:
     import logging, os, sys, threading
     import runtime
-    from watching import parent
+    from watching import parent, until
     logging.disable()
 
     def begin(kind):
@@ -225,11 +225,12 @@ LOOP = """if True:
         threading.Timer(0.01, os._exit, (3,)).start()      # idle, right after it was ready
 
     rt = runtime.Runtime(2, initializer=begin, initargs=(sys.argv[1],))
-    worker = rt.submit(os.getpid).result()
+    until(lambda: rt.workers()[0].status is runtime.WorkerStatus.READY, "the other one is ready")
+    worker = rt.workers()[0].pid
     os.write(1, b"%d %d\\n" % (parent(worker), worker))
     for line in sys.stdin:
-        before = rt.submit(os.getpid).result()
-        os.write(1, b"%d\\n" % before)
+        assert rt.submit(abs, -1).result() == 1
+        os.write(1, b"%d\\n" % rt.workers()[0].pid)
     rt.kill_workers()
 """
 

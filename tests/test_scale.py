@@ -383,7 +383,7 @@ def test_new_workers_take_part_in_what_waits(factory: Factory, gate: Gate) -> No
 @pytest.mark.timeout(150)
 @pytest.mark.parametrize("method", ["exec", "fork"])
 @pytest.mark.parametrize(
-    "seconds", [2, pytest.param(60, marks=pytest.mark.stress)], ids=["a moment", "a minute"]
+    "seconds", [2, pytest.param(20, marks=pytest.mark.stress)], ids=["a moment", "a while"]
 )
 def test_scaling_in_a_storm(method: str, seconds: int) -> None:
     """Among deaths of workers and zygotes, each task and item has one result, and nothing is left."""
