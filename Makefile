@@ -9,7 +9,7 @@ PYTHON ?= python3
 ARGS   ?=
 MARK   ?= not promise and not stress
 DIST   ?= dist
-JOBS   ?= 2
+JOBS   ?= 3
 
 ifndef VENV
 ifeq ($(PYTHON),python3)

@@ -26,6 +26,7 @@ __all__ = [
     "Worker",
     "WorkerStatus",
     "death_of",
+    "fill_standard_descriptors",
     "geometry",
     "how_it_ended",
     "raise_descriptor_limit",
@@ -115,6 +116,21 @@ def room_for(workers: int) -> int:
     costs its address space (436 KiB with up to 16 workers) and no memory.
     """
     return max(workers, min(config.MAX_WORKERS, max(_ROOM, _ROOM_FACTOR * workers)))
+
+
+def fill_standard_descriptors() -> None:
+    """Where a daemon has closed 0, 1 or 2, put /dev/null, and leave it there.
+
+    Else a socket of ours gets that number, and what anybody prints, workers too, goes into the socket: libzmq
+    aborts.
+    """
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.set_inheritable(
+                os.open(os.devnull, os.O_RDWR), True
+            )  # it takes the lowest number that is free
 
 
 def raise_descriptor_limit(workers: int) -> None:

@@ -25,6 +25,7 @@ from runtime.errors import BrokenRuntime
 from runtime.lifecycle import (
     Number,
     death_of,
+    fill_standard_descriptors,
     geometry,
     raise_descriptor_limit,
     room_for,
@@ -55,6 +56,7 @@ class Supervisor(Zygotes):
     def __init__(self, settings: config.Settings, table: serializer.FunctionTable) -> None:
         self.pid = os.getpid()
         self.ended = threading.Event()
+        fill_standard_descriptors()
         raise_descriptor_limit(settings.max_workers)
         super().__init__(settings, table)
         self.arena = _core.Arena.create(

@@ -162,24 +162,25 @@ def test_many_threads_exactly_once(extents: int) -> None:
     region = arena(extents)
     barrier = threading.Barrier(6)
 
-    def use(seed: int) -> int:
+    left = list(range(1500))
+
+    def use(seed: int) -> None:
         chance = random.Random(seed)
         mark = bytes([seed + 1])
         barrier.wait()
-        taken = 0
-        for _ in range(1500):
+        while left:
             block = HostBlock.take(region, chance.randrange(3 * EXTENT) + 1)
             if block is None:
                 continue
             with memoryview(block) as view:
                 view[:] = mark * block.nbytes
                 assert view.tobytes().count(mark) == block.nbytes
-            taken += 1
+            if left:
+                left.pop()
             del block
-        return taken
 
     with ThreadPoolExecutor(6) as threads:
-        assert sum(threads.map(use, range(6))) >= 1500  # one thread may starve
+        list(threads.map(use, range(6)))
     assert (region.owners(), region.used_bytes) == ({}, 0)
     assert region.largest_free_bytes == extents * EXTENT
 

@@ -263,14 +263,20 @@ def test_a_host_without_descriptors_1_and_2(closed, tmp_path):
         import os, sys
         for fd in sys.argv[2].split():
             os.close(int(fd))
-        import evil, runtime, test_streams
-        with runtime.Runtime(2) as rt:
-            futures = [rt.submit(test_streams.say, "x", s) for s in ("stdout", "stderr") for _ in range(50)]
-            assert all(f.exception(20) is None for f in futures)
-            assert rt.submit(test_streams.say_in_child, "y").result(20) == 0
-            assert list(rt.map(evil.square, range(100))) == [i * i for i in range(100)]
+        import traceback
+        says = "works"
+        try:
+            import evil, runtime, test_streams
+            with runtime.Runtime(2) as rt:
+                say = test_streams.say
+                futures = [rt.submit(say, "x", s) for s in ("stdout", "stderr") for _ in range(50)]
+                assert [f.exception(20) for f in futures] == [None] * 100
+                assert rt.submit(test_streams.say_in_child, "y").result(20) == 0
+                assert list(rt.map(evil.square, range(100))) == [i * i for i in range(100)]
+        except BaseException:
+            says = traceback.format_exc()
         with open(sys.argv[1], "w") as file:
-            file.write("works")
+            file.write(says)
         os._exit(0)
     """
     path = tmp_path / "answer"
