@@ -128,9 +128,8 @@ def fill_standard_descriptors() -> None:
         try:
             os.fstat(fd)
         except OSError:
-            os.set_inheritable(
-                os.open(os.devnull, os.O_RDWR), True
-            )  # it takes the lowest number that is free
+            lowest = os.open(os.devnull, os.O_RDWR)  # of those that are free: this one
+            os.set_inheritable(lowest, True)
 
 
 def raise_descriptor_limit(workers: int) -> None:

@@ -17,6 +17,8 @@ WINDOW = 30.0  # … in so many seconds make a number give up: it goes on trying
 _FIRST = 0.05  # seconds before the second attempt; doubled each time
 _MOST = 10.0  # seconds before any, for one number; what several in a row cost together must not grow
 
+_draw = random.Random()  # our own: the numbers that a user's seed promises stay the user's
+
 
 def backoff(failures: int, crowd: int = 1) -> float:
     """Seconds before the next attempt: doubled each time, with jitter so that numbers do not march in step.
@@ -24,7 +26,7 @@ def backoff(failures: int, crowd: int = 1) -> float:
     crowd: how many numbers fail like this; the longest pause grows with them.
     """
     doubled = _FIRST * 2.0 ** min(max(failures, 1) - 1, 60)
-    return min(_MOST * max(crowd, 1), doubled) * random.uniform(0.8, 1.2)
+    return min(_MOST * max(crowd, 1), doubled) * _draw.uniform(0.8, 1.2)
 
 
 class Restarts:
