@@ -291,7 +291,9 @@ class Lives(abc.ABC):
             return
         worker.died = time.monotonic()
         number = self._numbers[worker.number]
-        worker.unready = not (self.dispatcher.worked(worker.slot) or worker.stopping)
+        # Who leaves of its own accord may be gone before anybody has looked at its phase.
+        left = worker.stopping or self.dispatcher.phase(worker.slot) == _core.PHASE_LEAVING
+        worker.unready = not (left or self.dispatcher.worked(worker.slot))
         self._retire(worker)
         self.dispatcher.vacate(worker.slot)
         if worker.unready:

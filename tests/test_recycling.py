@@ -152,6 +152,21 @@ def test_sigterm_in_the_initializer(factory: Factory, tmp_path: Path) -> None:
     assert rt._core.broken is None and rt._core._numbers[0].restarts.in_a_row == 0
 
 
+def test_one_that_leaves_faster_than_the_host_looks_has_not_failed(
+    factory: Factory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go, started = tmp_path / "go", tmp_path / "started"
+    rt = factory(1, initializer=evil.wait_for, initargs=(str(go), str(started)))
+    (pid,) = read_pids(started)
+    with monkeypatch.context() as patch:
+        patch.setattr(rt._core, "look", lambda slot: None)  # the collector's word does not arrive
+        send(pid, signal.SIGTERM)
+        go.touch()
+        until(lambda: pid not in [worker.pid for worker in rt._core._slots.values()], "it is settled")
+    assert rt.submit(own_pid).result() != pid
+    assert rt._core.broken is None and rt._core._numbers[0].restarts.in_a_row == 0
+
+
 # ---- how a worker leaves -------------------------------------------------------------------------
 
 
