@@ -155,7 +155,9 @@ def exec_zygote(settings: dict[str, Any], arena: _core.Arena, environment: dict[
             "sys.executable is empty: an embedded Python cannot start workers; set it to a Python binary"
         )
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    code = f"import sys; sys.path.insert(0, {root!r}); from runtime.zygote import main; main()"
+    # Nothing is garbage yet: collecting while the interpreter starts takes longer than some of the imports.
+    path = f"sys.path.insert(0, {root!r})"
+    code = f"import gc, sys; gc.disable(); {path}; from runtime.zygote import main; main()"
     flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
     with contextlib.ExitStack() as passed, contextlib.ExitStack() as kept:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)

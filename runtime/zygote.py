@@ -146,8 +146,6 @@ class _Process(Heirs):
             if has_threads():
                 self.report("threads", module=name)
                 os._exit(1)
-        os.close(self.stack_fd)
-        self.own = set(_children())
 
     def loop(self) -> None:
         """Fork, reap, report, until the host says quit or is gone."""
@@ -253,9 +251,12 @@ class _Process(Heirs):
         if not self.preloaded:
             if self.keeps_heir and self.settings["preload"]:
                 self.make_heir()  # one that takes over if an import goes wrong, or leaves a thread
-            self.preload()
+            if self.settings["preload"]:
+                self.preload()
+                gc.collect()
+            os.close(self.stack_fd)
+            self.own = set(_children())
             self.preloaded = True
-            gc.collect()
             gc.freeze()  # it is shared with every worker: the collector shall not write into it
         self.report("started")
         self.loop()
@@ -296,6 +297,8 @@ def main() -> None:
     _stay()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored by the host, it would take what wait4 tells
     _core.become_subreaper()
+    gc.freeze()
+    gc.enable()
     settings = pickle.loads(_read(config))
     _like_the_host(settings)
     process = _Process(socket.socket(fileno=connection), _core.Arena.attach_fd(region), host, settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import re
@@ -445,3 +446,15 @@ def test_python_o_and_isolated_mode():
     for flags in (["-O"], ["-OO"], ["-I"], ["-X", "dev"], ["-W", "error"], ["-s", "-E"]):
         done = run([*flags, "-c", text])
         assert (done.returncode, done.stdout) == (0, "25\n"), (flags, done.stderr)
+
+
+# ---- the interpreter of a worker -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preload", [[], ["json"]])
+def test_the_collector_runs_in_workers_and_has_little_to_look_at(runtime_factory, preload):
+    """It is off while the zygote starts, and what is there by then is out of its sight."""
+    rt = runtime_factory(1, preload=preload)
+    assert rt.submit(gc.isenabled).result() is True
+    assert rt.submit(gc.get_freeze_count).result() > 10_000
+    assert rt.submit(gc.get_threshold).result() == gc.get_threshold()
