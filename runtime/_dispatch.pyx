@@ -428,8 +428,8 @@ cdef class Dispatcher(Waiting):
         cdef SlotTable table
         cdef uint64_t total = 0
         for table in self.slots:
-            for block in table.kept.values():
-                total += (<HostBlock>block).nbytes
+            for held in table.kept.values():
+                total += (<HostBlock>(<tuple>held)[0]).nbytes
         return total
 
     def refuse(self):

@@ -2,14 +2,17 @@
 """What came back, and what the dead leave. See _harvest.pyx."""
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
+from runtime._extent cimport HostBlock
 from runtime._layout cimport lease_t, record_t
 from runtime._leasing cimport Leasing
-from runtime._records cimport Task
+from runtime._records cimport SlotTable, Task
 
 
 cdef class Harvest(Leasing):
     cdef int drain_now(self, uint32_t index) except -1
     cdef int process(self, uint32_t index, record_t *record) except -1
+    cdef int kept(self, SlotTable table, HostBlock block) except -1
+    cdef int unkept(self, SlotTable table, tuple key) except -1
     cdef int strange(self) noexcept
     cdef object adopted(self, uint32_t index, uint64_t body, uint64_t tag, uint64_t nbytes)
     cdef int partial(self, uint32_t index, Task task, record_t *record) except -1

@@ -60,12 +60,7 @@ cdef class Harvest(Leasing):
         cdef SlotTable table = self.slots[index]
         cdef Task task
         if record.kind == R_UNKEEP:
-            key = (record.body, record.tag)
-            if table.kept.pop(key, None) is None:
-                if len(table.early) >= self.arena.leases:
-                    return self.strange()           # more than there are leases that could have kept a view
-                table.early.add(key)
-            return 0
+            return self.unkept(table, (record.body, record.tag))
         if record.entry >= self.arena.leases or table.tasks[record.entry] is None:
             return self.strange()
         task = <Task>table.tasks[record.entry]
@@ -81,6 +76,30 @@ cdef class Harvest(Leasing):
             self.accept(index, task, record)
         else:
             self.strange()
+        return 0
+
+    cdef int kept(self, SlotTable table, HostBlock block) except -1:
+        """Views of an argument block outlive a lease of it. The attempts of a call share one block."""
+        cdef tuple key = (block.offset, block.tag)
+        before = table.early.pop(key, 0)
+        if before:
+            if before > 1:
+                table.early[key] = before - 1
+            return 0                                # the last of its views was gone before
+        held = table.kept.get(key)
+        table.kept[key] = (block, 1 if held is None else (<tuple>held)[1] + 1)
+        return 0
+
+    cdef int unkept(self, SlotTable table, tuple key) except -1:
+        """The last view that has outlived one of the leases of this argument block is gone."""
+        held = table.kept.pop(key, None)
+        if held is not None:
+            if (<tuple>held)[1] > 1:
+                table.kept[key] = ((<tuple>held)[0], (<tuple>held)[1] - 1)
+            return 0
+        if key not in table.early and len(table.early) >= self.arena.leases:
+            return self.strange()                   # more than there are leases that could have kept a view
+        table.early[key] = table.early.get(key, 0) + 1
         return 0
 
     cdef int strange(self) noexcept:
@@ -140,11 +159,7 @@ cdef class Harvest(Leasing):
             if task.inbound_total == <uint64_t>len(task.inbound):
                 exporter = task.inbound
         if copy.out_flags & F_KEPT and task.block is not None:
-            key = (task.block.offset, task.block.tag)
-            if key in table.early:
-                table.early.discard(key)
-            else:
-                table.kept[key] = task.block
+            self.kept(table, task.block)
         self.over(task, T_OVER)
         a64_store_release(&lease.word, lease_word(L_FREE, 0, task.tag))
         if (exporter is None and not plain) or ran > task.count or ran <= delivered:

@@ -204,4 +204,4 @@ cdef class SlotTable:
         self.tasks = [None] * leases
         self.free = list(range(leases - 1, -1, -1))
         self.kept = {}
-        self.early = set()
+        self.early = {}

@@ -20,6 +20,7 @@ import tasks
 from tasks import Gate
 from watching import idle, send, until
 
+import runtime
 from runtime import Runtime, WorkerDied
 
 numpy = pytest.importorskip("numpy")
@@ -306,6 +307,34 @@ def test_view_that_a_worker_keeps_stays_intact(factory: Callable[..., Runtime]) 
             assert rt.submit(look_at_kept).result()[1] == expected
     assert rt.submit(look_at_kept).result()[1] == expected
     rt.submit(let_go).result()
+    until(lambda: rt.submit(gc.collect).result() is not None and rt.stats().pinned == 0, "nothing is pinned")
+    assert_blocks_are_back(rt)
+
+
+def keep_and_fail_first(array: Any) -> None:
+    kept.append(array)
+    if runtime.current().attempt == 1:
+        raise ValueError("keep it once more")
+
+
+def drop_kept(which: int) -> None:
+    del kept[which]
+
+
+@pytest.mark.parametrize("first", [0, 1], ids=["the older view goes first", "the newer view goes first"])
+def test_views_of_two_attempts_are_counted(factory: Callable[..., Runtime], first: int) -> None:
+    """Both attempts ran in one worker, and kept the same block: it is free when both views are gone."""
+    rt = factory(1, region_size="4MiB", retries=1, retry_on=(ValueError,))
+    argument = pattern(500 * KIB)
+    rt.submit(keep_and_fail_first, argument).result()
+    assert rt.submit(look_at_kept).result()[1] == [digest(argument)] * 2
+    rt.submit(drop_kept, first).result()
+    rt.submit(gc.collect).result()
+    for seed in range(2, 30):  # more than the region holds: what is free is written over
+        rt.submit(len, pattern(500 * KIB, seed)).result()
+        assert rt.submit(look_at_kept).result()[1] == [digest(argument)]
+    assert 500 * KIB <= rt.stats().pinned < 600 * KIB
+    rt.submit(drop_kept, 0).result()
     until(lambda: rt.submit(gc.collect).result() is not None and rt.stats().pinned == 0, "nothing is pinned")
     assert_blocks_are_back(rt)
 
