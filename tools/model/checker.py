@@ -39,7 +39,7 @@ class Step(NamedTuple):
 
 
 def step(where: str, words: str) -> Callable[[F], F]:
-    """Says of a step which code it stands for ("file:function", several with commas), and how to tell it."""
+    """Says of a step which code it stands for, "file:function,function; file:...", and how to tell it."""
 
     def mark(method: F) -> F:
         method.source = where  # type: ignore[attr-defined]
@@ -59,7 +59,7 @@ class World(abc.ABC):
 
     @abc.abstractmethod
     def freeze(self) -> bytes:
-        """The state as bytes. States that differ in names alone should give the same."""
+        """The state as bytes. It may rename what has no order, so that states that differ in names are one."""
 
     @abc.abstractmethod
     def raw(self) -> bytes:
@@ -78,12 +78,8 @@ class World(abc.ABC):
         """Whether this is a quiet end: all is done, and done right."""
 
     @abc.abstractmethod
-    def words(self) -> dict[str, str]:
+    def shown(self) -> dict[str, str]:
         """The shared words, by name, as a reader would write them."""
-
-    def name(self, number: int) -> str:
-        """How a trace calls the argument of a step."""
-        return str(number)
 
 
 @dataclass
@@ -202,34 +198,36 @@ class Explorer:
             for possible in world.steps():
                 after = self.thaw(world.raw())
                 possible.method(after, *possible.args)
-                if after.freeze() == self.states[number]:
+                if self.thaw(after.raw()).freeze() == self.states[number]:
                     break
             else:
                 raise AssertionError("a state of the path cannot be reached again")
-            lines += told(len(lines), world, possible, after)
+            lines += told(world, possible, after)
             world = after
         if last is not None:
-            lines += self.tell_last(world, self.states[path[-1]], last)
+            lines += self.tell_last(world, last)
         return lines, len(path) - 1 + (last is not None)
 
-    def tell_last(self, world: World, state: bytes, last: Step) -> list[str]:
-        """The step that is wrong, also found by what it does."""
+    def tell_last(self, world: World, last: Step) -> list[str]:
+        """The step that is wrong, found by what it does."""
         for possible in world.steps():
             if possible.method is last.method:
                 after = self.thaw(world.raw())
                 try:
                     possible.method(after, *possible.args)
                     after.check()
-                except Broken:
-                    return told(0, world, possible, after)
+                except Broken as broken:
+                    self.report.broken = str(broken)  # with the names of this trace
+                    return told(world, possible, after)
         raise AssertionError("the last step cannot be found again")
 
 
-def told(_: int, before: World, taken: Step, after: World) -> list[str]:
+def told(before: World, taken: Step, after: World) -> list[str]:
     """A step, and the words that it has changed."""
     words = str(getattr(taken.method, "words", taken.method.__name__))
-    lines = [words.format(*map(before.name, taken.args)) + f"  [{source(taken.method)}]"]
-    old, new = before.words(), after.words()
+    where = source(taken.method)
+    lines = [words.format(*taken.args) + (f"  [{where}]" if where else "")]
+    old, new = before.shown(), after.shown()
     for key in dict.fromkeys((*old, *new)):
         if old.get(key) != new.get(key):
             lines.append(f"    {key}: {old.get(key, '-')} -> {new.get(key, '-')}")

@@ -205,7 +205,7 @@ class LeaseState(World):
         if self.keeper[1] == number:
             self.keeper[2] = 1 - self.keeper[2]
 
-    def words(self) -> dict[str, str]:
+    def shown(self) -> dict[str, str]:
         """For traces."""
         found = {}
         for s, slot in enumerate(self.slots):

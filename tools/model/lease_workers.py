@@ -75,7 +75,7 @@ class LeaseWorkers(LeaseState):
     @step("", "worker {0} is killed from outside")
     def crash(self, s: int) -> None:
         self.crashes -= 1
-        self.slots[s].crashed = int(self.slots[s].process == ALIVE)
+        self.slots[s].crashed = 1
         self.dead(s)
 
     @step("", "the SIGKILL for worker {0} arrives")

@@ -100,11 +100,11 @@ class Leases(LeaseWorkers):
         """Of the world, of each worker, of the keeper, of the host."""
         found: list[Step] = []
         for s, slot in enumerate(self.slots):
+            if slot.process == ALIVE and self.crashes:
+                found.append(Step(Leases.crash, (s,)))
+            if slot.process == DOOMED:
+                found.append(Step(Leases.signal_arrives, (s,)))
             if slot.process in (ALIVE, DOOMED):
-                if self.crashes:
-                    found.append(Step(Leases.crash, (s,)))
-                if slot.process == DOOMED:
-                    found.append(Step(Leases.signal_arrives, (s,)))
                 found += self.worker_steps(s, slot)
         found += self.keeper_steps()
         found += self.host_steps()
