@@ -34,6 +34,7 @@ FAULTS = {
     "head-first": "a taker that finds no room frees the head before the tails that it has",
     "record-before-publishing": "the record is written before the block is PUBLISHING",
     "sweep-before-records": "the dead worker's blocks are freed before its records are read",
+    "sweep-forgets-published": "heap_sweep leaves blocks that are PUBLISHING",
     "sweep-of-the-living": "a slot is swept while its process lives",
 }
 
@@ -304,7 +305,8 @@ class Blocks(World):
                 self.actors[s] = Actor()  # a new process lives in the slot
             return
         state, of = self.words[host.place]
-        if of == s and state in (X_CLAIM, X_PRIVATE, X_PUBLISHING, X_FREEING):
+        forgotten = state == X_PUBLISHING and self.fault == "sweep-forgets-published"
+        if of == s and state in (X_CLAIM, X_PRIVATE, X_PUBLISHING, X_FREEING) and not forgotten:
             self.finish_free(host.place)
         host.place += 1
 

@@ -27,6 +27,7 @@ _SHOWS = {  # the scenario in which a fault of the leases shows, if that is not 
     "retry-before-death": "leases: retry",
     "clock-before-word": "leases: chunk",
     "answer-after-killed": "leases: chunk",
+    "put-back-delivered": "leases: chunk",
     "kept-once": "leases: views",
 }
 

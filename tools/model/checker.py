@@ -59,7 +59,7 @@ class World(abc.ABC):
 
     @abc.abstractmethod
     def freeze(self) -> bytes:
-        """The state as bytes. It may rename what has no order, so that states that differ in names are one."""
+        """The state as bytes. May rename what has no order, so that states that differ in names are one."""
 
     @abc.abstractmethod
     def raw(self) -> bytes:

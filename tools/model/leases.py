@@ -70,6 +70,8 @@ FAULTS = {
     "blame-the-waiting": "settle_task blames leases that were only LEASED",
     "answer-after-killed": "partial takes a result of a lease that was killed and resolved",
     "guessed-death": "a worker that was sent SIGKILL is taken for dead before its pidfd says so",
+    "retry-without-end": "a task that dies with its worker is retried, attempts left or not",
+    "put-back-delivered": "items of a chunk that were delivered are queued again with the rest",
     "kept-once": "kept holds a block once, however many views of it outlive their calls",
 }
 
@@ -195,7 +197,8 @@ class Leases(LeaseWorkers):
         task = self.tasks[number]
         for item in range(number, number + task.count):
             one = self.tasks[item]
-            one.state = T_OVER if one.outcome else T_WAITING
+            delivered = one.outcome and self.fault != "put-back-delivered"
+            one.state = T_OVER if delivered else T_WAITING
         task.slot = task.entry = task.killed = -1
         task.count, task.delivered, task.claimed, task.reason = 1, 0, 0, 0
 
@@ -309,7 +312,7 @@ class Leases(LeaseWorkers):
     def retried(self, number: int) -> bool:
         """collector.py retried, _dispatch.pyx retry_now: whether it is tried once more."""
         task, spec = self.tasks[number], self.scenario.specs[number]
-        if task.attempt > spec.retries:
+        if task.attempt > spec.retries and self.fault != "retry-without-end":
             return False
         if task.asked:
             self.finish(number, CANCELLED)
