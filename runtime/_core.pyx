@@ -24,7 +24,7 @@
 """
 
 from runtime._dispatch import CANCEL_DONE, CANCEL_KILLED, CANCEL_NO, Dispatcher
-from runtime._extent import Arena, HostBlock
+from runtime._extent import Arena, HostBlock, note_losses
 from runtime._frame import Frame, read_frame
 from runtime._frame cimport S_ERROR as _S_ERROR, S_PLAIN as _S_PLAIN, S_VALUE as _S_VALUE
 from runtime._future import Promise

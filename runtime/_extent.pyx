@@ -162,6 +162,19 @@ cdef uint64_t largest_free(heap_t *heap) noexcept nogil:
 
 # ---- the arena ---------------------------------------------------------------------------------------
 
+cdef list losses = None         # what arenas have lost that have ended, in tests; see note_losses
+
+
+def note_losses(list into):
+    """For tests: an arena that ends adds what it has lost, {state: how many}, if it has lost anything.
+
+    Lost is a block that is not free or a lease that is not FREE when the memory is given back: whoever
+    owned it has ended without the sweep.
+    """
+    global losses
+    losses = into
+
+
 cdef uint64_t round_up(uint64_t n, uint64_t to) noexcept nogil:
     return (n + to - 1) // to * to
 
@@ -314,6 +327,11 @@ cdef class Arena:
         if self.held or self.frozen or self.lookers:
             return                              # whoever ends that comes back here
         if self.base != NULL and self.pid == getpid():
+            if losses is not None:
+                lost = self.owners()
+                lost.update(self.held_leases())
+                if lost:
+                    losses.append(lost)
             self.slots = 0
             self.heap.count = 0
             self.base = NULL
@@ -357,6 +375,19 @@ cdef class Arena:
             if x_state(w) not in (X_FREE, X_TAIL):
                 key = names[x_state(w)]
                 found[key] = found.get(key, 0) + 1
+        return found
+
+    def held_leases(self):
+        """For tests: {state name: leases} of all that are not FREE."""
+        cdef uint32_t i, k, state
+        names = {L_LEASED: "leased", L_RUNNING: "running", L_DONE: "done", L_KILLED: "killed"}
+        found = {}
+        for i in range(self.slots):
+            for k in range(self.leases):
+                state = l_state(a64_load_acquire(&self.lease(i, k).word))
+                if state != L_FREE:
+                    key = names.get(state, "strange")
+                    found[key] = found.get(key, 0) + 1
         return found
 
     cdef slot_t *slot(self, uint32_t index) noexcept nogil:

@@ -10,8 +10,10 @@ compare what there is before and after:
                   this session carries MARK in its environment or, forked without exec, our addresses
     threads       all of them, also native ones that Python does not know
     descriptors   by number and target
+    mappings      of memory that is shared: regions, also deleted ones
     /dev/shm      new entries that no stranger has mapped
-    socket files  XDG_RUNTIME_DIR and the temporary folder are the session's own while it runs
+    files         sockets and all else: XDG_RUNTIME_DIR and the temporary folder are the session's own
+    losses        blocks and leases that were neither free nor swept when their region ended
 
 What is still ending gets a moment (processes 5 s, everything else 1 s), then the test fails with a
 message that names it. In the clean case this costs about a millisecond. A thing that stays around
@@ -70,6 +72,7 @@ class Session:
     environ: dict[str, str | None] = field(default_factory=dict)  # to be put back
     tempdir: str | None = None
     watchdog: frozenset[int] = frozenset()  # its thread: a new one for each test
+    losses: list[dict[str, int]] = field(default_factory=list)  # of regions that have ended; the core's list
     blamed: set[tuple[str, object]] = field(default_factory=set)  # on a test: not on its module, too
 
 
@@ -141,6 +144,10 @@ def prime() -> None:
 
         with zmq.Context() as context, context.socket(zmq.PUSH) as socket:  # libsodium, its descriptor
             socket.linger = 0
+    with suppress(ImportError):
+        from runtime import _core
+
+        _core.note_losses(session.losses)
     import asyncio
     import concurrent.futures.process  # noqa: F401
     import multiprocessing.connection  # noqa: F401
@@ -198,6 +205,8 @@ class Snapshot:
     pids: frozenset[int]  # of the whole machine: who is ours is asked of the new ones only
     threads: frozenset[int]
     descriptors: frozenset[tuple[int, str]]
+    mappings: frozenset[tuple[str, str]]
+    losses: int
     shm: frozenset[str]
     files: frozenset[str]
 
@@ -207,6 +216,8 @@ def snapshot() -> Snapshot:
         everyone(),
         threads() - session.watchdog,
         frozenset(descriptors()),
+        frozenset(mappings()),
+        len(session.losses),
         frozenset(os.listdir(SHM)) if os.path.isdir(SHM) else frozenset(),
         frozenset(files()),
     )
@@ -226,8 +237,17 @@ def descriptors() -> Iterator[tuple[int, str]]:
             yield int(name), os.readlink(f"/proc/self/fd/{name}")
 
 
+def mappings() -> Iterator[tuple[str, str]]:
+    """(addresses, what) of memory that is shared with other processes, by a file, a memfd or a fork."""
+    for line in read("/proc/self/maps").decode(errors="replace").splitlines():
+        parts = line.split(None, 5)
+        path = parts[5] if len(parts) > 5 else ""
+        if parts[1][3] == "s" and not path.startswith("/usr/"):  # what libc maps for its own use
+            yield parts[0], path
+
+
 def files() -> Iterator[str]:
-    """Files and folders of a runtime in the session's own XDG_RUNTIME_DIR and temporary folder.
+    """Files and folders in the session's own XDG_RUNTIME_DIR and temporary folder.
 
     The folder that holds the control sockets, `runtime` or `runtime-UID`, may stay when it is empty.
     """
@@ -236,8 +256,6 @@ def files() -> Iterator[str]:
         top = os.path.join(session.folder, name)
         for entry in os.listdir(top):
             path = os.path.join(top, entry)
-            if name == "t" and not entry.startswith("runtime"):
-                continue
             if entry in permanent and os.path.isdir(path):
                 yield from (os.path.join(path, x) for x in os.listdir(path))
             else:
@@ -256,6 +274,11 @@ def leftovers(before: Snapshot) -> dict[str, dict[object, str]]:
         "process": {pid: describe_process(pid) for pid in our_processes(after.pids - before.pids)},
         "thread": {tid: describe_thread(tid) for tid in after.threads - before.threads},
         "descriptor": {fd: f"{fd[0]} -> {fd[1]}" for fd in after.descriptors - before.descriptors},
+        "mapping": {key: f"{key[1] or 'anonymous'} at {key[0]}" for key in after.mappings - before.mappings},
+        "loss": {
+            number: ", ".join(f"{count} {state}" for state, count in session.losses[number].items())
+            for number in range(before.losses, after.losses)
+        },
         "shared memory": {path: path for path in shm if ours(path)},
         "file": {path: path for path in after.files - before.files},
     }
