@@ -18,6 +18,14 @@ ctypedef struct guard_t:
     char pad[48]
 
 
+# Host-private, one per slot: what the keeper saw of a lease that runs though its clock stands, because it is
+# just claimed, or while arguments or results cross.
+ctypedef struct standing_t:
+    uint64_t word           # the lease word
+    uint64_t records        # that its worker had put into the outbox by then
+    int64_t ns              # for so long nothing has moved, though it was the worker's turn
+
+
 cdef inline void guard_acquire(guard_t *guard) noexcept nogil:
     while not a32_cas_acquire(&guard.lock, 0, 1):
         cpu_relax()
@@ -33,12 +41,17 @@ cdef class DeadlineKeeper:
     cdef Arena arena
     cdef guard_t *guards        # one per slot
     cdef int64_t *timeouts      # per slot and entry, ns, 0: none. The host's own: a worker may run wild
+    cdef standing_t *standing   # one per slot
+    cdef int64_t looked         # monotonic ns of the last look
     cdef a32_t bell             # futex: moves when a lease with a timeout was made
     cdef a32_t stopped          # 1: the thread shall end
     cdef a32_t timed            # leases with a timeout that are out
     cdef readonly int eventfd   # written when a lease was killed, so that the supervisor looks
 
     cdef void look(self, int64_t now) noexcept nogil
-    cdef bint overdue(self, uint32_t i, uint32_t entry, int64_t now) noexcept nogil
+    cdef int64_t claimed(self, uint32_t i) noexcept nogil
+    cdef bint overdue(self, uint32_t i, uint32_t entry, int64_t now, int64_t step) noexcept nogil
+    cdef bint stuck(self, uint32_t i, lease_t *lease, uint64_t word, int64_t allowed,
+                    int64_t step) noexcept nogil
     cdef void arm(self) noexcept nogil
     cdef void disarm(self) noexcept nogil

@@ -26,6 +26,10 @@ cdef extern from "<sys/prctl.h>" nogil:
 
 cdef int PARENT_PATIENCE = 300              # ms that a zygote has to end us when the host is gone
 cdef int64_t KEEPER_PERIOD = 10_000_000     # ns between two looks while a lease with a timeout is out
+# While a payload crosses, a worker may show no sign of life for its timeout, so many ns more, and these per
+# byte that it may be copying: that it is slow is not the task's fault.
+cdef int64_t STANDING = 250_000_000
+cdef int64_t COPYING = 10                   # ns per byte: 100 MB/s
 
 
 # ---- the host's deadline keeper ----------------------------------------------------------------------
@@ -58,7 +62,8 @@ cdef class DeadlineKeeper:
         self.eventfd = eventfd
         self.guards = <guard_t *>PyMem_Calloc(arena.room, sizeof(guard_t))
         self.timeouts = <int64_t *>PyMem_Calloc(arena.room * arena.leases, sizeof(int64_t))
-        if self.guards == NULL or self.timeouts == NULL:
+        self.standing = <standing_t *>PyMem_Calloc(arena.room, sizeof(standing_t))
+        if self.guards == NULL or self.timeouts == NULL or self.standing == NULL:
             raise MemoryError("no memory for the table of guards")
         for i in range(arena.room):
             self.guards[i].pidfd = -1
@@ -66,6 +71,7 @@ cdef class DeadlineKeeper:
     def __dealloc__(self):
         PyMem_Free(self.guards)
         PyMem_Free(self.timeouts)
+        PyMem_Free(self.standing)
 
     cdef void arm(self) noexcept nogil:
         """A lease with a timeout goes out."""
@@ -96,19 +102,56 @@ cdef class DeadlineKeeper:
         futex_wake(&self.bell, 1)
 
     cdef void look(self, int64_t now) noexcept nogil:
-        cdef uint32_t i, running
+        cdef uint32_t i
+        cdef int64_t entry
         cdef bint killed = False
         cdef uint64_t one = 1
+        # Time in which this thread did not run either, because the machine stood still, is not counted.
+        cdef int64_t step = min(now - self.looked, 2 * KEEPER_PERIOD)
+        self.looked = now
         for i in range(self.arena.slots):
             if not self.guards[i].armed:
                 continue
-            running = a32_load_acquire(&self.arena.slot(i).running)
-            if 0 < running <= self.arena.leases and self.overdue(i, running - 1, now):
+            entry = self.claimed(i)
+            if entry >= 0 and self.overdue(i, <uint32_t>entry, now, step):
                 killed = True
         if killed:
             write(self.eventfd, &one, sizeof(one))
 
-    cdef bint overdue(self, uint32_t i, uint32_t entry, int64_t now) noexcept nogil:
+    cdef int64_t claimed(self, uint32_t i) noexcept nogil:
+        """The entry that a worker runs, or may have claimed last; -1: none. The lease word decides."""
+        cdef slot_t *slot = self.arena.slot(i)
+        cdef uint32_t running = a32_load_acquire(&slot.running)
+        cdef uint32_t mask = self.arena.leases - 1
+        cdef uint64_t head
+        if running:
+            return running - 1 if running <= self.arena.leases else -1
+        # Idle, or stopped between its claim and saying so: then it is the place that it took last.
+        head = a64_load_acquire(&slot.ring_head)
+        if head == 0:
+            return -1
+        return a32_load_relaxed(&self.arena.ring(i)[(head - 1) & mask]) & mask
+
+    cdef bint stuck(self, uint32_t i, lease_t *lease, uint64_t word, int64_t allowed,
+                    int64_t step) noexcept nogil:
+        """Whether a worker whose clock stands has shown no sign of life for so long, though it is its turn.
+
+        Signs are a new word, and a new record in its outbox. While there is one that the host has not taken,
+        the worker waits for the host, and nothing is counted.
+        """
+        cdef slot_t *slot = self.arena.slot(i)
+        cdef standing_t *seen = &self.standing[i]
+        cdef uint64_t records = a64_load_acquire(&slot.outbox_tail)
+        cdef uint64_t nbytes = min(max(lease.body_bytes, lease.out_bytes), self.arena.heap.count * EXTENT)
+        if seen.word != word or seen.records != records or a64_load_acquire(&slot.outbox_head) != records:
+            seen.word = word
+            seen.records = records
+            seen.ns = 0
+            return False
+        seen.ns += step
+        return seen.ns >= allowed + STANDING + COPYING * <int64_t>nbytes
+
+    cdef bint overdue(self, uint32_t i, uint32_t entry, int64_t now, int64_t step) noexcept nogil:
         cdef lease_t *lease = self.arena.lease(i, entry)
         cdef int64_t timeout = self.timeouts[i * self.arena.leases + entry]
         # The word is read before the clock: a worker stops the clock of item n before it moves the word
@@ -117,8 +160,15 @@ cdef class DeadlineKeeper:
         cdef uint64_t word = a64_load_acquire(&lease.word)
         cdef int64_t started = <int64_t>a64_load_acquire(&lease.started)
         cdef bint killed
-        if l_state(word) != L_RUNNING or started == 0 or timeout == 0 or now - started < timeout:
+        if l_state(word) != L_RUNNING or timeout == 0:
             return False
+        if started == 0:
+            if not self.stuck(i, lease, word, timeout, step):
+                return False
+        else:
+            self.standing[i].ns = 0
+            if now - started < timeout:
+                return False
         guard_acquire(&self.guards[i])
         killed = kill_lease(&self.guards[i], lease, word)
         guard_release(&self.guards[i])

@@ -106,6 +106,17 @@ def arrive(action: str, path: str, spare: int) -> object:
     return AtUnpickling(action, path, spare) if os.getpid() == spare else act(action, path)
 
 
+class Large:
+    """A result of so many bytes, that notes the pid when it is pickled."""
+
+    def __init__(self, path: str, size: int) -> None:
+        self.path, self.size = path, size
+
+    def __reduce__(self):
+        note(self.path)
+        return bytes, (bytes(self.size),)
+
+
 class PicklingError(Exception):
     """An exception that misbehaves when it is pickled."""
 

@@ -6,18 +6,21 @@ tasks that end at about the time at which they are killed; the loser of that rac
 
 from __future__ import annotations
 
+import ctypes
 import os
 import random
 import select
+import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import evil
 import pytest
 import tasks
-from watching import Host, settled, shut_down_clean
+from watching import Host, alive, all_ready, read_pids, send, settled, shut_down_clean, stopped, until
 
 from runtime import Runtime, TaskTimeout
 
@@ -145,3 +148,71 @@ def test_timeouts_near_the_end_of_items(factory: Callable[..., Runtime], tmp_pat
     assert sum(type(value) is TaskTimeout for value in got) > 0
     assert rt.stats().failed == sum(type(value) is TaskTimeout for value in got)
     settled(rt)
+
+
+# ---- a payload that crosses ----------------------------------------------------------------------
+
+LARGE = 32 << 20  # bytes; the region has one MiB, so this goes by value, in more than a hundred pieces
+CROSSING = 1.0  # seconds: the timeout of what crosses
+
+
+def clock(rt: Runtime, slot: int) -> int:
+    """Nanoseconds of user code: the same twice in a row when the clock stands."""
+    return int(rt._core.dispatcher.busy_ns(slot))
+
+
+@pytest.mark.parametrize("way", ["arguments", "result"])
+def test_a_worker_that_is_stopped_as_a_payload_crosses(
+    factory: Callable[..., Runtime], tmp_path: Path, way: str
+) -> None:
+    """No clock runs there, but the deadline holds: who shows no sign of life is ended, nobody else."""
+    rt = factory(2, region_size="1MiB", preload="evil")
+    all_ready(rt)
+    innocent = rt.submit(time.sleep, 1.5 * CROSSING)
+    until(innocent.running, "it runs")
+    here = tmp_path / "here"
+    view = rt.options(timeout=CROSSING)
+    future = (
+        view.submit(len, bytes(LARGE)) if way == "arguments" else view.submit(evil.Large, str(here), LARGE)
+    )
+    if way == "result":
+        read_pids(here)  # it is being pickled
+    (worker,) = until(
+        lambda: [
+            it
+            for it in rt.workers()
+            if it.task is not None and it.started and it.slot != busy_slot(rt, innocent)
+        ],
+        "it is claimed",
+    )
+    stood = clock(rt, worker.slot)
+    while way == "result" and stood != (stood := clock(rt, worker.slot)):
+        pass  # until it is pickled
+    send(worker.pid, signal.SIGSTOP)
+    began = time.monotonic()
+    until(lambda: stopped(worker.pid) or not alive(worker.pid), "it has stopped")
+    assert not future.done() and clock(rt, worker.slot) == stood, "it crosses no more"
+    assert type(future.exception(30)) is TaskTimeout
+    until(lambda: not alive(worker.pid), "it is gone")
+    assert CROSSING <= time.monotonic() - began < CROSSING + 0.25 + 10 * PROMISED
+    assert innocent.exception(30) is None
+    assert rt.submit(abs, -1).result(30) == 1
+    settled(rt)
+
+
+def busy_slot(rt: Runtime, future: Any) -> int:
+    """The slot of the worker that runs it."""
+    (slot,) = [it.slot for it in rt.workers() if it.task is not None and it.task == future._task.number]
+    return slot if slot is not None else -1
+
+
+def test_a_host_that_is_slow_is_not_the_tasks_fault(factory: Callable[..., Runtime]) -> None:
+    """Arguments cross by value, and the host, which would send the next piece, holds the GIL in C."""
+    rt = factory(1, region_size="1MiB")
+    all_ready(rt)
+    future = rt.options(timeout=CROSSING).submit(len, bytes(LARGE))
+    until(lambda: rt.workers()[0].task is not None, "it is claimed")
+    before = rt.workers()[0].pid
+    ctypes.PyDLL(None).usleep(int(2.5 * CROSSING * 1e6))
+    assert future.result(30) == LARGE
+    assert rt.workers()[0].pid == before
