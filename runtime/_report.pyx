@@ -56,10 +56,8 @@ cdef Py_ssize_t fitting(const char *text, Py_ssize_t size) noexcept nogil:
     return size
 
 
-cdef int write_report(lease_t *lease, done, total, note) except -1:
-    """Worker: the newest report of the lease that runs. Raises: as `bits_of`; nothing is written then."""
-    cdef report_t report
-    cdef uint64_t count
+cdef int fill_report(report_t *report, done, total, note) except -1:
+    """A report of these values. They may run code of the user's. Raises: as `bits_of`."""
     cdef Py_ssize_t size = 0
     cdef const char *text = NULL
     report.done_kind = bits_of(done, "done", &report.done)
@@ -76,12 +74,16 @@ cdef int write_report(lease_t *lease, done, total, note) except -1:
         size = fitting(text, size)
         memcpy(report.note, text, <size_t>size)
     report.note_bytes = <unsigned char>size
-    count = a64_load_relaxed(&lease.reported) + 1   # ours alone while it runs
+    return 0
+
+
+cdef void write_report(lease_t *lease, report_t *report) noexcept nogil:
+    """Worker: the newest report of the lease that runs."""
+    cdef uint64_t count = a64_load_relaxed(&lease.reported) + 1     # ours alone while it runs
     # Q1 pairs with Q4: what is written below is not seen before the count that this place was left with.
     fence_seq_cst()
-    memcpy(&lease.reports[count & 1], &report, <size_t>(report.note - <char *>&report) + <size_t>size)
+    memcpy(&lease.reports[count & 1], report, <size_t>(report.note - <char *>report) + report.note_bytes)
     a64_store_release(&lease.reported, count)       # Q2 pairs with Q3
-    return 0
 
 
 cdef object value_of(unsigned char kind, uint64_t bits):

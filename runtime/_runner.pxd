@@ -45,3 +45,4 @@ cdef class Runner(WorkerPort):
     cdef int tick(self, lease_t *lease, Clock *clock, bint last) except -1
     cdef int commit_answers(self, uint32_t entry, Answers answers) except -1
     cdef int check(self) except -1
+    cdef uint64_t runs(self) noexcept

@@ -17,7 +17,7 @@ from runtime._frame cimport S_CALLS, S_PLAIN, SINGLE_HEAD, read_single, write_si
 from runtime._frame import read_frame
 from runtime._layout cimport *
 from runtime._plain cimport fixed_bytes, plain_bytes, plain_dumps, plain_loads, weigh_int
-from runtime._report cimport write_report
+from runtime._report cimport fill_report, write_report
 from runtime._series cimport is_series, pack_series, unpack_series
 
 cdef extern from "Python.h":
@@ -52,9 +52,18 @@ cdef class Runner(WorkerPort):
 
         In a fork of the worker the region is private, so there it reaches nobody.
         """
+        cdef report_t report
+        cdef uint64_t before = self.runs()
+        fill_report(&report, done, total, note)     # here, code of the user's may run, and another task begin
+        if before and self.runs() == before:
+            write_report(self.lease(a32_load_relaxed(&self.slot.running) - 1), &report)
+
+    cdef uint64_t runs(self) noexcept:
+        """Which lease runs: its entry and its tag; 0: none."""
         cdef uint32_t running = a32_load_relaxed(&self.slot.running)    # ours alone
-        if running:
-            write_report(self.lease(running - 1), done, total, note)
+        if running == 0:
+            return 0
+        return lease_word(0, running, l_tag(a64_load_relaxed(&self.lease(running - 1).word)))
 
     def attend(self, worker, context, functions, int host_pidfd, int64_t left, int exit_descriptors):
         """What the loop needs, once it exists."""

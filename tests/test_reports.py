@@ -414,3 +414,36 @@ def test_the_new_field_is_the_last_one() -> None:
         "number", "slot", "pid", "generation", "status", "started", "tasks_done", "task", "rss", "busy",
     ]  # fmt: skip
     gc.collect()
+
+
+# ---- numbers that take their time ----------------------------------------------------------------
+
+converting, converted = threading.Event(), threading.Event()  # in the worker
+
+
+class Slow:
+    def __index__(self) -> int:
+        converting.set()
+        converted.wait(30)
+        return 77
+
+
+def leave_a_thread_that_reports() -> None:
+    thread = runtime.current().local["thread"] = threading.Thread(target=report, args=(Slow(),))
+    thread.start()
+    assert converting.wait(30)
+
+
+def let_it_report() -> None:
+    converted.set()
+    runtime.current().local["thread"].join()
+
+
+def test_a_report_does_not_reach_the_task_that_runs_when_its_number_is_there(
+    factory: Callable[..., Runtime],
+) -> None:
+    rt = factory(1)
+    rt.submit(leave_a_thread_that_reports).result(30)
+    future = rt.submit(let_it_report)
+    assert future.result(30) is None
+    assert future.progress() is None
