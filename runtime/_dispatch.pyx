@@ -29,6 +29,9 @@ from runtime._frame cimport S_VALUE, Frame
 from runtime._report cimport read_report
 from runtime._threads cimport guard_acquire, guard_release, guard_t, kill_lease
 
+cdef extern from "Python.h":
+    unsigned long PyThread_get_thread_ident()
+
 CANCEL_NO = 0               # it has started, or is over
 CANCEL_DONE = 1             # it never started and never will
 CANCEL_KILLED = 2           # it had started; its worker is being killed
@@ -64,6 +67,7 @@ cdef class Dispatcher(Waiting):
         if self.busy:
             return 0
         self.busy = True
+        self.inside = PyThread_get_thread_ident()
         self.arena.lookers += 1                     # a destructor may let in who ends the runtime
         try:
             while True:

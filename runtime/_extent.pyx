@@ -283,7 +283,8 @@ cdef class Arena:
         if slots > self.slots and self.base != NULL:
             self.region._supply(self.slots_at + self.slot_stride * self.slots,
                                 self.slots_at + self.slot_stride * slots)
-            self.slots = slots if self.base != NULL else 0  # it may have ended meanwhile
+            if self.base != NULL:               # it may have ended meanwhile
+                self.slots = max(self.slots, slots)
 
     def adopt_process(self):
         """A worker calls this right after it was forked: the mapping serves this process from now on."""

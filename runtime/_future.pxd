@@ -15,5 +15,6 @@ cdef class Promise:
     cdef object callbacks           # list, from then on
 
     cdef bint watched(self) noexcept
+    cdef bint waiters_are_free(self) except -1
     cdef bint fulfil(self, value)
     cdef object expected(self, timeout)

@@ -92,6 +92,57 @@ cdef class Promise:
         if not self.fulfil(result):
             _Future.set_result(self, result)
 
+    cdef bint waiters_are_free(self) except -1:
+        """Whether nobody has a lock of a waiter: of `concurrent.futures.wait` and `as_completed`.
+
+        As far as can be told: their locks can be tried, but not held while they are told.
+        """
+        for waiter in self._waiters:
+            event = getattr(waiter, "event", None)
+            for lock in (getattr(waiter, "lock", None), getattr(event, "_cond", None)):
+                if lock is not None:
+                    if not lock.acquire(False):
+                        return False
+                    lock.release()
+        return True
+
+    def conclude(self, ok, value):
+        """For the collector: the outcome is a value (ok is True), an exception (False), or cancelled (None).
+
+        A future that was settled before keeps its outcome. False: nothing was done, since another thread has
+        the lock. Who waits in `concurrent.futures.wait` has it for a while, and may be in a signal handler
+        that waits for another call: the collector must not wait for him. Raises: what a callback does.
+        """
+        cdef bint fresh
+        if ok and self.fulfil(value):
+            return True
+        condition = self._condition
+        if not condition.acquire(False):
+            return False
+        try:
+            fresh = not self.done()
+            if fresh and not self.waiters_are_free():
+                return False
+            if fresh:                               # as the stdlib's set_result and its kin
+                if ok:
+                    self._result = value
+                elif ok is not None:
+                    self._exception = value
+                self._state = CANCELLED_AND_NOTIFIED if ok is None else _finished
+                for waiter in self._waiters:
+                    if ok:
+                        waiter.add_result(self)
+                    elif ok is None:
+                        waiter.add_cancelled(self)
+                    else:
+                        waiter.add_exception(self)
+                condition.notify_all()
+        finally:
+            condition.release()
+        if fresh:
+            self._invoke_callbacks()
+        return True
+
     def result(self, timeout=None):
         """The outcome, when it is there. Raises: what the call raised; CancelledError; TimeoutError after
         `timeout` seconds.

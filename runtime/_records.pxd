@@ -101,3 +101,5 @@ cdef class SlotTable:
     # What the host writes into the slot is decided from these, never read back: a worker may run wild.
     cdef uint32_t state                     # S_*
     cdef uint64_t incarnation, ring_tail, outbox_head
+    cdef uint32_t number                    # of the worker, as users see it
+    cdef bint counted                       # what its process does counts for that number: until it is dead

@@ -1,7 +1,18 @@
 # cython: language_level=3
 """The life of a slot. See _slots.pyx."""
+from libc.stdint cimport uint32_t, uint64_t
+
 from runtime._harvest cimport Harvest
 
 
+# What is counted for a worker number, across its processes.
+ctypedef struct tally_t:
+    uint64_t tasks          # items that dead processes have finished
+    uint64_t busy           # ns that they have spent in user code
+    uint64_t shown          # the most ns that were said, of living ones too: it never goes backwards
+
+
 cdef class Slots(Harvest):
-    pass
+    cdef tally_t *tallies   # by number
+
+    cpdef uint64_t busy_ns(self, uint32_t index) except? 0xFFFFFFFFFFFFFFFF

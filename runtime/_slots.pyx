@@ -4,9 +4,11 @@
 The sweep behind it is in _harvest.pyx; whether it is leased to, and what becomes of that, in _dispatch.pyx.
 """
 from cpython.bytes cimport PyBytes_FromStringAndSize
+from cpython.mem cimport PyMem_Calloc, PyMem_Free
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from runtime._atomics cimport *
+from runtime._extent cimport Arena
 from runtime._layout cimport *
 from runtime._records cimport SlotTable, Task
 from runtime._threads cimport guard_acquire, guard_release, guard_t
@@ -15,14 +17,29 @@ from runtime._threads cimport guard_acquire, guard_release, guard_t
 cdef class Slots(Harvest):
     """Processes in slots, as the supervisor opens and closes them."""
 
+    def __cinit__(self, Arena arena, *args):
+        self.tallies = <tally_t *>PyMem_Calloc(arena.room, sizeof(tally_t))
+        if self.tallies == NULL:
+            raise MemoryError("no memory for the table of numbers")
+
+    def __dealloc__(self):
+        PyMem_Free(self.tallies)
+
     def add_slots(self, uint32_t slots):
         """Have so many slots from now on; one caller at a time. Raises: as Arena.add_slots.
 
-        The tables come first: until the arena counts a slot, nobody looks at its part of the region.
+        The tables come first: until the arena counts a slot, nobody looks at its part of the region. If the
+        runtime ends meanwhile, nothing comes of it.
         """
         while <uint32_t>len(self.slots) < min(slots, self.arena.room):
             self.slots.append(SlotTable(self.arena.leases))
-        self.arena.add_slots(slots)
+        self.arena.lookers += 1                     # the region stays mapped
+        try:
+            self.arena.add_slots(slots)
+        finally:
+            self.arena.lookers -= 1
+            if self.arena.ending:
+                self.arena.release()
 
     def open_slot(self, uint32_t number, uint32_t generation):
         """A free slot, made LIVE for a new process; -1: none is free."""
@@ -40,6 +57,8 @@ cdef class Slots(Harvest):
                 table.suspect = False
                 table.acted = False
                 table.untold = 0
+                table.number = number
+                table.counted = number < self.arena.room
                 a64_store_relaxed(&slot.rescued, 0)
                 slot.incarnation = table.incarnation
                 slot.number = number
@@ -80,6 +99,10 @@ cdef class Slots(Harvest):
         guard.pidfd = -1
         guard.armed = False
         guard_release(guard)
+        if table.counted:
+            self.tallies[table.number].tasks += a64_load_relaxed(&self.arena.slot(index).tasks_done)
+            self.tallies[table.number].busy += self.busy_ns(index)
+            table.counted = False
         table.ready = False
         table.state = S_DYING
         a32_store_release(&self.arena.slot(index).state, S_DYING)
@@ -108,7 +131,7 @@ cdef class Slots(Harvest):
         """Whether the process in a slot, or the last one, was sent SIGKILL by us."""
         return self.keeper.guards[index].killing or (<SlotTable>self.slots[index]).signalled
 
-    def busy_ns(self, uint32_t index):
+    cpdef uint64_t busy_ns(self, uint32_t index) except? 0xFFFFFFFFFFFFFFFF:
         """Nanoseconds that the worker in a slot has spent in user code, what runs now included."""
         cdef slot_t *slot
         cdef uint64_t busy, started = 0
@@ -125,6 +148,31 @@ cdef class Slots(Harvest):
             return a64_load_acquire(&slot.busy)
         now = now_ns()
         return busy + <uint64_t>(now - <int64_t>started) if 0 < started < <uint64_t>now else busy
+
+    def tasks_of(self, uint32_t number):
+        """Items that the processes of a worker number have finished; it never goes backwards."""
+        cdef uint32_t i
+        cdef uint64_t total
+        if number >= self.arena.room:
+            return 0
+        total = self.tallies[number].tasks
+        for i in range(self.arena.slots):
+            if (<SlotTable>self.slots[i]).counted and (<SlotTable>self.slots[i]).number == number:
+                total += a64_load_relaxed(&self.arena.slot(i).tasks_done)
+        return total
+
+    def busy_of(self, uint32_t number):
+        """Nanoseconds that the processes of a worker number have spent in user code; never backwards."""
+        cdef uint32_t i
+        cdef uint64_t total
+        if number >= self.arena.room:
+            return 0
+        total = self.tallies[number].busy
+        for i in range(self.arena.slots):
+            if (<SlotTable>self.slots[i]).counted and (<SlotTable>self.slots[i]).number == number:
+                total += self.busy_ns(i)
+        self.tallies[number].shown = max(self.tallies[number].shown, total)
+        return self.tallies[number].shown
 
     def incarnation(self, uint32_t index):
         """Counts the processes that lived in a slot."""

@@ -21,6 +21,9 @@ from runtime._records cimport T_LEASED, T_WAITING, SlotTable, Task
 from runtime._leasing import OUTCOME_FRAME
 
 
+cdef extern from "Python.h":
+    unsigned long PyThread_get_thread_ident()
+
 cdef extern from "<sys/prctl.h>" nogil:
     int prctl(int option, unsigned long arg2, unsigned long arg3, unsigned long arg4, unsigned long arg5)
     int PR_SET_TIMERSLACK, PR_GET_TIMERSLACK
@@ -124,6 +127,17 @@ cdef class Waiting(Slots):
             self.arena.release()
         return 0
 
+    def must_not_wait(self):
+        """Raises: RuntimeError when this thread is in the middle of the bookkeeping, which nobody else can
+        finish: in a destructor that ran there, or in a signal handler that ran in that.
+        """
+        if self.busy and self.inside == PyThread_get_thread_ident():
+            raise RuntimeError(
+                "waiting here would never end: this is a destructor (or a signal handler that interrupted "
+                "one) that Python runs in the middle of the runtime's own work; that goes on when it "
+                "returns. Note what is to be done, and do it elsewhere"
+            )
+
     def await_call(self, Task task not None, int64_t patience):
         """A thread that needs this call takes results in by itself: that spares a wake-up, or all of them.
 
@@ -137,6 +151,7 @@ cdef class Waiting(Slots):
         cdef int64_t dozing = now + DOZE if task.woke and self.call_ns < DOZE else 0
         cdef int64_t nap
         cdef int slack
+        self.must_not_wait()
         if not self.arena.lanes or self.inert or self.arena.head == NULL:
             return
         # Not after a worker had to be woken (it would be put on the processor that this keeps busy), and

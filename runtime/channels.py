@@ -12,7 +12,6 @@ is the end of each stream, unless a child of a task lives on. The host bounds th
 
 from __future__ import annotations
 
-import contextlib
 import os
 import socket
 import threading
@@ -70,9 +69,8 @@ def _blocking(fd: int) -> socket.socket:
 class HostEnds:
     """The host's ends for one worker.
 
-    out, err: belong to the relay, which closes them. stack: the supervisor's, who closes it after the
-    worker's death. Thread-safety: `ask` and `close_records` may be called from any thread; the lock keeps a
-    question from going to a descriptor that is somebody else's by now.
+    out, err, records: belong to the relay, which closes them. stack: the supervisor's, who closes it after
+    the worker's death. Who asks for stacks takes duplicates of the last two.
     """
 
     COUNT = 4
@@ -81,19 +79,7 @@ class HostEnds:
         self.number = number
         self.out, self.err, records, self.stack = fds
         self.records = _blocking(records)
-        self.lock = threading.Lock()
-        self.asking = 0  # threads that wait for stacks in the file; guarded by the lock
+        self.asking = 0  # threads that wait for stacks in the file
         self.heard: tuple[int, float, int] | None = None  # the last question that the worker is known to have
         #                              heard, and not to have answered: number, monotonic seconds, position
         self.signalling = threading.Lock()  # held by the one that reads what a signal makes the worker write
-
-    def ask(self, question: bytes) -> bool:
-        """Send a question to the worker. False: it has ended, or does not read."""
-        with self.lock, contextlib.suppress(OSError):
-            return self.records.send(question, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL) > 0
-        return False
-
-    def close_records(self) -> None:
-        """Nothing comes from there any more."""
-        with self.lock:
-            self.records.close()

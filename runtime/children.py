@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 
-__all__ = ["Children"]
+__all__ = ["Children", "children_of"]
 
 _SEARCH_EVERY = 1.0  # seconds between two searches behind a zombie that a task may still wait for
 
@@ -29,16 +29,16 @@ class Children:
         os.register_at_fork(before=self._look, after_in_parent=self._note)
 
     def _look(self) -> None:
-        self._before = set(_children(threading.get_native_id()))
+        self._before = set(children_of(threading.get_native_id()))
 
     def _note(self) -> None:
-        self._forked |= set(_children(threading.get_native_id())) - self._before
+        self._forked |= set(children_of(threading.get_native_id())) - self._before
 
     def reap(self) -> None:
         """Wait for the adopted ones that have ended. Costs a system call when there is none."""
         if _ended(os.P_ALL, 0) and time.monotonic() - self._searched > self._pause:
             own = self._own()
-            ended = [pid for pid in _children(os.getpid()) if _ended(os.P_PID, pid)]
+            ended = [pid for pid in children_of(os.getpid()) if _ended(os.P_PID, pid)]
             for pid in ended:
                 if pid not in own:
                     _wait(pid)
@@ -71,7 +71,8 @@ def _wait(pid: int) -> None:
         pass
 
 
-def _children(thread: int) -> list[int]:
+def children_of(thread: int) -> list[int]:
+    """Pids of the children that a thread of this process has made, or adopted; [] if they cannot be read."""
     try:
         with open(f"/proc/self/task/{thread}/children") as file:
             return [int(text) for text in file.read().split()]

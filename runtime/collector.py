@@ -11,8 +11,9 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import logging
+import threading
 import time
-from collections.abc import Callable
+from collections import deque
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -30,6 +31,7 @@ _IDLE = 2.0  # the same, while nothing is out
 _GREETING = 0.001  # the same, while a worker waits for its welcome
 _LOOK = HintKind.LOOK  # an enum's member takes its time to be looked up
 _TICK = 0.001  # what a wait may fall short of: zmq counts in milliseconds
+_LOCKED = 0.001  # the same, while somebody else has the lock of a future whose outcome is there
 _POLL = 0.001  # seconds after which hints are read even if the outboxes alone keep the collector busy
 _WORTH = 2  # times in a row that watching the outboxes may be in vain
 
@@ -113,6 +115,8 @@ class Collector:
         self._half = dispatcher.arena.data_bytes // 2
         self._hello: dict[int, set[int]] = {}  # slot -> kinds of greeting that came
         self._welcome: set[int] = set()  # slots whose welcome could not be sent yet
+        # (future, ok, value): outcomes of futures whose lock somebody else has; see Promise.conclude
+        self._late: deque[tuple[Any, bool | None, Any]] = deque()
 
     def run(self) -> None:
         """The thread."""
@@ -129,6 +133,7 @@ class Collector:
                 if dispatcher.leased:
                     self.watcher.look(-1)
             self.complete()
+            self.conclude_late()
             self.announce()
             if self.watcher.stopping:
                 self.watcher.wake()
@@ -172,6 +177,8 @@ class Collector:
             return 0.0
         if self._welcome:
             return _GREETING
+        if self._late:
+            return _LOCKED
         if self.dispatcher.urgent:
             return _ROOM
         if self.dispatcher.leased or self.dispatcher.waiting:
@@ -395,9 +402,9 @@ class Collector:
         else:
             self.dispatcher.note(0, count)
         if batch is None and cancelled:
-            self.guarded(task.future.withdraw)
+            self.conclude(task.future, None, None)
         elif batch is None:
-            self.resolve(task.future, False, self.ended())
+            self.conclude(task.future, False, self.ended())
         else:
             for span in spans:
                 for one in span.singles():
@@ -422,25 +429,48 @@ class Collector:
         """The final outcome of a task or an item. Nothing that user code does keeps it from being counted."""
         self.dispatcher.note(int(ok), int(not ok))
         if task.batch is None:
-            self.resolve(task.future, ok, value)
+            self.conclude(task.future, ok, value)
         elif ok:
             task.batch.sink.deliver(task.item(item).first, [value])
         else:
             task.batch.sink.fail(task.item(item), value)
 
-    def resolve(self, future: Any, ok: bool, value: Any) -> None:
-        """Set a future; one that was settled before keeps its outcome."""
-        if not future.done():
-            self.guarded(future.set_result if ok else future.set_exception, value)
+    def conclude(self, future: Any, ok: bool | None, value: Any) -> None:
+        """Set a future, to a value, an exception (ok is False), or cancelled (None); at once, or soon."""
         future._task = None  # its task knows the future: without this the two would keep each other
+        if not self.concluded(future, ok, value):
+            self._late.append((future, ok, value))
+            if self.stopped:
+                self.finish_late()
 
     @staticmethod
-    def guarded(function: Callable[..., object], *args: Any) -> None:
-        """Call what runs callbacks of the user's: the stdlib guards against Exception, not SystemExit."""
+    def concluded(future: Any, ok: bool | None, value: Any) -> bool:
+        """Whether a future has its outcome now; not while another thread has its lock."""
         try:
-            function(*args)
-        except BaseException:
+            done: bool = future.conclude(ok, value)
+        except BaseException:  # of a callback: the stdlib guards against Exception, not SystemExit
             log.exception("a callback of a future raised")
+            return True
+        return done
+
+    def conclude_late(self) -> None:
+        """Set the futures whose lock was taken, if it is not any more."""
+        for _ in range(len(self._late)):
+            one = self._late.popleft()
+            if not self.concluded(*one):
+                self._late.append(one)
+
+    def finish_late(self) -> None:
+        """The runtime has ended. What was late may wait for who waits for that end: a thread stays for it."""
+
+        def run() -> None:
+            while self._late:
+                self.conclude_late()
+                time.sleep(_LOCKED)
+
+        self.conclude_late()
+        if self._late:
+            threading.Thread(target=run, name="runtime-late", daemon=True).start()
 
 
 def _unpacked(status: int, data: memoryview, views: list[memoryview]) -> Any:

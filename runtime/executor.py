@@ -213,21 +213,25 @@ class Runtime(Front):
 
     def cancel(self, future: concurrent.futures.Future[Any], *, running: bool = False) -> bool:
         """Cancel a call; with `running` also one that a worker has started: its process is killed, and
-        replaced, and the future gets TaskCancelled. False: it is over, or has started.
+        replaced, and the future gets TaskCancelled.
+
+        True: the future is cancelled, or gets TaskCancelled; with `running` also a call that has just ended,
+        if its future did not have the outcome yet. False: the future has an outcome and keeps it, or, without
+        `running`, the call has started.
         """
         if not isinstance(future, Future) or future._core is not self._core:
             raise ValueError("this future is not of this runtime")
         if future.cancel():
             return True
         task = future._task
-        if not running or task is None or future.done():
+        if not running or task is None or future.done() or self._core.pid != os.getpid():
             return False
         done = self._core.dispatcher.cancel(task, True)
         self._core.tell()
         self._core.wake()
-        if done == _core.CANCEL_DONE:  # it waits once more: its worker has died meanwhile, say
-            return future.withdraw()
-        return bool(done == _core.CANCEL_KILLED)
+        # Not killed: it waits once more, since its worker has died meanwhile, or this attempt is over. What
+        # comes of that is not wanted, and no other attempt follows.
+        return done == _core.CANCEL_KILLED or future.withdraw()
 
     # ---- looking -------------------------------------------------------------------------------------
 

@@ -10,11 +10,11 @@ whatever order the two arrive.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import os
 import pickle
-import threading
 import types
 import weakref
 from collections import OrderedDict
@@ -63,7 +63,6 @@ class FunctionTable:
         self._entries: dict[int, _Entry] = {}
         self._by_digest: OrderedDict[bytes, FunctionRef] = OrderedDict()
         self._size, self._limit, self._held = size, nbytes, 0
-        self._lock = threading.RLock()  # a destructor that is run inside may submit
 
     def ref(self, fn: Callable[..., Any]) -> FunctionRef:
         """The reference for any callable; bound methods, partials and instances are pickled whole.
@@ -128,21 +127,21 @@ class FunctionTable:
     def _intern(
         self, digest: bytes, make: Callable[[], bytes], by_value: bool, module: str, name: str
     ) -> FunctionRef:
-        with self._lock:
-            ref = self._by_digest.get(digest)
-            if ref is not None:
+        # Each step is atomic by itself, so no lock: a signal handler may come in, or another thread.
+        ref = self._by_digest.get(digest)
+        if ref is not None:
+            with contextlib.suppress(KeyError):  # it was dropped meanwhile
                 self._by_digest.move_to_end(digest)
-                return ref
+            return ref
         data = make()
-        with self._lock:
-            ref = self._by_digest.get(digest)
-            if ref is None:
-                ref = self._by_digest[digest] = FunctionRef(next(_ref_ids), data, by_value, module, name)
-                self._held += len(data)
-            while len(self._by_digest) > self._size or (
-                self._held > self._limit and len(self._by_digest) > 1
-            ):
-                self._held -= len(self._by_digest.popitem(last=False)[1].data)
+        nbytes = len(data)
+        fresh = FunctionRef(next(_ref_ids), data, by_value, module, name)
+        ref = self._by_digest.setdefault(digest, fresh)
+        if ref is fresh:
+            self._held += nbytes
+        while len(self._by_digest) > self._size or (self._held > self._limit and len(self._by_digest) > 1):
+            nbytes = len(self._by_digest.popitem(last=False)[1].data)
+            self._held -= nbytes
         return ref
 
 

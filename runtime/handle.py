@@ -18,7 +18,7 @@ from runtime import _core
 from runtime.channels import HostEnds
 from runtime.wire import REPORT_BYTES, WireError, decode_report, encode_report
 
-__all__ = ["Ending", "Report", "Zygote", "exec_zygote"]
+__all__ = ["Ending", "Heir", "Report", "Zygote", "exec_zygote"]
 
 _STACK = 1 << 16  # bytes of a stack, at most
 
@@ -113,18 +113,17 @@ class Zygote:
         size = os.lseek(self.stack_fd, 0, os.SEEK_END)
         return os.pread(self.stack_fd, min(size, _STACK), max(0, size - _STACK)).decode(errors="replace")
 
-    def heir(self, report: Report) -> Zygote:
-        """The handle of the heir that a report has brought. Raises: OSError when a descriptor is lacking."""
+    def heir(self, report: Report) -> Heir:
+        """The way to the heir that a report has brought. Raises: OSError when a descriptor is lacking."""
         try:
-            if len(report.fds) != 2:
+            if len(report.fds) != 1:
                 raise OSError(errno.EMFILE, "a descriptor got lost on its way")
             stack_fd = os.dup(self.stack_fd)
         except OSError:
             for fd in report.fds:
                 os.close(fd)
             raise
-        pidfd, connection = report.fds
-        return Zygote(socket.socket(fileno=connection), report.fields["pid"], pidfd, stack_fd, Ending(pidfd))
+        return Heir(socket.socket(fileno=report.fds[0]), stack_fd)
 
     def wait(self) -> int | None:
         """Until it has ended. Its exit code; None: unknown."""
@@ -144,6 +143,47 @@ class Zygote:
         self.socket.close()
         for fd in (self.pidfd, self.stack_fd):
             os.close(fd)
+
+
+class Heir:
+    """The host's way to a spare zygote, from before that was forked. Owns both descriptors."""
+
+    def __init__(self, connection: socket.socket, stack_fd: int) -> None:
+        self._connection = connection
+        self._stack_fd = stack_fd
+
+    @property
+    def pid(self) -> int:
+        """Its pid, as soon as it has said that it is there; 0: not yet."""
+        with contextlib.suppress(OSError, WireError):
+            data = self._connection.recv(REPORT_BYTES, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            return int(decode_report(data).get("pid", 0))
+        return 0
+
+    def meet(self, patience: float) -> Zygote | None:
+        """Its handle, as soon as it says that it is there; so many seconds at most. None: it never was.
+
+        To be called once; what this owned is the handle's from then on.
+        """
+        self._connection.settimeout(patience)
+        fds: list[int] = []
+        try:
+            data, fds, _, _ = socket.recv_fds(self._connection, REPORT_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
+            fields = decode_report(data) if data and fds else {}
+        except (OSError, WireError):
+            fields = {}
+        if fields.get("what") == "here":
+            return Zygote(self._connection, fields["pid"], fds[0], self._stack_fd, Ending(fds[0]))
+        for fd in (*fds, self._stack_fd):
+            os.close(fd)
+        self._connection.close()
+        return None
+
+    def close(self, patience: float) -> None:
+        """End it, if it is there. Blocking: for so many seconds, if it says nothing."""
+        zygote = self.meet(patience)
+        if zygote is not None:
+            zygote.close(0.0)
 
 
 def exec_zygote(settings: dict[str, Any], arena: _core.Arena, environment: dict[str, str]) -> Zygote:

@@ -1,15 +1,17 @@
 """Heirs: how a zygote that was forked from the host is replaced, though the host has threads by then.
 
     host                        zygote                      heir
-      │ ◄── {"heir", pid} ──────── │ ──fork──────────────────► │   waits; has forked nothing
-      │     + pidfd, connection    │                           │
+      │ ◄── {"heir"} + connection  │                           │
+      │                            │ ──fork──────────────────► │
+      │ ◄── {"here", pid} + its pidfd ─────────────────────────│   waits; has forked nothing
       │                            ✗                           │
       │ {"lead", preload, …} ────────────────────────────────► │   makes the next heir, then serves
       ✗  host's pidfd                                        ✗ │   as a zygote does
 
 The heir is made 50 ms after the start, since the first workers come first, or before the first import if
 something is to be preloaded: an import may fail, or leave a thread behind that forbids forking. A zygote that
-dies without one, or together with it, cannot be replaced.
+dies without one, or together with it, cannot be replaced. The host has the way to the heir before there is
+one, so the zygote may die at any moment: either the heir says that it is there, or the connection has ended.
 """
 
 from __future__ import annotations
@@ -78,7 +80,7 @@ class Heirs(abc.ABC):
         return max(1.0, (self.heir_at - now) * 1000)
 
     def make_heir(self) -> bool:
-        """Fork a spare zygote, and send the host the way to it. Killed in between: the heir reads its end.
+        """Send the host the way to a spare zygote, then fork it.
 
         False: there is no process to be had, now.
         """
@@ -88,6 +90,7 @@ class Heirs(abc.ABC):
         except OSError:
             return False
         try:
+            self.report("heir", [ours.fileno()])
             pid = self.fork_child()
             if pid == 0:
                 ours.close()
@@ -96,7 +99,6 @@ class Heirs(abc.ABC):
             self.heir = (pidfd, pid)
             self.heir_at = 0.0
             self.poller.register(pidfd, select.POLLIN)
-            self.report("heir", [pidfd, ours.fileno()], pid=pid)
             return True
         except OSError:
             return False
@@ -110,6 +112,9 @@ class Heirs(abc.ABC):
             self.let_go()
             _core.become_subreaper()
             self.connection = connection
+            own = _core.pidfd_open(os.getpid())
+            self.report("here", [own], pid=os.getpid())
+            os.close(own)
             self.poller = select.poll()
             self.poller.register(connection, select.POLLIN)
             self.poller.register(self.host_pidfd, select.POLLIN)

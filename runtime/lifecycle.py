@@ -67,8 +67,6 @@ class Worker:
     ends: HostEnds | None = None  # what it prints, logs and leaves
     ready: bool = False
     ready_at: float = 0.0  # monotonic seconds
-    counted: int = 0  # tasks that its number has counted
-    counted_ns: int = 0  # the same of its time in user code
     stopping: bool = False
     died: float = 0.0  # monotonic seconds, 0: alive
     patience: float = REPORT_WAIT  # seconds from its death until its slot is swept without a report
@@ -87,9 +85,11 @@ class Number:
 
     worker: Worker | None = None
     restarts: Restarts = field(default_factory=Restarts)
-    tasks_done: int = 0  # by earlier processes
-    busy_ns: int = 0  # in user code, by earlier processes
-    shown_ns: int = 0  # the most that was said of it: it never goes backwards
+
+    @property
+    def served(self) -> bool:
+        """Whether it has a worker that takes tasks."""
+        return self.worker is not None and self.worker.ready and not self.worker.stopping
 
 
 def geometry(workers: int) -> tuple[int, int, int, int]:

@@ -23,7 +23,6 @@ import contextlib
 import logging
 import os
 import signal
-import threading
 import time
 import traceback
 from collections import deque
@@ -62,17 +61,18 @@ class Lives(abc.ABC):
     def __init__(self, settings: config.Settings) -> None:
         self.settings = settings
         self.broken: BrokenRuntime | None = None
-        self._numbers = {n: Number() for n in range(settings.max_workers)}  # all that there ever were
+        # All that there ever were: 0, 1, 2 …; more may come at any time, from any thread, none ever goes.
+        self._numbers = {n: Number() for n in range(settings.max_workers)}
         self._wanted = dict(self._numbers)  # those that shall have a worker. Replaced, never changed
         self._slots: dict[int, Worker] = {}  # slot -> its process, until the slot is swept
         self._looks: deque[int] = deque()  # slots whose phase may have changed
-        self._counting = threading.RLock()  # guards each number's worker and count, for those who look
         self._drained = False  # nothing is left: the workers were told to leave
         self._ever_ready = False
         self._short = False  # of descriptors: a worker waits to be started
         self._memory = MemoryWatch()
         self._zygote: Zygote | None = None  # the one that forks
         self._old: list[Zygote] = []  # dead ones, whose workers are being replaced
+        self._replaced: Number | None = None  # whose worker was asked to leave last, for that reason
 
     @abc.abstractmethod
     def wake(self) -> None:
@@ -101,41 +101,47 @@ class Lives(abc.ABC):
     def workers(self) -> list[tuple[int, WorkerStatus, Worker | None, int]]:
         """(number, status, process, tasks done) of each number; the counts never go backwards."""
         now = time.monotonic()
-        with self._counting:
-            return [
-                (n, self._status(it, now), it.worker, it.tasks_done + self._done_by(it.worker))
-                for n, it in sorted(self._numbers.items())
-                if n in self._wanted or it.worker is not None
-            ]
+        found = []
+        for n in range(len(self._numbers)):
+            worker = self._numbers[n].worker
+            if n in self._wanted or worker is not None:
+                status = self._status(self._numbers[n], worker, now)
+                found.append((n, status, worker, self.dispatcher.tasks_of(n)))
+        return found
 
     def busy(self) -> dict[int, float]:
         """Seconds that the processes of each number have spent in user code; they never go backwards."""
-        with self._counting:
-            for it in self._numbers.values():
-                now = it.busy_ns
-                if it.worker is not None:
-                    now += self.dispatcher.busy_ns(it.worker.slot) - it.worker.counted_ns
-                it.shown_ns = max(it.shown_ns, now)
-            return {n: it.shown_ns * 1e-9 for n, it in self._numbers.items()}
+        return {n: self.dispatcher.busy_of(n) * 1e-9 for n in range(len(self._numbers))}
 
     def dump_stacks(self, number: int | None) -> dict[int, str]:
         """The Python stacks of live workers, by number; of one alone if it is named. See `stacks.take`."""
         asked: list[stacks.Asked] = []
         try:
-            with self._counting:  # the supervisor closes no descriptor meanwhile
-                for n, it in sorted(self._numbers.items()):
-                    worker = it.worker
-                    if number not in (None, n) or worker is None or worker.ends is None or worker.died:
-                        continue
-                    if worker.pid is not None and worker.pidfd >= 0:
-                        asked.append(stacks.Asked(n, worker.pid, worker.pidfd, worker.ends))
+            for n in range(len(self._numbers)):
+                worker = self._numbers[n].worker
+                if number in (None, n) and worker is not None and not worker.died:
+                    self._ask(worker, asked)
             return stacks.take(asked)
         finally:
             for one in asked:
                 one.close()
 
-    def _status(self, number: Number, now: float) -> WorkerStatus:
-        worker = number.worker
+    def _ask(self, worker: Worker, asked: list[stacks.Asked]) -> None:
+        """Add a worker to those that are asked for their stacks, unless it ends meanwhile."""
+        pid, pidfd, ends = worker.pid, worker.pidfd, worker.ends
+        if pid is None or pidfd < 0 or ends is None:
+            return
+        try:
+            one = stacks.Asked(worker.number, pid, pidfd, ends)
+        except OSError:
+            if worker.ends is None:  # it was closed under us
+                return
+            raise
+        asked.append(one)
+        if worker.ends is None:  # so what we have duplicates of may be somebody else's; see _release
+            asked.pop().close()
+
+    def _status(self, number: Number, worker: Worker | None, now: float) -> WorkerStatus:
         if worker is None:
             if self._drained:
                 return WorkerStatus.STOPPING
@@ -148,21 +154,11 @@ class Lives(abc.ABC):
         """Slots with a living process, also of one whose number has its next one already."""
         return [worker.slot for worker in list(self._slots.values()) if not worker.died]
 
-    def _done_by(self, worker: Worker | None) -> int:
-        return self.dispatcher.look(worker.slot)[2] if worker is not None else 0
-
     def _retire(self, worker: Worker) -> None:
-        """Its number is free for the next process; what it has done stays counted."""
+        """Its number is free for the next process."""
         number = self._numbers[worker.number]
-        with self._counting:
-            if number.worker is worker:
-                number.worker = None
-            done = self._done_by(worker)
-            number.tasks_done += done - worker.counted
-            worker.counted = done  # what it still runs is counted when it is dead
-            busy = self.dispatcher.busy_ns(worker.slot)
-            number.busy_ns += max(0, busy - worker.counted_ns)
-            worker.counted_ns = max(busy, worker.counted_ns)
+        if number.worker is worker:
+            number.worker = None
 
     # ---- births and deaths ---------------------------------------------------------------------------
 
@@ -361,24 +357,37 @@ class Lives(abc.ABC):
 
     def _release(self, worker: Worker) -> None:
         """The descriptors of a dead worker. What it has printed is still being read."""
-        with self._counting:  # who asks for its stacks takes duplicates under it
-            pidfd, worker.pidfd = worker.pidfd, -1
-            ends, worker.ends = worker.ends, None
-            if pidfd >= 0:
-                os.close(pidfd)
-            if ends is not None:
-                os.close(ends.stack)
+        pidfd, worker.pidfd = worker.pidfd, -1
+        ends, worker.ends = worker.ends, None
+        # Who asks for its stacks takes duplicates, and then looks whether they were taken before this.
+        if pidfd >= 0:
+            os.close(pidfd)
         if ends is not None:
+            os.close(ends.stack)
             self.relay.end(ends)
 
     def _recycle(self) -> None:
-        """Replace workers whose zygote has died, one at a time: nobody would end what they leave behind."""
-        if not self._old or any(
-            it.worker is None or not it.worker.ready or it.worker.stopping for it in self._wanted.values()
+        """Replace workers whose zygote has died, one at a time: nobody would end what they leave behind.
+
+        At most one number at a time is without a worker on this account. It waits for numbers that will have
+        one in a moment, not for those that fail again and again. If the one that was replaced last is among
+        these, it waits until some worker of the new zygote is ready: else all might be lost to a fault of
+        that.
+        """
+        wanted = self._wanted.values()
+        if not self._old or any(not it.served and not it.restarts.in_a_row for it in wanted):
+            return
+        last = self._replaced
+        if (
+            last is not None
+            and last in wanted
+            and not last.served
+            and not any(it.served and it.worker and it.worker.zygote is self._zygote for it in wanted)
         ):
             return
-        for number in self._wanted.values():
-            if number.worker is not None and number.worker.zygote in self._old:
+        for number in wanted:
+            if number.worker is not None and number.served and number.worker.zygote in self._old:
+                self._replaced = number
                 self._ask_to_leave(number.worker)
                 return
 

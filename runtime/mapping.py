@@ -9,12 +9,13 @@ iterates. Of any other a bounded window is taken, and more as results are consum
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import operator
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sized
+from queue import Empty, SimpleQueue
 from typing import Any
 
 from runtime import _core, serializer
@@ -35,6 +36,8 @@ class Run:
     """One map under way: what the collector delivers to and the iterator takes from.
 
     Thread-safety: `deliver` and `fail` may be called from any thread, `take` from the one that iterates.
+    There is no lock (see locks.py): who delivers stores first and looks whether somebody waits afterwards,
+    who waits says so first and looks afterwards, so one of the two sees the other.
     """
 
     def __init__(
@@ -47,7 +50,8 @@ class Run:
         # Outcomes that were not taken yet, by the index of the first: results in a row, or one exception.
         self._ready: dict[int, list[Any] | Failure] = {}
         self._arrived: deque[int] = deque()  # their order of arrival
-        self._changed = threading.Condition()  # re-entrant: a destructor may come in
+        self._waits = False  # somebody does, or is about to
+        self._wakes: SimpleQueue[None] = SimpleQueue()  # what wakes him; one too many does no harm
         self._next = 0
         self._bar = bar
         self._listener: Callable[[], object] | None = None  # who cannot wait here: called once
@@ -62,17 +66,18 @@ class Run:
         self._put(span.first, Failure(error, span))
 
     def _put(self, index: int, outcome: list[Any] | Failure) -> None:
-        with self._changed:
-            self._ready[index] = outcome
-            if self._bar is not None:
-                failed = isinstance(outcome, Failure)
-                self._bar.add(1 if isinstance(outcome, Failure) else len(outcome), int(failed))
-            if not self._ordered:
-                self._arrived.append(index)
-            elif index != self._next:
-                return
-            self._changed.notify()
-            listener, self._listener = self._listener, None
+        if self._bar is not None:
+            failed = isinstance(outcome, Failure)
+            self._bar.add(1 if isinstance(outcome, Failure) else len(outcome), int(failed))
+        self._ready[index] = outcome
+        if not self._ordered:
+            self._arrived.append(index)
+        elif index != self._next:
+            return
+        if self._waits:
+            self._waits = False
+            self._wakes.put(None)
+        listener, self._listener = self._listener, None
         if listener is not None:
             listener()
 
@@ -80,23 +85,24 @@ class Run:
         """The next outcomes, and the index of the first. Raises: TimeoutError at `deadline` (monotonic
         seconds).
         """
-        with self._changed:
-            while (found := self._pop()) is None:
-                if deadline is None:
-                    self._changed.wait()
-                elif (
-                    not self._changed.wait(max(0.0, deadline - time.monotonic()))
-                    and time.monotonic() >= deadline
-                ):
-                    raise TimeoutError(LATE)
-            return found
+        while (found := self._pop()) is None:
+            self._waits = True
+            if (found := self._pop()) is not None:
+                break
+            left = None if deadline is None else deadline - time.monotonic()
+            if left is not None and left <= 0:
+                raise TimeoutError(LATE)
+            with contextlib.suppress(Empty):
+                self._wakes.get(timeout=None if left is None else min(left, 1e6))
+        return found
 
     def take_now(self, listener: Callable[[], object]) -> tuple[int, list[Any] | Failure] | None:
         """As `take`, without waiting. None: there is nothing yet; `listener` is called when there is."""
-        with self._changed:
-            found = self._pop()
-            self._listener = listener if found is None else None
-            return found
+        if (found := self._pop()) is None:
+            self._listener = listener
+            if (found := self._pop()) is not None:
+                self._listener = None
+        return found
 
     def _pop(self) -> tuple[int, list[Any] | Failure] | None:
         index = self._next if self._ordered else self._arrived[0] if self._arrived else -1

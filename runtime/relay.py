@@ -11,6 +11,7 @@ the worker had written is read: a child of a task may hold the other end for eve
 
 from __future__ import annotations
 
+import array
 import codecs
 import contextlib
 import fcntl
@@ -19,14 +20,14 @@ import os
 import select
 import socket
 import sys
+import termios
 import threading
 import warnings
 import weakref
 from collections import deque
 from typing import Any
 
-from runtime import logrecords
-from runtime.bell import Bell
+from runtime import _core, logrecords
 from runtime.channels import HostEnds
 from runtime.wire import WireError
 
@@ -35,10 +36,13 @@ __all__ = ["Relay", "host_levels"]
 _CHUNK = 64 << 10  # bytes of one read, and of a piece of a line that is longer
 _QUEUED = 1024  # messages that a socket holds, at most: 200 KB, with what the kernel needs for each
 _BATCH = 64  # messages of one worker before it is the next one's turn
-_STUCK = 5.0  # seconds without progress after which the end does not wait for the host's streams any more
+_STUCK = 1.0  # seconds without progress after which the end does not wait for the host's streams any more
+_SAYING = 0.1  # seconds for the log line that says so: its handler may write to the same stream
 _FORK = 1.0  # seconds that a fork of the host waits for a write that is under way
 _PLACES = 1000  # files whose warnings are remembered, so that each is shown once
 _LOGGERS = 200  # levels of the host's loggers that a worker is told
+
+log = logging.getLogger("runtime")
 
 _writing = threading.RLock()  # held while the host's streams and handlers are in use
 _held: set[int] = set()  # threads that fork, and hold it
@@ -83,8 +87,9 @@ class Relay:
     def __init__(self) -> None:
         self.malformed = 0  # messages that are no record
         self.refused = 0  # texts and records that the host's streams or handlers did not take
+        self._taking = 0  # bytes that a stream of the host's is taking now
         self.progress = 0  # moves with each piece: who waits for the end sees that it is not stuck
-        self._bell = Bell()
+        self._bell = _core.Bell()
         self._orders: deque[tuple[bool, HostEnds]] = deque()  # (whether it begins, whose)
         self._stopping = False
         self._open: dict[int, _Text | HostEnds] = {}  # by descriptor; HostEnds: of their records
@@ -112,7 +117,11 @@ class Relay:
         self._bell.ring()
 
     def finish(self, thread: threading.Thread) -> None:
-        """Until all is written. A host that does not take its own output is not waited for."""
+        """Until all is written. A host that takes nothing of its own output for a second is not waited for.
+
+        What is left goes on being written, as far as the host takes it, until the interpreter ends; the log
+        says how much it is.
+        """
         if thread.ident is None:  # it could not be started
             self._bell.close()
             return
@@ -121,6 +130,25 @@ class Relay:
         while thread.is_alive() and seen != self.progress:
             seen = self.progress
             thread.join(_STUCK)
+        if thread.is_alive():
+            text = "the host takes none of its output: %d bytes that workers have printed are not written yet"
+            saying = threading.Thread(target=log.warning, args=(text, self._unwritten()), daemon=True)
+            with contextlib.suppress(RuntimeError):  # no more threads
+                saying.start()
+                saying.join(_SAYING)
+
+    def _unwritten(self) -> int:
+        """Bytes that workers have printed and the host's streams have not taken, when the thread is
+        stuck.
+        """
+        count = self._taking
+        for source in list(self._open.values()):
+            if isinstance(source, _Text):
+                waiting = array.array("i", [0])
+                with contextlib.suppress(OSError):  # closed: it goes on after all
+                    fcntl.ioctl(source.fd, termios.FIONREAD, waiting)
+                count += waiting[0]
+        return count
 
     # ---- the thread ----------------------------------------------------------------------------------
 
@@ -200,6 +228,7 @@ class Relay:
         stream = getattr(sys, target, None)
         if not text or stream is None:
             return
+        self._taking = len(text.encode(errors="replace"))
         try:
             try:
                 stream.write(text)
@@ -207,6 +236,7 @@ class Relay:
                 stream.write(text.encode(error.encoding, "backslashreplace").decode(error.encoding))
         except BaseException:
             self.refused += 1
+        self._taking = 0
 
     def _close(self, fd: int) -> None:
         del self._open[fd]
@@ -231,7 +261,7 @@ class Relay:
     def _end_records(self, ends: HostEnds) -> None:
         if ends.records.fileno() >= 0:
             self._close(ends.records.fileno())
-            ends.close_records()
+            ends.records.close()
 
     def _replay(self, data: bytes) -> None:
         """One record or warning."""

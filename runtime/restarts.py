@@ -7,8 +7,9 @@ that the caller brings, so all of it is arithmetic.
 
 from __future__ import annotations
 
-import random
 from collections import deque
+
+from runtime.retries import doubled
 
 __all__ = ["FAILURES", "WINDOW", "Restarts", "backoff"]
 
@@ -17,16 +18,13 @@ WINDOW = 30.0  # … in so many seconds make a number give up: it goes on trying
 _FIRST = 0.05  # seconds before the second attempt; doubled each time
 _MOST = 10.0  # seconds before any, for one number; what several in a row cost together must not grow
 
-_draw = random.Random()  # our own: the numbers that a user's seed promises stay the user's
-
 
 def backoff(failures: int, crowd: int = 1) -> float:
     """Seconds before the next attempt: doubled each time, with jitter so that numbers do not march in step.
 
     crowd: how many numbers fail like this; the longest pause grows with them.
     """
-    doubled = _FIRST * 2.0 ** min(max(failures, 1) - 1, 60)
-    return min(_MOST * max(crowd, 1), doubled) * _draw.uniform(0.8, 1.2)
+    return doubled(_FIRST, _MOST * max(crowd, 1), max(failures, 1) - 1, 0.8, 1.2)
 
 
 class Restarts:

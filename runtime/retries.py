@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-__all__ = ["HISTORY", "RETRY_BACKOFF", "RETRY_BACKOFF_MAX", "retry_delay"]
+__all__ = ["HISTORY", "RETRY_BACKOFF", "RETRY_BACKOFF_MAX", "doubled", "retry_delay"]
 
 RETRY_BACKOFF = 0.05  # seconds before the second retry, at least; the first comes at once
 RETRY_BACKOFF_MAX = 5.0  # seconds before any, at most
@@ -14,10 +14,15 @@ _JITTER = 1.25  # up to so many times as long, so that tasks that fell together 
 _draw = random.Random()  # our own: the numbers that a user's seed promises stay the user's
 
 
+def doubled(first: float, most: float, times: int, low: float, high: float) -> float:
+    """Seconds: the first pause, doubled so many times, but no more than `most`; then drawn anew between so
+    many times of it, so that those that fell together do not march in step.
+    """
+    return min(most, first * 2.0 ** min(times, 60)) * _draw.uniform(low, high)
+
+
 def retry_delay(attempts: int) -> float:
     """Seconds from the end of the attempt of this number (1 for the first) to the start of the next one."""
     if attempts <= 1:
         return 0.0
-    doubled = min(attempts - 2, 32)  # far beyond the limit
-    base = min(RETRY_BACKOFF_MAX / _JITTER, RETRY_BACKOFF * 2.0**doubled)
-    return base * _draw.uniform(1.0, _JITTER)
+    return doubled(RETRY_BACKOFF, RETRY_BACKOFF_MAX / _JITTER, attempts - 2, 1.0, _JITTER)

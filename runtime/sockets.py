@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import zmq
 
-from runtime.bell import Bell
+from runtime import _core
 from runtime.wire import HINT_BYTES, Hint, HintKind, WireError, decode_hint, encode_hint
 
 __all__ = ["HostLink", "Paths", "WorkerLink", "make_folder"]
@@ -109,10 +109,10 @@ def _umask(mask: int) -> Iterator[None]:
 class HostLink:
     """The host's sockets.
 
-    Thread-safety: `poll` belongs to one thread; all else may be called from any. One lock guards every
-    socket, and the polling thread waits on descriptors only, outside it. A zmq descriptor is
-    edge-triggered and any call on its socket may swallow the edge, so each call from outside wakes the
-    poller.
+    Thread-safety: `poll` belongs to the collector, `send` and `wake` may be called from any thread, all else
+    is the supervisor's. These two share a lock for the sockets that both use, which `poll` does not hold
+    while it waits; nobody else takes it (see locks.py). A zmq descriptor is edge-triggered and any call on
+    its socket may swallow the edge, so each call from outside wakes the poller.
     Fork-safety: none; a fork must not call it. Blocking: only `poll`.
     """
 
@@ -120,7 +120,6 @@ class HostLink:
         self.folder = folder
         self.strangers = 0  # messages that were malformed, or of a process that is gone
         self.inert = False  # in a fork of the host: everything here is the parent's
-        # Re-entrant: a destructor that the garbage collector runs inside may submit.
         self._lock = threading.RLock()
         self._context = _new_context()
         self._context.set(zmq.MAX_SOCKETS, 16 + 2 * slots)
@@ -128,10 +127,10 @@ class HostLink:
         self._control = self._context.socket(zmq.XPUB)
         for socket in (self._pull, self._control):
             socket.setsockopt(zmq.IPC_FILTER_UID, os.getuid())
-        self._push: dict[int, zmq.Socket[bytes]] = {}
+        self._push: dict[int, _core.Outlet] = {}
         self._bound: dict[int, Paths] = {}
         self._count = 0
-        self._bell = Bell()
+        self._bell = _core.Bell()
         self._poller = select.poll()
         for fd in (self._bell.fd, self._pull.FD, self._control.FD):
             self._poller.register(fd, select.POLLIN)
@@ -148,12 +147,13 @@ class HostLink:
                 if os.path.lexists(path):
                     raise FileExistsError(f"{path} exists already: somebody else writes into {self.folder}")
             try:
-                self._push[slot] = self._context.socket(zmq.PUSH)
+                push = self._context.socket(zmq.PUSH)
+                self._push[slot] = _core.Outlet(_send, push, _NOBLOCK)
                 self._bound[slot] = paths
-                self._push[slot].setsockopt(zmq.IPC_FILTER_UID, os.getuid())
+                push.setsockopt(zmq.IPC_FILTER_UID, os.getuid())
                 with _umask(0o177):
                     self._pull.bind(f"ipc://{paths.up}")
-                    self._push[slot].bind(f"ipc://{paths.down}")
+                    push.bind(f"ipc://{paths.down}")
                     self._control.bind(f"ipc://{paths.control}")
             except zmq.ZMQError as error:
                 self.close_slot(slot)
@@ -182,7 +182,7 @@ class HostLink:
                     socket.unbind(f"ipc://{path}")
             push = self._push.pop(slot, None)
             if push is not None:
-                push.close(0)
+                push.close()
         self.wake()
 
     def is_open(self, slot: int) -> bool:
@@ -191,17 +191,11 @@ class HostLink:
 
     def send(self, kind: HintKind, slot: int, incarnation: int) -> bool:
         """Send a hint to the worker in `slot`. False: it is not connected, or does not read."""
-        if self.inert:
+        push = None if self.inert else self._push.get(slot)
+        try:
+            return push is not None and push.send(encode_hint(kind, slot, incarnation))
+        except zmq.ZMQError:
             return False
-        with self._lock:
-            push = self._push.get(slot)
-            if push is None:
-                return False
-            try:
-                _send(push, encode_hint(kind, slot, incarnation), _NOBLOCK)
-            except zmq.ZMQError:  # Again; or it was closed under us, see let_go
-                return False
-        return True
 
     def publish(self, slot: int, incarnation: int) -> None:
         """Tell a worker to read its control word."""
@@ -214,11 +208,6 @@ class HostLink:
         """Make `poll` return. Harmless after `close`."""
         if not self.inert:
             self._bell.ring()
-
-    @property
-    def locks(self) -> tuple[threading.RLock, threading.RLock]:
-        """For `let_go`."""
-        return self._lock, self._bell.lock
 
     def poll(self, timeout: float) -> list[Hint]:
         """Hints that have come, after at most `timeout` seconds; a subscription reads as CONTROL."""

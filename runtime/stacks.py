@@ -125,17 +125,40 @@ class Asked:
         self.noted = 0.0  # monotonic time at which its thread was seen to wait for the GIL; 0: not yet
         self.signalled = False  # and `signalling` is held
         self.blocking: set[str] = set()  # threads that had the signal blocked before
+        self.records: socket.socket | None = None
         self.pidfd = os.dup(pidfd)
         try:
             self.stack = os.dup(ends.stack)
+            try:
+                self._take_records(ends.records)
+            except OSError:
+                os.close(self.stack)
+                raise
         except OSError:
             os.close(self.pidfd)
             raise
+
+    def _take_records(self, records: socket.socket) -> None:
+        """A duplicate of the socket to ask through, unless the relay has closed it."""
+        fd = records.fileno()
+        if fd >= 0:
+            self.records = socket.socket(fileno=os.dup(fd))
+            if records.fileno() != fd:  # closed meanwhile: this may be anybody's
+                self.records.close()
+                self.records = None
+
+    def ask(self, question: bytes) -> None:
+        """Send a question to the worker, unless it has ended, or does not read."""
+        if self.records is not None:
+            with contextlib.suppress(OSError):
+                self.records.send(question, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 
     def close(self) -> None:
         """No descriptor is needed any more."""
         os.close(self.pidfd)
         os.close(self.stack)
+        if self.records is not None:
+            self.records.close()
 
 
 _questions = iter(range(1, 1 << 62))
@@ -156,7 +179,7 @@ def take(workers: list[Asked]) -> dict[int, str]:
             if _is_stopped(one):
                 found[one.number] = _excuse(one)
             else:
-                one.ends.ask(b"%d" % question)
+                one.ask(b"%d" % question)
                 waiting.append(one)
         for one in _gather(waiting, found, question):
             found[one.number] = _excuse(one)
@@ -167,26 +190,28 @@ def take(workers: list[Asked]) -> dict[int, str]:
 
 
 def _begin(one: Asked) -> None:
-    """Note where the answer will come; start the file anew if it has grown."""
-    with one.ends.lock:
-        one.begin = os.fstat(one.stack).st_size
-        if one.begin > _FULL and not one.ends.asking:
-            if one.ends.heard is not None:  # what it has answered since goes away with the rest
-                earlier, since, begin = one.ends.heard
-                answered = _answered(one, earlier, begin) is not None
-                one.ends.heard = None if answered else (earlier, since, 0)
-            # A crash that is being written in this very moment loses its text: no more than that.
-            os.ftruncate(one.stack, 0)
-            one.begin = os.lseek(one.stack, 0, os.SEEK_SET)
-        one.ends.asking += 1
+    """Note where the answer will come; start the file anew if it has grown, and nobody else asks.
+
+    Who begins to ask in that very moment notes a position that is behind the file's end: see _written.
+    """
+    one.ends.asking += 1
+    one.begin = os.fstat(one.stack).st_size
+    if one.begin > _FULL and one.ends.asking == 1:
+        heard = one.ends.heard
+        if heard is not None:  # what it has answered since goes away with the rest
+            earlier, since, begin = heard
+            answered = _answered(one, earlier, begin) is not None
+            one.ends.heard = None if answered else (earlier, since, 0)
+        # A crash that is being written in this very moment loses its text: no more than that.
+        os.ftruncate(one.stack, 0)
+        one.begin = os.lseek(one.stack, 0, os.SEEK_SET)
 
 
 def _end(one: Asked) -> None:
     """Others may signal it, or start its file anew."""
     if one.signalled:
         one.ends.signalling.release()
-    with one.ends.lock:
-        one.ends.asking -= 1
+    one.ends.asking -= 1
 
 
 def _gather(waiting: list[Asked], found: dict[int, str], question: int) -> list[Asked]:
@@ -224,20 +249,23 @@ def _look(one: Asked, question: int) -> str | None:
 
 def _heard(one: Asked, question: int) -> float:
     """Since when its thread waits for the GIL, for this question or an earlier one; 0: it does not, yet."""
-    with one.ends.lock:
-        if _NOTE % question in _written(one, one.begin):
-            one.ends.heard = question, time.monotonic(), one.begin
-        if one.ends.heard is None:
-            return 0.0
-        earlier, since, begin = one.ends.heard
-        if _answered(one, earlier, begin) is not None:
-            one.ends.heard = None
-            return 0.0
-        return since
+    if _NOTE % question in _written(one, one.begin):
+        one.ends.heard = question, time.monotonic(), one.begin
+    heard = one.ends.heard
+    if heard is None:
+        return 0.0
+    earlier, since, begin = heard
+    if _answered(one, earlier, begin) is not None:
+        one.ends.heard = None
+        return 0.0
+    return since
 
 
 def _written(one: Asked, begin: int) -> bytes:
-    return os.pread(one.stack, max(0, os.fstat(one.stack).st_size - begin), begin)
+    size = os.fstat(one.stack).st_size
+    if begin > size:  # the file was started anew
+        begin = 0
+    return os.pread(one.stack, size - begin, begin)
 
 
 def _answered(one: Asked, question: int, begin: int) -> str | None:

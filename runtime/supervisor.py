@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable
 
 from runtime import _core, config, serializer
-from runtime.bell import Bell
 from runtime.collector import Collector
 from runtime.errors import BrokenRuntime
 from runtime.lifecycle import (
@@ -31,7 +30,7 @@ from runtime.lifecycle import (
     room_for,
     slots_for,
 )
-from runtime.locks import let_go
+from runtime.locks import Latch
 from runtime.relay import Relay
 from runtime.sockets import HostLink, make_folder
 from runtime.zygotes import Zygotes
@@ -55,7 +54,7 @@ class Supervisor(Zygotes):
 
     def __init__(self, settings: config.Settings, table: serializer.FunctionTable) -> None:
         self.pid = os.getpid()
-        self.ended = threading.Event()
+        self.ended = Latch()
         fill_standard_descriptors()
         raise_descriptor_limit(settings.max_workers)
         super().__init__(settings, table)
@@ -65,9 +64,7 @@ class Supervisor(Zygotes):
             *config.lanes(),
             slots_for(room_for(settings.max_workers)),
         )
-        self.scaled = settings.max_workers  # what scale() was told last
         self._unpaused = settings.max_workers  # the last one that was not 0
-        self._scaling = threading.RLock()  # guards those, `_wanted`, and the number of slots
         self._zygote_settings["folder"] = folder = make_folder()
         try:
             self._first_zygote()
@@ -76,7 +73,7 @@ class Supervisor(Zygotes):
             self.arena.release()
             raise
         self.link = HostLink(folder, self.arena.room)
-        self._bell = Bell()
+        self._bell = _core.Bell()
         self.keeper = _core.DeadlineKeeper(self.arena, self._bell.fd)
         self.dispatcher = _core.Dispatcher(self.arena, self.keeper)
         self.collector = Collector(self.dispatcher, self.link, self)
@@ -85,16 +82,12 @@ class Supervisor(Zygotes):
         self.tell = self.collector.tell  # after the dispatcher was called: whoever has something to do now
         self._stopping = False  # end when nothing is left to do
         self._stop_by = 0.0  # monotonic time at which those that have not left are killed
-        self.threads = [
-            # The relay may still be writing when the interpreter ends, to a reader that is slow: that waits.
-            threading.Thread(target=self._guarded(target), name=f"runtime-{name}", daemon=name != "relay")
-            for name, target in (
-                ("collector", self.collector.run),
-                ("deadline", self.keeper.run),
-                ("relay", self.relay.run),
-                ("supervisor", self.run),
-            )
-        ]
+        self.collecting = self._thread("collector", self.collector.run)
+        self.keeping = self._thread("deadline", self.keeper.run)
+        # It may still be writing when the interpreter ends, to a reader that is slow: that waits.
+        self.relaying = self._thread("relay", self.relay.run, daemon=False)
+        self.supervising = self._thread("supervisor", self.run)
+        self.threads = (self.collecting, self.keeping, self.relaying, self.supervising)
 
     def start(self) -> None:
         """Start the threads; they do the rest."""
@@ -106,7 +99,7 @@ class Supervisor(Zygotes):
             self._drained = self.collector.stopped = True
             self.keeper.stop()
             self.link.wake()
-            self.relay.finish(self.threads[2])
+            self.relay.finish(self.relaying)
             for thread in self.threads:
                 if thread.ident is not None:
                     thread.join()
@@ -118,12 +111,18 @@ class Supervisor(Zygotes):
             raise
 
     def join(self) -> None:
-        """Until everything has ended. Returns at once in a thread of the runtime's own."""
+        """Until everything has ended. Returns at once in a thread of the runtime's own.
+
+        Raises: RuntimeError where that would never be.
+        """
         if threading.current_thread() in self.threads:
             return
-        with let_go(*self.link.locks, self._counting, self._bell.lock):  # in a signal handler, say
-            while not self.ended.wait(1.0) and self.threads[-1].is_alive():
-                pass
+        self.dispatcher.must_not_wait()
+        while not self.ended.wait(1.0) and self.supervising.is_alive():
+            pass
+
+    def _thread(self, name: str, target: Callable[[], None], daemon: bool = True) -> threading.Thread:
+        return threading.Thread(target=self._guarded(target), name=f"runtime-{name}", daemon=daemon)
 
     def _guarded(self, target: Callable[[], None]) -> Callable[[], None]:
         """A thread of ours must not end unseen by an exception: nobody would complete the futures."""
@@ -159,29 +158,32 @@ class Supervisor(Zygotes):
         Raises: ValueError beyond the room that was laid out; RegionFull, OSError when the machine lacks
         memory or descriptors, and nothing has changed; RuntimeError when the runtime has ended.
         """
-        with self._scaling:
-            if self._stopping or self.ended.is_set():
-                raise RuntimeError("cannot scale a runtime after shutdown")
-            room = room_for(self.settings.max_workers)
-            if workers > room:
-                raise ValueError(
-                    f"this runtime was made with max_workers={self.settings.max_workers} and has room for "
-                    f"{room} workers, not {workers:,}: make one with a larger max_workers"
-                )
-            unborn = [it for it in self._wanted.values() if it.worker is None]
-            if workers > len(self._wanted):
-                raise_descriptor_limit(workers - len(self._wanted) + len(unborn))
-                self.dispatcher.add_slots(slots_for(workers))
-            self.scaled = workers
-            self._unpaused = workers or self._unpaused
-            self._want(workers)
+        if self._stopping or self.ended.is_set():
+            raise RuntimeError("cannot scale a runtime after shutdown")
+        room = room_for(self.settings.max_workers)
+        if workers > room:
+            raise ValueError(
+                f"this runtime was made with max_workers={self.settings.max_workers} and has room for "
+                f"{room} workers, not {workers:,}: make one with a larger max_workers"
+            )
+        unborn = [it for it in self._wanted.values() if it.worker is None]
+        if workers > len(self._wanted):
+            raise_descriptor_limit(workers - len(self._wanted) + len(unborn))
+            self.dispatcher.add_slots(slots_for(workers))
+        self._unpaused = workers or self._unpaused
+        self._want(workers)
         self.wake()
 
+    @property
+    def scaled(self) -> int:
+        """Workers that there shall be."""
+        return len(self._wanted)
+
     def _want(self, workers: int) -> None:
-        with self._scaling, self._counting:
-            for n in range(workers):
-                self._numbers.setdefault(n, Number())
-            self._wanted = {n: self._numbers[n] for n in range(workers)}
+        """From any thread, several at once: the last one to store decides."""
+        for n in range(workers):  # in this order, so that there is no gap
+            self._numbers.setdefault(n, Number())
+        self._wanted = {n: self._numbers[n] for n in range(workers)}
 
     def end(self, reason: str, number: int) -> None:
         """End now: what has no outcome gets BrokenRuntime, every worker this signal, and soon SIGKILL."""
@@ -328,22 +330,24 @@ class Supervisor(Zygotes):
             self.dispatcher.vacate(worker.slot)
         if self._zygote is not None:
             self._zygote.close(_QUIT_WAIT if self._zygote.started else 0.0)
-        for zygote in (*self._old, *([self._heir] if self._heir is not None else [])):
+        for zygote in self._old:
             zygote.close(0.0)
+        if self._heir is not None:
+            self._heir.close(_QUIT_WAIT)
         for worker in self._slots.values():
             self.dispatcher.settle(worker.slot, death_of(worker))
             self._release(worker)
         self.collector.stopped = True
         self.link.wake()
-        self.threads[0].join()
+        self.collecting.join()
         self.keeper.stop()
-        self.threads[1].join()
-        self.relay.finish(self.threads[2])
+        self.keeping.join()
+        self.relay.finish(self.relaying)
         self.dispatcher.close()
         self.dispatcher.abandon(False)
         self.collector.complete()
+        self.collector.finish_late()
         self.link.close()
         self._bell.close()
-        with self._scaling:
-            self.arena.release()
-            self.ended.set()
+        self.arena.release()
+        self.ended.set()

@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import itertools
 import os
-import threading
 import types
 import weakref
 from typing import Any
 
+from runtime._core import replaced
 from runtime.linking import nothing
 from runtime.lookup import ATOMS, MISSING, NOT_GLOBALS, OUT_MARK, modules
 from runtime.payload import digest_of
 
 serial = itertools.count(1)  # versions, labels of spaces: unique in this process
-_version_lock = threading.Lock()
 _out_spaces: dict[str, _OutSpace] = {}  # module name -> its space
-_class_versions: weakref.WeakKeyDictionary[type, tuple[bytes, int]] = weakref.WeakKeyDictionary()
+_class_versions: weakref.WeakKeyDictionary[type, dict[str, tuple[bytes, int]]] = weakref.WeakKeyDictionary()
 
 
 class Origin:
@@ -36,9 +35,7 @@ class Origin:
 
     @classmethod
     def forget(cls) -> None:
-        global _version_lock
         cls.token = ""
-        _version_lock = threading.Lock()
 
 
 os.register_at_fork(after_in_child=Origin.forget)
@@ -108,17 +105,20 @@ class Scope:
 def next_version(names: dict[str, _Sent], name: str, value: object, digest: bytes, blob: bytes) -> int:
     small = type(value) in ATOMS and len(blob) < 4096
     atom, kept = (value, blob) if small else (MISSING, b"")
-    with _version_lock:
+    while True:  # at most once more for each who was here meanwhile
         last = names.get(name)
         version = last.version if last is not None and last.digest == digest else next(serial)
-        names[name] = _Sent(version, digest, atom, kept)
-    return version
+        if replaced(names, name, last, _Sent(version, digest, atom, kept)):
+            return version
 
 
 def next_class_version(cls: type, contents: bytes) -> int:
     digest = digest_of(contents)
-    with _version_lock:
-        last = _class_versions.get(cls)
-        if last is None or last[0] != digest:
-            last = _class_versions[cls] = (digest, next(serial))
-    return last[1]
+    sent = _class_versions.setdefault(cls, {})
+    while True:
+        last = sent.get("")
+        if last is not None and last[0] == digest:
+            return last[1]
+        version = next(serial)
+        if replaced(sent, "", last, (digest, version)):
+            return version

@@ -38,6 +38,7 @@ from typing import Any
 
 from runtime import _core, forwarding, serializer, worker
 from runtime.channels import Channels
+from runtime.children import children_of
 from runtime.handle import Ending, Zygote
 from runtime.heirs import Heirs
 from runtime.inherit import forget_host, has_threads, refuse_threads
@@ -160,7 +161,10 @@ class _Process(Heirs):
 
     def obey(self) -> bool:
         """One order. False: quit."""
-        data = self.connection.recv(REPORT_BYTES)
+        try:
+            data = self.connection.recv(REPORT_BYTES)
+        except OSError:  # the host has ended with reports unread
+            data = b""
         if not data:
             return False
         order = decode_report(data)
@@ -232,7 +236,7 @@ class _Process(Heirs):
             ours = {pid for pid, _, _ in self.children.values()} | self.own
             if self.heir is not None:
                 ours.add(self.heir[1])
-            strays = [pid for pid in _children() if pid not in ours]
+            strays = [pid for pid in children_of(os.getpid()) if pid not in ours]
             if not strays:
                 return
             for pid in strays:  # our children, not waited for yet: their pids cannot be reused
@@ -255,7 +259,7 @@ class _Process(Heirs):
                 self.preload()
                 gc.collect()
             os.close(self.stack_fd)
-            self.own = set(_children())
+            self.own = set(children_of(os.getpid()))
             self.preloaded = True
             gc.freeze()  # it is shared with every worker: the collector shall not write into it
         self.report("started")
@@ -372,8 +376,3 @@ def _have_streams() -> None:
             if null != fd:
                 os.dup2(null, fd)
                 os.close(null)
-
-
-def _children() -> list[int]:
-    with open(f"/proc/self/task/{os.getpid()}/children") as file:
-        return [int(text) for text in file.read().split()]

@@ -17,7 +17,7 @@ from typing import Any
 
 from runtime import _core, config, serializer
 from runtime.errors import BrokenRuntime, remote_traceback
-from runtime.handle import Report, Zygote, exec_zygote
+from runtime.handle import Heir, Report, Zygote, exec_zygote
 from runtime.lifecycle import zygote_settings
 from runtime.lives import Lives
 from runtime.restarts import FAILURES, backoff
@@ -26,6 +26,7 @@ from runtime.zygote import fork_zygote
 __all__ = ["Zygotes"]
 
 _ORPHAN_WAIT = 1.0  # seconds for a worker to see that it lost its zygote before it was ready
+_HEIR_WAIT = 5.0  # seconds for an heir whose fork is under way to say that it is there
 _SLOW_START = 10.0  # seconds until the first warning about a slow start
 _SLOW_AGAIN = 60.0  # seconds between the further ones
 
@@ -48,7 +49,7 @@ class Zygotes(Lives):
         self._environment = {**os.environ, **config.thread_caps(settings.max_workers)}
         self._zygote_failures = 0
         self._zygote_at = 0.0  # monotonic time of the next attempt to start one
-        self._heir: Zygote | None = None  # of a zygote that was forked from the host
+        self._heir: Heir | None = None  # of a zygote that was forked from the host
         self._warn_at = time.monotonic() + _SLOW_START
 
     def _zygote_is_there(self) -> bool:
@@ -149,19 +150,20 @@ class Zygotes(Lives):
             self._zygote_failed(f"the zygote ended with exit code {code}")
 
     def _meet_heir(self, zygote: Zygote, report: Report) -> None:
-        """A forked zygote has made its spare."""
+        """A forked zygote makes its spare."""
         try:
             heir = zygote.heir(report)
         except OSError:
             log.warning("the heir of the zygote cannot be reached: this process has no descriptor left")
             return
-        if self._heir is not None:
+        if self._heir is not None:  # it has died
             self._heir.close(0.0)
         self._heir = heir
 
     def _take_heir(self) -> bool:
         """The zygote that was forked is gone, and cannot be forked again: its heir leads now."""
-        heir, self._heir = self._heir, None
+        way, self._heir = self._heir, None
+        heir = way.meet(_HEIR_WAIT) if way is not None else None
         if heir is None:
             self.fail(
                 BrokenRuntime(

@@ -458,6 +458,34 @@ def test_the_heir_takes_over_again_and_again() -> None:
         one.gone()
 
 
+KILLED_IN_BETWEEN = """
+    import signal
+    from runtime import heirs
+    host, opened, kept = os.getpid(), [], heirs._core.pidfd_open
+    class Core:
+        def __getattr__(self, name):
+            return getattr(core, name)
+        def pidfd_open(self, pid):      # the zygote's first step when it has forked the heir
+            if pid != os.getpid() and os.getppid() == host:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return core.pidfd_open(pid)
+    core, heirs._core = heirs._core, Core()
+"""
+
+
+def test_a_zygote_that_is_killed_as_it_forks_its_heir() -> None:
+    """Before it could tell of it: the heir tells by itself, and leads."""
+    code = LED.replace("    rt = runtime", KILLED_IN_BETWEEN + "    rt = runtime", 1)
+    with host(code, stderr=-3) as one:
+        zygote, *_ = one.pids()
+        until(lambda: not alive(zygote), "it is dead")
+        assert [ask(one, turn) for turn in range(3)] == ["ok"] * 3
+        until(lambda: heir_of(one), "the heir has an heir")
+        one.process.stdin.close()
+        assert one.line() == "end"
+        one.gone()
+
+
 def test_a_dead_heir_is_replaced() -> None:
     with host(LED) as one:
         zygote, *_ = one.pids()

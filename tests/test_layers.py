@@ -26,7 +26,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("_identity", "segment"),
     ("_region", "_slab"),
     ("_extent", "_frame", "_plain", "_future", "_stream"),
-    ("_pool", "_lease", "_series", "_report", "_stdio", "_stacks"),
+    ("_pool", "_lease", "_series", "_report", "_stdio", "_stacks", "_bell"),
     ("_state", "_threads", "_runner", "_records"),
     ("_leasing",),
     ("_harvest",),
@@ -35,7 +35,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("_dispatch",),
     ("_submit",),
     ("_core",),  # the compiled door
-    ("wire", "lookup", "payload", "bell", "locks"),
+    ("wire", "lookup", "payload", "locks"),
     ("linking", "guards"),
     ("versions",),
     ("reducers",),

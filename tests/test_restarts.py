@@ -13,7 +13,7 @@ import evil
 import pytest
 from recycled import fails_without, plan, second_fails
 from tasks import own_pid
-from watching import alive, all_ready, host, read_pids, send, until
+from watching import alive, all_ready, host, read_pids, send, until, zygote_of
 
 from runtime import BrokenRuntime, Runtime, WorkerDied, WorkerStatus, restarts
 
@@ -276,3 +276,40 @@ def test_workers_that_are_ready_do_not_wait_for_one_in_a_loop(factory: Factory, 
         assert type(rt.submit(evil.misbehave, "kill").exception()) is WorkerDied
         assert rt.submit(abs, -3).result() == 3
     assert rt._core._numbers[0].restarts.in_a_row == 0
+
+
+# ---- a dead zygote's workers ---------------------------------------------------------------------
+
+
+def pids_of(rt: Runtime, *numbers: int) -> list[int]:
+    """Of those numbers' workers that are READY."""
+    found = {info.number: info.pid for info in rt.workers() if info.status is WorkerStatus.READY}
+    return [found.get(number) or 0 for number in numbers]
+
+
+def test_a_number_in_a_loop_keeps_no_dead_zygotes_worker(factory: Factory, tmp_path: Path) -> None:
+    rt = factory(3, initializer=second_fails, initargs=(str(tmp_path),))
+    until(lambda: all(pids_of(rt, 0, 2)), "two are ready")
+    until(lambda: rt._core._numbers[1].restarts.in_a_row >= 3, "number 1 fails")
+    before = pids_of(rt, 0, 2)
+    zygote = zygote_of(before[0])
+    send(zygote, signal.SIGKILL)
+    until(lambda: not set(before) & set(found := pids_of(rt, 0, 2)) and all(found), "both are replaced")
+    assert not rt._core._old or until(lambda: not rt._core._old, "nothing is left of the dead zygote")
+    assert rt.submit(abs, -1).result() == 1
+
+
+@pytest.mark.usefixtures("hurried")
+def test_a_new_zygote_whose_workers_fail_costs_one_worker(factory: Factory, tmp_path: Path) -> None:
+    """The others stay with the code that works, until the one that was replaced works again."""
+    ok = tmp_path / "ok"
+    ok.touch()
+    rt = factory(3, initializer=fails_without, initargs=(str(ok), "raise"))
+    before = set(all_ready(rt).values())
+    ok.unlink()
+    send(zygote_of(min(before)), signal.SIGKILL)
+    until(lambda: max(it.restarts.in_a_row for it in rt._core._numbers.values()) >= 7, "one fails")
+    assert len(before & set(pids_of(rt, 0, 1, 2))) == 2, "the others serve"
+    assert rt.submit(own_pid).result() in before
+    ok.touch()
+    until(lambda: not before & set(found := pids_of(rt, 0, 1, 2)) and all(found), "all are replaced")

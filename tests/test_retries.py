@@ -163,8 +163,33 @@ def test_a_cancel_that_meets_an_attempt_at_its_end_prevents_the_next(
     future = rt.submit(log_and_raise, path)
     with pytest.raises(CancelledError):
         future.result(10)
-    assert said == [False]
+    assert said == [True] and future.cancelled()
     assert len(Path(path).read_text().split()) == 1, "it ran once more"
+    settled(rt)
+
+
+@pytest.mark.parametrize("outcome", ["result", "exception"])
+def test_a_cancel_that_meets_the_end_of_a_call_is_what_it_says(
+    factory: Callable[..., Runtime], monkeypatch: pytest.MonkeyPatch, outcome: str
+) -> None:
+    """The outcome is with the collector, the future does not have it yet: cancelled it is, and stays."""
+    rt = factory(1)
+    said: list[bool] = []
+    collector = rt._core.collector
+    kept = collector.finish
+
+    def cancel_first(*args: Any) -> None:
+        said.append(rt.cancel(future, running=True))
+        kept(*args)
+        said.append(rt.cancel(future, running=True))
+
+    monkeypatch.setattr(collector, "finish", cancel_first)
+    future = rt.submit(evil.square, 3) if outcome == "result" else rt.submit(evil.misbehave, "raise")
+    assert future._condition  # so it is the collector's
+    with pytest.raises(CancelledError):
+        future.result(10)
+    until(lambda: len(said) == 2, "it was asked again")
+    assert said == [True, True] and future.cancelled()
     settled(rt)
 
 

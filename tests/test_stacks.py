@@ -307,7 +307,7 @@ def test_a_worker_that_does_not_catch_the_signal_yet_gets_none():
         made.close()
         for fd in (ends.out, ends.err, ends.stack, pidfd):
             os.close(fd)
-        ends.close_records()
+        ends.records.close()
 
 
 # ---- bad input, and the end ----------------------------------------------------------------------

@@ -299,11 +299,32 @@ def test_a_slow_reader_gets_all_of_it():
         text=True,
     )  # fmt: skip
     with process:
-        assert process.stderr.readline() == "ended\n", "100 kB do not fit the pipe: it is blocked by now"
+        said = process.stderr.readline()
+        assert said.startswith("the host takes none of its output: "), "100 kB do not fit the pipe"
+        left = int(said.split(": ")[1].split()[0])
+        assert process.stderr.readline() == "ended\n"
         out = process.stdout.read()
         assert process.stderr.read() == ""
     assert process.returncode == 0
     assert out == ("l" * 99 + "\n") * 1000
+    assert 0 < left <= len(out)
+
+
+def test_the_end_waits_a_second_for_a_stream_that_takes_nothing(caplog):
+    class Stuck:
+        ident, waited = 1, 0.0
+
+        def is_alive(self):
+            return True
+
+        def join(self, seconds):
+            self.waited += seconds
+
+    thread, one = Stuck(), relay.Relay()
+    one.finish(thread)
+    assert thread.waited == 1.0
+    assert [record.args for record in caplog.records] == [(0,)]
+    one._bell.close()
 
 
 def test_a_stream_that_blocks_does_not_hold_the_end_for_ever(monkeypatch):
@@ -326,7 +347,7 @@ def test_a_stream_that_blocks_does_not_hold_the_end_for_ever(monkeypatch):
             rt.shutdown()
     finally:
         gate.set()
-    rt._core.threads[2].join(30)
+    rt._core.relaying.join(30)
     assert target.getvalue() == "stuck\n"
 
 
@@ -529,7 +550,7 @@ def test_idle_costs_nothing(rt):
     """The relay's thread sleeps: no wake-up while nobody prints."""
     all_ready(rt)
     rt.submit(say, "").result(30)
-    thread = rt._core.threads[2]
+    thread = rt._core.relaying
 
     def switches():
         with open(f"/proc/self/task/{thread.native_id}/status") as file:

@@ -1,0 +1,111 @@
+# cython: language_level=3
+"""What any thread may do at any moment, also in a signal handler or a destructor: ring a bell, send a hint.
+
+A lock would not do. Python runs signal handlers in the main thread, between two bytecodes and inside of some
+C functions (zmq's send is one), also while that thread holds a lock; a handler that then waits for the
+runtime waits for threads that want the lock. So nothing is locked here: what may not be cut in two runs under
+the GIL without bytecode in between, and what another thread is busy with is left to it.
+"""
+from collections import deque
+
+from cpython.exc cimport PyErr_SetFromErrno
+from libc.stdint cimport uint64_t
+from posix.unistd cimport close, read, write
+
+cdef extern from "Python.h":
+    unsigned long PyThread_get_thread_ident()
+
+cdef extern from "<sys/eventfd.h>" nogil:
+    int eventfd(unsigned int count, int flags)
+    int EFD_CLOEXEC, EFD_NONBLOCK
+
+
+cdef class Bell:
+    """How a thread that sleeps in poll() is woken by another one: an eventfd that any may ring, also after it
+    was closed.
+    """
+    cdef readonly int fd        # -1: closed
+    cdef public bint inert      # in a fork of the host
+
+    def __cinit__(self):
+        self.fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
+        if self.fd < 0:
+            PyErr_SetFromErrno(OSError)
+
+    def ring(self):
+        """Make a poll on the descriptor return."""
+        cdef uint64_t one = 1
+        if self.fd >= 0 and not self.inert:
+            write(self.fd, &one, sizeof(one))       # fails only if it rings already
+
+    def silence(self):
+        """Take back what was rung."""
+        cdef uint64_t count
+        if self.fd >= 0:
+            read(self.fd, &count, sizeof(count))    # fails only if nobody has rung
+
+    def close(self):
+        """No ring reaches the descriptor any more, which may be somebody else's soon. Idempotent."""
+        cdef int fd = self.fd
+        self.fd = -1
+        if fd >= 0:
+            close(fd)
+
+    def __dealloc__(self):
+        if self.fd >= 0 and not self.inert:
+            close(self.fd)
+
+
+cdef class Outlet:
+    """A socket that any thread may send through, one at a time, though none waits for another.
+
+    Who comes while another thread is inside leaves the message to that one. A handler, or a destructor, that
+    interrupts a send of its own thread does so where that send is complete: it may send, too.
+    """
+    cdef object push            # push(socket, message, flags); it may run signal handlers
+    cdef object socket
+    cdef int flags
+    cdef unsigned long holder   # the thread that is inside; 0: none
+    cdef object left            # deque of messages: what others left to it
+    cdef readonly bint closed
+
+    def __init__(self, push, socket, int flags):
+        self.push = push
+        self.socket = socket
+        self.flags = flags
+        self.left = deque()
+
+    def send(self, message):
+        """Send it, or leave it to the thread that is inside. False: it is closed. Raises: as the socket."""
+        cdef unsigned long me = PyThread_get_thread_ident()
+        cdef unsigned long outer = self.holder
+        if self.closed:
+            return False
+        if outer != 0 and outer != me:
+            self.left.append(message)
+            return True
+        self.holder = me
+        try:
+            self.push(self.socket, message, self.flags)
+            while self.left and not self.closed:
+                self.push(self.socket, self.left.popleft(), self.flags)
+        finally:
+            self.holder = outer
+            if outer == 0 and self.closed:
+                self.socket.close(0)
+        return True
+
+    def close(self):
+        """Close the socket; if a thread is inside, that one does. Idempotent."""
+        if not self.closed:
+            self.closed = True
+            if self.holder == 0:
+                self.socket.close(0)
+
+
+def replaced(dict table, key, old, new):
+    """table[key] = new, if it is `old` now; None: if there is nothing. Whether it was."""
+    if table.get(key) is not old:
+        return False
+    table[key] = new
+    return True

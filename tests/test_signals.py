@@ -1,0 +1,269 @@
+"""Signal handlers that wait for the runtime, whatever they interrupt; destructors that do.
+
+The handler runs at each place of a call where one may run, once (handlers.py). It needs threads of ours:
+the collector for an exception, the supervisor for the replacement of a worker that has died.
+"""
+
+from __future__ import annotations
+
+import ast
+import concurrent.futures
+import os
+import threading
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import evil
+import pytest
+from handlers import Place, strike, strike_everywhere
+from watching import all_ready, until
+
+from runtime import Runtime, WorkerDied, _core, locks
+
+Factory = Callable[..., Runtime]
+PATIENCE = 10.0  # seconds for what takes milliseconds, unless it would take for ever
+RUNTIME = ("/runtime/",)
+ALSO_THEIRS = ("/runtime/", "concurrent/futures/_base.py", "/threading.py")
+
+
+def waits(rt: Runtime) -> None:
+    """Map in two ways, and a call."""
+    assert list(rt.map(abs, range(3))) == [0, 1, 2]
+    assert sorted(rt.map_unordered(abs, range(3))) == [0, 1, 2]
+
+
+def by_value(rt: Runtime) -> None:
+    assert rt.submit(lambda n: n + 1, 2).result(PATIENCE) == 3
+
+
+def scale(rt: Runtime) -> None:
+    rt.scale(2 if rt._max_workers == 3 else 3)
+
+
+def exceptions(rt: Runtime) -> None:
+    futures = [rt.submit(evil.misbehave, "raise") for _ in range(2)]
+    concurrent.futures.wait(futures, PATIENCE)
+    assert type(futures[0].exception()) is evil.Refused
+
+
+CALLS: dict[str, tuple[Callable[[Runtime], object], tuple[str, ...]]] = {
+    "submit": (lambda rt: rt.submit(abs, -1).result(PATIENCE), ALSO_THEIRS),
+    "exceptions": (exceptions, ALSO_THEIRS),
+    "maps": (waits, ("/mapping.py", "/sockets.py", "/collector.py", "/locks.py")),
+    "by value": (by_value, ("/functions.py", "/versions.py", "/sockets.py")),
+    "cancel": (lambda rt: rt.cancel(rt.submit(abs, -1), running=True), RUNTIME),
+    "scale": (scale, RUNTIME),
+    "workers": (lambda rt: rt.workers(), RUNTIME),
+    "stats": (lambda rt: rt.stats(), RUNTIME),
+    "stacks": (lambda rt: rt.dump_stacks(), ("/lives.py", "/stacks.py", "/channels.py")),
+}
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("name", list(CALLS))
+def test_a_handler_that_waits(factory: Factory, name: str) -> None:
+    rt = factory(2, preload="evil")
+    all_ready(rt)
+    call, files = CALLS[name]
+    count = 0
+
+    def handler() -> None:
+        nonlocal count
+        count += 1
+        deadly = count % 5 == 0
+        error = rt.submit(evil.misbehave, "os._exit" if deadly else "raise").exception(PATIENCE)
+        assert type(error) is (WorkerDied if deadly else evil.Refused)
+
+    assert strike_everywhere(lambda: call(rt), handler, files) == count > 20
+
+
+def test_a_handler_in_the_middle_of_a_send(factory: Factory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """zmq runs handlers inside of its send, when the message is on its way."""
+    sent = []
+
+    def send(socket: Any, message: bytes, flags: int) -> None:
+        socket.send(message, flags)
+        if threading.current_thread() is threading.main_thread() and len(sent) % 2 == 0:
+            sent.append(message)
+            error = rt.submit(evil.misbehave, "os._exit").exception(PATIENCE)
+            assert type(error) is WorkerDied
+            sent.append(message)
+
+    monkeypatch.setattr("runtime.sockets._send", send)
+    rt = factory(1)
+    all_ready(rt)
+    until(lambda: rt.submit(evil.square, 3).result(PATIENCE) == 9 and len(sent) >= 6, "it was sent to")
+
+
+@pytest.mark.timeout(120)
+def test_a_handler_that_shuts_down_in_scale(factory: Factory) -> None:
+    seen: set[Place] = set()
+    while True:
+        rt = factory(1)
+        try:
+            if not strike(lambda rt=rt: rt.scale(3), rt.shutdown, seen, 1, RUNTIME, lines=True):  # type: ignore[misc]
+                break
+        except RuntimeError as error:
+            assert str(error).endswith("after shutdown")
+        assert rt._core.ended.is_set()
+    assert len(seen) > 20
+
+
+def test_a_handler_that_shuts_down_in_shutdown(factory: Factory) -> None:
+    seen: set[Place] = set()
+    files = ("/supervisor.py", "/executor.py", "/locks.py", "/threading.py")
+    while True:
+        rt = factory(1)
+        if not strike(rt.shutdown, rt.shutdown, seen, 1, files, lines=True):
+            break
+    assert len(seen) > 10
+
+
+def test_a_shutdown_while_a_future_is_locked(factory: Factory) -> None:
+    """In `concurrent.futures.wait`, say. The future gets its outcome as soon as that goes on."""
+    rt = factory(1)
+    ok, failed, cancelled = rt.submit(abs, -1), rt.submit(evil.misbehave, "raise"), rt.submit(abs, -2)
+    locked, go = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with ok._condition, failed._condition:
+            locked.set()
+            go.wait(PATIENCE)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert locked.wait(PATIENCE)
+    cancelled.cancel()
+    rt.shutdown()
+    go.set()
+    thread.join()
+    assert ok.result(PATIENCE) == 1
+    assert type(failed.exception(PATIENCE)) is evil.Refused
+    until(lambda: "runtime-late" not in {it.name for it in threading.enumerate()}, "its thread has ended")
+
+
+def test_a_destructor_in_the_middle_of_the_bookkeeping(factory: Factory) -> None:
+    """It cannot wait for what goes on when it returns, and is told so."""
+    rt = factory(1)
+    told: list[BaseException] = []
+    running = rt.submit(abs, -1)
+
+    def forgotten() -> None:
+        try:
+            rt.submit(abs, -2).result(PATIENCE)
+        except BaseException as error:
+            told.append(error)
+
+    weakref.finalize(rt.submit(abs, -3), forgotten)
+    assert running.result(PATIENCE) == 1
+    until(lambda: told, "the future was dropped where its result came in")
+    assert [type(error) for error in told] == [RuntimeError]
+    assert "waiting here would never end" in str(told[0])
+    assert rt.submit(abs, -4).result(PATIENCE) == 4
+
+
+# ---- what goes without a lock ------------------------------------------------------------------------
+
+
+class Socket:
+    def __init__(self) -> None:
+        self.sent: list[bytes] = []
+        self.closed = False
+
+    def close(self, linger: int) -> None:
+        self.closed = True
+
+
+def test_an_outlet_has_one_thread_inside_and_nobody_waits() -> None:
+    socket, entered, go = Socket(), threading.Event(), threading.Event()
+
+    def push(it: Socket, message: bytes, flags: int) -> None:
+        assert not it.closed and flags == 7
+        it.sent.append(message)
+        if message == b"first":
+            outlet.send(b"by the same thread")
+            entered.set()
+            assert go.wait(PATIENCE)
+
+    outlet = _core.Outlet(push, socket, 7)
+    thread = threading.Thread(target=outlet.send, args=(b"first",))
+    thread.start()
+    assert entered.wait(PATIENCE)
+    assert outlet.send(b"by another thread") and socket.sent == [b"first", b"by the same thread"]
+    go.set()
+    thread.join()
+    assert socket.sent == [b"first", b"by the same thread", b"by another thread"]
+    outlet.close()
+    assert socket.closed and not outlet.send(b"late")
+
+
+def test_an_outlet_that_is_closed_while_somebody_is_inside() -> None:
+    socket = Socket()
+
+    def push(it: Socket, message: bytes, flags: int) -> None:
+        threading.Thread(target=outlet.close).start()
+        until(lambda: outlet.closed, "it is closed")
+        assert not it.closed, "under the one who is inside"
+        raise BlockingIOError
+
+    outlet = _core.Outlet(push, socket, 0)
+    with pytest.raises(BlockingIOError):
+        outlet.send(b"")
+    assert socket.closed
+
+
+def test_a_bell_may_be_rung_when_it_is_closed() -> None:
+    bell = _core.Bell()
+    fd = bell.fd
+    for _ in range(3):
+        bell.ring()
+    assert os.eventfd_read(fd) == 3
+    bell.silence()
+    bell.close()
+    reading, writing = os.pipe()  # one of them has its number
+    bell.ring()
+    os.close(writing)
+    assert fd in (reading, writing) and os.read(reading, 9) == b""
+    os.close(reading)
+    bell.close()
+
+
+def test_a_latch() -> None:
+    latch = locks.Latch()
+    assert not latch.wait(0) and not latch.is_set()
+    found: list[bool] = []
+    threads = [threading.Thread(target=lambda: found.append(latch.wait(PATIENCE))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    latch.set()
+    latch.set()
+    for thread in threads:
+        thread.join()
+    assert found == [True] * 3 and latch.wait(0)
+
+
+# Locks that there are, and why no thread of ours waits for one that a thread of the user's holds.
+ARGUED = {
+    "locks": "the latch: who gets it hands it on at once",
+    "sockets": "between supervisor and collector",
+    "channels": "`signalling` is tried, never waited for",
+    "relay": "a fork of the host holds it, for as long as that takes; the thread of the relay waits then",
+    "progress": "between users and the thread that draws, which nobody waits for longer than a second",
+    "terminal": "the same",
+    "cli.progress": "the command's own thread",
+}
+
+
+def test_there_is_no_other_lock() -> None:
+    package = Path(locks.__file__).parent
+    makers = {"Lock", "RLock", "Condition", "Event", "Semaphore", "BoundedSemaphore", "Barrier", "Queue"}
+    found = set()
+    for path in package.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call):
+                name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+                if name in makers:
+                    found.add(".".join(path.relative_to(package).with_suffix("").parts))
+    assert found == set(ARGUED)
