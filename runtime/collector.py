@@ -437,7 +437,6 @@ class Collector:
 
     def conclude(self, future: Any, ok: bool | None, value: Any) -> None:
         """Set a future, to a value, an exception (ok is False), or cancelled (None); at once, or soon."""
-        future._task = None  # its task knows the future: without this the two would keep each other
         if not self.concluded(future, ok, value):
             self._late.append((future, ok, value))
             if self.stopped:
@@ -450,7 +449,9 @@ class Collector:
             done: bool = future.conclude(ok, value)
         except BaseException:  # of a callback: the stdlib guards against Exception, not SystemExit
             log.exception("a callback of a future raised")
-            return True
+            done = True
+        if done:
+            future._task = None  # its task knows the future: without this the two would keep each other
         return done
 
     def conclude_late(self) -> None:
