@@ -62,7 +62,7 @@ def flags() -> tuple[list[str], list[str], list[tuple[str, str | None]]]:
         compile_args += ["-O1", "-g", "-fno-omit-frame-pointer"]
     else:
         # Never -march=native: a wheel runs on other machines, too. Line numbers are all that perf, callgrind
-        # and backtraces need; what -g of CPython's own flags adds is three times as large, and slower to make.
+        # and backtraces need; what -g of CPython's own flags adds is large, and slow to make.
         compile_args += ["-O2", "-g1"]
     if switch("RUNTIME_DEBUG"):
         macros.append(("RUNTIME_DEBUG", "1"))  # our own: CPython's flags hold -DNDEBUG

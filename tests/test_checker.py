@@ -1,6 +1,6 @@
 """The checker finds what it should on small worlds, and the models of tools/model hold; each fault is found.
 
-What takes more than a few seconds is marked `stress`; `python -m tools.model` does all of it.
+What takes more than a second or two is marked `stress`; the step `model` of .ci/run is all of this file.
 """
 
 from __future__ import annotations
@@ -20,7 +20,12 @@ from tools.model.checker import Broken, Explorer, Report, Step, World, explore, 
 
 ROOT = Path(__file__).resolve().parent.parent
 LARGE = ("leases: retry", "leases: chunk")
-EACH = [pytest.param(name, marks=[pytest.mark.stress] if name in LARGE else []) for name in MODELS]
+QUICK = ("leases: views",)
+SLOW_FAULTS = ("sweep-forgets-published", "head-first")  # found late, or only when all has been seen
+EACH = [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.stress]) for name in MODELS]
+EACH_FAULT = [
+    pytest.param(name, marks=[pytest.mark.stress] if name in SLOW_FAULTS else []) for name in FAULTS
+]
 
 
 # ---- the checker -----------------------------------------------------------------------------------------
@@ -146,7 +151,7 @@ EXPECTED = {
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", EACH_FAULT)
 def test_fault_is_found(fault: str) -> None:
     report = broken(fault)
     print(f"{fault}: {FAULTS[fault].words}\n{report.broken}", *report.trace, sep="\n    ")
@@ -166,6 +171,7 @@ def test_lost_race_reads_as_a_story() -> None:
     assert "worker 0 claims what the place names, if it is still LEASED" in lines[done:kill]
 
 
+@pytest.mark.stress
 @pytest.mark.timeout(900)
 def test_every_step_is_taken_and_every_outcome_reached() -> None:
     """A property says nothing of steps that never happen."""
@@ -221,6 +227,8 @@ def test_words_have_the_values_of_the_code(module: Any, prefixes: str) -> None:
             assert {n for n in code if n[0] == prefix and n[1] == "_"} <= own.keys()
 
 
+@pytest.mark.stress
+@pytest.mark.timeout(300)
 def test_command_prints_figures_and_traces() -> None:
     argv = [sys.executable, "-m", "tools.model", "blocks"]
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=280)
