@@ -128,6 +128,7 @@ class Runtime(Front):
         if not callable(fn):
             raise TypeError(f"submit() needs a callable, not {type(fn).__name__}")
         future: Future[T] = Future()
+        future._core = core  # `cancel` knows it by that, whatever comes of its arguments
         try:
             ref, payload = serializer.pack_call(self._table, fn, args, kwargs, freeze=False)
             task = _core.Task(
@@ -147,7 +148,7 @@ class Runtime(Front):
             future.set_exception(error)
             return future
         future.retry_on = options.retry_on
-        future._task, future._core = task, core
+        future._task = task
         if not core.dispatcher.submit(task):
             future._task = None  # the two would keep each other, and a block
             raise self._ended()

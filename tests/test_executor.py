@@ -1157,6 +1157,13 @@ def test_cancel_running_takes_back_what_waits(pool: Runtime, gate: Gate) -> None
     concurrent.futures.wait(held)
 
 
+def test_a_call_that_could_not_be_pickled_is_over(pool: Runtime) -> None:
+    """It is of this runtime all the same: there is nothing to cancel."""
+    future = pool.submit(tasks.echo, threading.Lock())
+    assert isinstance(future.exception(), TypeError)
+    assert not pool.cancel(future) and not pool.cancel(future, running=True) and not future.cancel()
+
+
 def test_cancel_is_for_its_own_futures(pool: Runtime, factory: Callable[..., Runtime]) -> None:
     other = factory(1).submit(abs, -1)
     for future in (other, concurrent.futures.Future()):
