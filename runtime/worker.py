@@ -21,6 +21,7 @@ import socket
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -135,10 +136,10 @@ class Worker:
         self.rss_checked = 0.0
         # Workers that grow alike shall not all leave at once: each has a limit of its own, 90 to 100 % of it.
         self.max_rss = orders.max_rss and orders.max_rss * (1 - 0.1 * os.urandom(1)[0] / 255)
-        self.port.attend(
-            self, context, self.functions, orders.host_pidfd,
-            orders.max_tasks if orders.max_tasks is not None else -1, EXIT_DESCRIPTORS,
-        )  # fmt: skip
+        self.share = (
+            orders.max_tasks if orders.max_tasks is not None else -1
+        )  # tasks and items that it may run
+        self.port.attend(self, context, self.functions, orders.host_pidfd, self.share, EXIT_DESCRIPTORS)
 
     def notify(self) -> None:
         """Tell the host to look at the outbox."""
@@ -163,8 +164,21 @@ class Worker:
             os._exit(EXIT_FAILED)
         if self.orphaned():
             os._exit(EXIT_ORPHANED)
+        self.warn_of_size()
         self.port.ready()
         self.notify()
+
+    def warn_of_size(self) -> None:
+        """A limit that is exceeded before the first task costs a process for each."""
+        limit = self.orders.max_rss
+        if limit is not None and (memory.unshared() or 0) > limit:
+            with contextlib.suppress(RuntimeWarning):  # under -W error
+                warnings.warn(
+                    f"max_worker_rss is {limit} bytes, and workers have more than that before their first task, "
+                    f"so each is replaced after every task; raise it",
+                    RuntimeWarning,
+                    stacklevel=1,
+                )
 
     def orphaned(self) -> bool:
         """Whether the zygote died before the host can have heard of this process from it."""
@@ -317,7 +331,9 @@ class Worker:
         """Now and then: give back what is not needed, see whether this process may stay."""
         self.port.flush()
         self.children.reap()
-        if self.max_rss is not None and time.monotonic() - self.rss_checked > 0.1:
+        # One that has run nothing stays: what replaces it would be as large.
+        worked = self.port.left != self.share
+        if self.max_rss is not None and worked and time.monotonic() - self.rss_checked > 0.1:
             self.rss_checked = time.monotonic()
             if (memory.unshared() or 0) > self.max_rss:
                 self.port.leaving = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -68,6 +69,19 @@ def test_calls_and_maps_at_once_with_several_workers(factory: Factory, tmp_path:
 
 
 # ---- by memory -----------------------------------------------------------------------------------
+
+
+def test_a_limit_below_the_size_of_a_new_worker(factory: Factory) -> None:
+    """Who has run nothing stays, instead of being replaced for ever by others as large; and it is said."""
+    with pytest.warns(RuntimeWarning, match="max_worker_rss is 1048576 bytes, and workers have more"):
+        rt = factory(1, max_worker_rss="1MiB")
+        (first,) = all_ready(rt).values()
+        threading.Event().wait(0.5)  # it looks at its size whenever it has nothing to do
+        assert list(all_ready(rt).values()) == [first]
+        assert rt.submit(own_pid).result() == first
+        until(lambda: not alive(first), "it leaves when it has worked")
+        assert rt.submit(own_pid).result() != first
+        rt.shutdown()
 
 
 def test_a_worker_that_has_grown_is_replaced(factory: Factory) -> None:
@@ -150,6 +164,14 @@ def test_sigterm_in_the_initializer(factory: Factory, tmp_path: Path) -> None:
     go.touch()
     assert future.result() != pid
     assert rt._core.broken is None and rt._core._numbers[0].restarts.in_a_row == 0
+
+
+def test_a_lost_word_of_being_ready_is_found(factory: Factory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While something waits: the words in the region are read again, whatever became of the message."""
+    rt = factory(1)
+    look = rt._core.look
+    monkeypatch.setattr(rt._core, "look", lambda slot: look(slot) if slot < 0 else None)
+    assert rt.submit(own_pid).result(20) > 0
 
 
 def test_one_that_leaves_faster_than_the_host_looks_has_not_failed(
