@@ -130,7 +130,9 @@ class Collector:
             if now - looked >= (_ROOM if dispatcher.urgent else _RESCAN):
                 looked = now
                 dispatcher.rescan()
-                if dispatcher.leased:
+                if (
+                    dispatcher.leased or dispatcher.waiting
+                ):  # also for a worker whose word of being ready is lost
                     self.watcher.look(-1)
             self.complete()
             self.conclude_late()
