@@ -21,6 +21,9 @@ from runtime._leasing import OUTCOME_DIED, OUTCOME_FRAME, OUTCOME_KILLED, OUTCOM
 from runtime._threads cimport guard_acquire, guard_release, guard_t
 
 
+cdef uint64_t NO_MEMORY = 0xFFFFFFFFFFFFFFFFULL     # inbound_total: the host has none for the rest
+
+
 cdef class Harvest(Leasing):
     """Takes in what workers leave in their outboxes and lease tables."""
 
@@ -162,6 +165,10 @@ cdef class Harvest(Leasing):
             self.kept(table, task.block)
         self.over(task, T_OVER)
         a64_store_release(&lease.word, lease_word(L_FREE, 0, task.tag))
+        if copy.out_where == AT_BOUNCE and task.inbound is not None and task.inbound_total == NO_MEMORY:
+            self.outcomes.append((OUTCOME_LOST, task, delivered, None))
+            self.release(task)
+            return 0
         if (exporter is None and not plain) or ran > task.count or ran <= delivered:
             self.outcomes.append((OUTCOME_LOST, task, delivered, "its worker wrote a malformed result"))
             self.release(task)
@@ -222,7 +229,8 @@ cdef class Harvest(Leasing):
             try:
                 PyByteArray_Resize(task.inbound, <Py_ssize_t>(record.count + record.bytes))
             except MemoryError:
-                task.inbound_total = 0
+                task.inbound_total = NO_MEMORY      # later pieces find it too short, and are dropped
+                PyByteArray_Resize(task.inbound, 0)
             else:
                 memcpy(PyByteArray_AS_STRING(task.inbound) + record.count, self.arena.bounce(index),
                        record.bytes)

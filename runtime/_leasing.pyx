@@ -32,7 +32,7 @@ cdef uint32_t FUNCTIONS = 256               # function pickles kept in the regio
 OUTCOME_FRAME = 0           # (.., task, first item, items, exporter of the frame)
 OUTCOME_DIED = 1            # (.., task, item or -1, information that settle() was given)
 OUTCOME_KILLED = 2          # (.., task, item, reason)
-OUTCOME_LOST = 3            # (.., task, item, what went wrong)
+OUTCOME_LOST = 3            # (.., task, item, what went wrong; None: no memory for it in the host)
 OUTCOME_ABANDONED = 4       # (.., task or None, batch or None, its entries, whether they count as cancelled)
 
 

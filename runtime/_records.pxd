@@ -68,7 +68,7 @@ cdef class Task:
     cdef HostBlock fn_block
     cdef Frame by_value                     # the frame, while it travels through the bounce block
     cdef object inbound                     # bytearray: the result's frame, arriving by value
-    cdef uint64_t inbound_total             # bytes that it will have
+    cdef uint64_t inbound_total             # bytes that it will have; all ones: the host has no memory for it
     cdef uint32_t slot, entry
     cdef uint64_t tag
     cdef uint64_t delivered                 # items of the chunk whose results were taken

@@ -293,7 +293,12 @@ class Collector:
         else:
             first, what = rest
             for item in range(first, task.count):
-                self.finish(task, item, False, RuntimeFailure(f"the task was lost: {what}"))
+                error = (
+                    MemoryError("the task has ended, but the host has no memory for its result")
+                    if what is None
+                    else RuntimeFailure(f"the task was lost: {what}")
+                )
+                self.finish(task, item, False, error)
 
     def deliver(self, task: _core.Task, first: int, count: int, exporter: Any) -> None:
         """Results of items first .. first+count-1, in a frame."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import signal
 from collections.abc import Iterator
 
@@ -53,7 +54,14 @@ def reserve(fd: int, total: int, begin: int = 0) -> None:
         try:
             os.posix_fallocate(fd, done, step)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EFBIG, errno.EDQUOT):
+            if error.errno == errno.EFBIG:
+                signal.sigtimedwait([signal.SIGXFSZ], 0)  # it came with the error, and would end the process
+                most = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+                raise RegionFull(
+                    f"the region needs a file of {total} bytes, and files of this process may have {most} "
+                    f"(RLIMIT_FSIZE, ulimit -f); use a smaller region or raise the limit"
+                ) from None
+            if error.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EDQUOT):
                 raise
             files = os.fstatvfs(fd)
             free = files.f_bavail * files.f_frsize

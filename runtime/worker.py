@@ -174,7 +174,7 @@ class Worker:
         if limit is not None and (memory.unshared() or 0) > limit:
             with contextlib.suppress(RuntimeWarning):  # under -W error
                 warnings.warn(
-                    f"max_worker_rss is {limit} bytes, and workers have more than that before their first task, "
+                    f"max_worker_rss is {limit} bytes, and workers have more before their first task, "
                     f"so each is replaced after every task; raise it",
                     RuntimeWarning,
                     stacklevel=1,

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import tasks
 from tasks import Gate
-from watching import idle, send, until
+from watching import idle, output, send, until
 
 import runtime
 from runtime import Runtime, WorkerDied
@@ -493,6 +493,33 @@ def test_cancelled_tasks_give_their_blocks_back(pool: Runtime, gate: Gate) -> No
 def test_results_nobody_asks_for_give_their_blocks_back(pool: Runtime) -> None:
     futures = [pool.submit(pattern, 500 * KIB, i) for i in range(40)]
     concurrent.futures.wait(futures)
+
+
+def test_results_that_the_host_has_no_memory_for() -> None:
+    """Each fails by itself, and what had come of it is let go of."""
+    code = """if True:
+        import resource, tasks, runtime
+        from watching import shut_down_clean
+        rt = runtime.Runtime(1)
+        assert list(rt.map(len, [b"x"])) == [1]
+        with open("/proc/self/statm") as file:
+            mapped = int(file.read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (mapped + (100 << 20), resource.RLIM_INFINITY))
+        for _ in range(3):
+            print(repr(rt.submit(bytes, 200 << 20).exception(tasks.PATIENCE)))
+            assert len(rt.submit(bytes, 40 << 20).result(tasks.PATIENCE)) == 40 << 20
+        found = rt.map(bytes, [5, 200 << 20, 5], return_exceptions=True, chunksize=1)
+        print(*[type(one).__name__ for one in found])
+        del found
+        assert rt._core.dispatcher.malformed == 0
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        shut_down_clean(rt)
+    """
+    lines = output(code)
+    assert lines == [
+        *["MemoryError('the task has ended, but the host has no memory for its result')"] * 3,
+        "bytes MemoryError bytes",
+    ]
 
 
 @pytest.mark.stress

@@ -831,6 +831,27 @@ SharedRegion.create(8 << 20).close()
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("handled", [True, False], ids=["as Python has it", "by the default"])
+def test_more_than_a_file_may_have(handled: bool) -> None:
+    """RLIMIT_FSIZE comes with a signal, whose default would end the process."""
+    code = f"""
+import resource, signal, runtime
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, resource.RLIM_INFINITY))
+if not {handled}:
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+for name in (None, "runtime-test-never-made"):
+    try:
+        runtime.SharedRegion.create(4 << 20, name=name)
+    except runtime.RegionFull as error:
+        print(error)
+runtime.SharedRegion.create(1 << 19).close()
+assert signal.sigpending() == set()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("files of this process may have 1048576 (RLIMIT_FSIZE, ulimit -f)") == 2
+
+
 def test_signals_do_not_disturb_the_reservation() -> None:
     hits = []
     old = signal.signal(signal.SIGALRM, lambda *_: hits.append(1))
