@@ -33,6 +33,12 @@ GOALS = (
         {"poison": (50, 1_000)},
     ),
     Goal(
+        (9,),
+        "full memory is an exception, never SIGBUS",
+        "test_full_memory.py::test_full_memory_is_an_exception",
+        {"over-allocations": (100, 10_000)},
+    ),
+    Goal(
         (10,),
         "nothing is left over of what is killed",
         "test_leftovers.py::test_nothing_is_left_of_what_is_killed",
