@@ -15,7 +15,7 @@ from typing import Any
 import evil
 import pytest
 from tasks import Gate, die_until, echo, own_pid, pass_through, pid_and
-from watching import alive, all_ready, host, read_pids, ready, until
+from watching import alive, all_ready, read_pids, ready, until
 
 import runtime
 from runtime import BrokenRuntime, Runtime, WorkerStatus, _core, lifecycle
@@ -378,17 +378,3 @@ def test_new_workers_take_part_in_what_waits(factory: Factory, gate: Gate) -> No
     gate.arrived(2)  # what was leased to the first is taken back from it
     gate.open(3)
     assert [f.result() for f in futures] == [0, 1, 2]
-
-
-@pytest.mark.timeout(150)
-@pytest.mark.parametrize("method", ["exec", "fork"])
-@pytest.mark.parametrize(
-    "seconds", [2, pytest.param(20, marks=pytest.mark.stress)], ids=["a moment", "a while"]
-)
-def test_scaling_in_a_storm(method: str, seconds: int) -> None:
-    """Among deaths of workers and zygotes, each task and item has one result, and nothing is left."""
-    code = "import sys, storm; storm.run(sys.argv[1], float(sys.argv[2]), 20)"
-    with host(code, method, str(seconds)) as one:
-        assert int(one.line().split()[0]) >= 520
-        assert one.process.wait(40) == 0
-        one.gone()

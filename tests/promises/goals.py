@@ -33,6 +33,12 @@ GOALS = (
         {"poison": (50, 1_000)},
     ),
     Goal(
+        (5,),
+        "after any storm every task, run, block, descriptor, process and thread is accounted for",
+        "test_storm.py::test_every_account_is_balanced_after_a_storm",
+        {"kills": (500, 100_000)},
+    ),
+    Goal(
         (9,),
         "full memory is an exception, never SIGBUS",
         "test_full_memory.py::test_full_memory_is_an_exception",
@@ -76,5 +82,11 @@ GOALS = (
         "forged, replayed and truncated messages on every socket have no effect",
         "test_forgery.py::test_forged_messages_have_no_effect",
         {"messages on each": (200, 10_000)},
+    ),
+    Goal(
+        (19,),
+        "a kill a second: memory of host and zygote, descriptors, threads and blocks do not grow",
+        "test_storm.py::test_nothing_grows_in_a_steady_storm",
+        {"seconds": (20, 28_800)},
     ),
 )

@@ -1,8 +1,8 @@
 """A process that asks for more memory than there is, in every way there is: promise 9.
 
 `main()` with a JSON object as its argument: {"place": what is scarce, "seed": text, "count": refusals that
-are wanted}. Whatever is asked for is refused by an exception, or is there to its last byte: so everything
-that was given is written and read. The same in a worker, which must be alive in the end. It says what was counted.
+are wanted}. Whatever is asked for is refused by an exception, or is there to its last byte: so all that was
+given is written and read. The same in a worker, which must be alive in the end. What was counted is said.
 """
 
 from __future__ import annotations
