@@ -28,7 +28,7 @@ PATIENCE = 60.0  # seconds without an outcome after which an order is lost
 ENDLESS = 1_000_000  # retries that nobody uses up
 OUT = 150  # orders that a client has out at once
 SIZES = (0, 10, 300, 1_000, 5_000, 16_000, 20_000, 70_000, 300_000, 1_500_000)  # bytes
-WEIGHTS = (8, 8, 8, 8, 8, 8, 8, 4, 2, 1)
+WEIGHTS = (6, 6, 6, 6, 6, 6, 8, 8, 6, 3)
 SPINS = (0.0, 0.0, 0.0, 0.0002, 0.001, 0.004)  # seconds
 
 DROPPED = "dropped"  # the outcome of an item whose map nobody wanted to the end

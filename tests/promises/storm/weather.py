@@ -47,6 +47,7 @@ class Weather(threading.Thread):
         self.holding = threading.Lock()  # who holds it has calm
         self._stopping = threading.Event()
         self._seen = set()  # pids of workers that had a task
+        self._ended = 0  # outcomes until the last kill
         self._lost = set()  # pids of zygotes and heirs that are killed
         self._last = {}  # when something of a kind was done
         self._later = []  # (when, what is to be done then), of what must not stay as it is
@@ -99,14 +100,26 @@ class Weather(threading.Thread):
         zygote = self.rt._core._zygote
         return zygote if zygote is not None and zygote.started else None
 
+    def _exhausted(self):
+        """Whether a number has failed to start, twice in a row: a few more, and it would be given up."""
+        return max(it.restarts.in_a_row for it in list(self.rt._core._numbers.values())) > 1
+
     # ---- what ----------------------------------------------------------------------------------------
 
     def do_kill(self):
+        """Once for each outcome at most: on a slow machine nothing would ever come to its end."""
+        dispatcher = self.rt._core.dispatcher
+        ended = dispatcher.done + dispatcher.failed + dispatcher.vanished
+        if ended == self._ended:
+            return None
+        self._ended = ended
         self._ready()
         if victims := sorted(self._seen - self.killed):
             return self._kill(self.draw.choice(victims))
 
     def do_newborn(self):
+        if self._exhausted():
+            return None
         self._ready()
         pids = {info.pid for info in self.rt.workers() if info.pid}
         if victims := sorted(pids - self._seen - self.killed):
@@ -119,7 +132,9 @@ class Weather(threading.Thread):
 
     def do_zygote(self):
         zygote, heir = self._zygote(), self.rt._core._heir
-        if zygote is None or (self.method == "fork" and (heir is None or heir.pid in self._lost)):
+        if zygote is None or self._exhausted():
+            return None
+        if self.method == "fork" and (heir is None or heir.pid in self._lost):
             return None
         pid = self._lose(zygote.pid)
         self.orphans |= {worker.pid for worker in list(self.rt._core._slots.values()) if worker.pid}
