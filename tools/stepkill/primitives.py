@@ -1,0 +1,270 @@
+"""The table: every shared-memory primitive, the ways through it, and what has to be covered.
+
+A new primitive is one entry: its name, its scenarios (a World each: set-up, operation, the survivor's sweep,
+audit), and its functions. A function of Python code around a primitive (which raises, allocates, counts
+references) has only its atomic operations in the share: the instructions that come from include/atomics.h.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import NamedTuple
+
+from tools.stepkill.engine import Scenario, at_call, at_entry, at_lock
+from tools.stepkill.extents import HOST, HeapWorld
+from tools.stepkill.leases import PARKED, PARKED_HERE, HostDies, WorkerDies
+from tools.stepkill.pools import PoolWorld
+from tools.stepkill.shipped import Shipped, package
+
+
+class Unreached(NamedTuple):
+    """Instructions of a function that no scenario can reach."""
+
+    function: str
+    most: int  # instructions, an upper bound
+    reason: str
+
+
+class Primitive(NamedTuple):
+    """One line of the table."""
+
+    name: str
+    scenarios: tuple[Scenario, ...]
+    whole: tuple[str, ...]  # module.function: all of its instructions are to be stepped
+    atomic: tuple[str, ...] = ()  # module.function: its atomic operations are
+    unreached: tuple[Unreached, ...] = ()
+    objects: tuple[Shipped, ...] = ()  # whose text is stepped; none: the whole package
+
+    def modules(self) -> tuple[Shipped, ...]:
+        return self.objects or package()
+
+    def code(self) -> Iterator[tuple[str, str, int, frozenset[int]]]:
+        """(function, what of it, where its object begins, instructions), of all that is to be stepped."""
+        objects = {shipped.name: shipped for shipped in self.modules()}
+        for name in self.whole:
+            found, function = objects[name.partition(".")[0]], name.partition(".")[2]
+            yield name, "whole", found.base, found.code(found.find(function))
+        for name in self.atomic:
+            found, function = objects[name.partition(".")[0]], name.partition(".")[2]
+            yield name, "atomic operations", found.base, found.atomics(found.find(function))
+
+
+def pool(name: str, *args: object, **kwargs: object) -> Scenario:
+    return Scenario(name, partial(PoolWorld, *args, **kwargs))  # type: ignore[arg-type]
+
+
+def worker(name: str, *args: object, **kwargs: object) -> Scenario:
+    return Scenario(name, partial(WorkerDies, *args, **kwargs))  # type: ignore[arg-type]
+
+
+def host(name: str, *args: object, **kwargs: object) -> Scenario:
+    return Scenario(name, partial(HostDies, *args, **kwargs))  # type: ignore[arg-type]
+
+
+def heap(name: str, *args: object, **kwargs: object) -> Scenario:
+    return Scenario(name, partial(HeapWorld, *args, **kwargs))  # type: ignore[arg-type]
+
+
+SLOW = ("pool enroll",)  # these are begun first
+PRIMITIVES = (
+    Primitive(
+        "pool format",
+        (pool("", "format"), pool("of the dead", "format_of_the_dead")),
+        whole=("_slab.pool_format",),
+        atomic=("_pool.MemoryPool.find_or_format",),
+    ),
+    Primitive(
+        "pool enroll",
+        (
+            pool("", "first_enroll"),
+            pool("again", "second_enroll"),
+            pool("full of the dead", "first_enroll", fill=True)._replace(over=("_identity",)),
+        ),
+        whole=("_slab.pool_enroll", "_slab.clear_dead_rows"),
+    ),
+    Primitive(
+        "block take",
+        (
+            pool("the one given back last", "take_block", recent=(2, 1)),
+            pool("the hint is stale", "take_block", "-m-", recent=(1,), cursor=2),
+            pool("searched, around the end", "take_block", "-mm", cursor=1),
+            pool("of the dead", "take_block", "mab"),
+            pool("none", "take_block", "mcm"),
+            pool("another takes the hint", "take_block", recent=(0,)).amid(at_lock("pool_take_or_sweep")),
+            pool("another takes what was found", "take_block", "m--").amid(at_lock("pool_search")),
+            pool("another takes it and gives it back", "take_block_again", "m--").amid(
+                at_lock("pool_search")
+            ),
+            pool("acquire()", "acquire", "mcm-"),
+            pool("acquire(), of the dead", "acquire", "maa"),
+            pool("acquire(), the one given back last", "acquire", recent=(1,)),
+        ),
+        whole=("_slab.pool_take_or_sweep", "_slab.pool_search", "_slab.pool_recover"),
+        atomic=("_pool.MemoryPool.acquire",),
+    ),
+    Primitive(
+        "extent claim",
+        (
+            heap("one", "take"),
+            heap("two from the hint on", "take", pages=2, hint=3),
+            heap("three, around the end", "take", "---m--", pages=3, hint=4),
+            heap("none", "take", "-m-m-m", pages=2, hint=1),
+            heap("more than there is", "take", pages=7),
+            heap("no bytes", "take", pages=0),
+            heap("the host's", "take", "-m----", pages=2, owner=HOST),
+            heap("another takes the head", "take", pages=2, other=0).amid(at_lock("heap_take")),
+            heap("another takes a tail", "take", pages=3, other=2).amid(at_lock("heap_take", 3)),
+            heap("another takes the first tail", "take", pages=2, other=1).amid(at_lock("heap_take", 2)),
+        ),
+        whole=("_extent.heap_take",),
+    ),
+    Primitive(
+        "extent free",
+        (
+            heap("one", "free", "p-----"),
+            heap("three", "free", "-pttm-"),
+            heap("up to the end", "free", "m--ptt"),
+            heap("the host's", "free", "-htm--", owner=HOST),
+            heap("of somebody else", "free", "-mp---", at=1),
+            heap("none there", "free", at=6),
+        ),
+        whole=("_extent.heap_free", "_extent.finish_free", "_extent.heap_run"),
+    ),
+    Primitive(
+        "extent hand over",
+        (
+            heap("published", "publish", "-pt-m-"),
+            heap("of somebody else", "publish", "-m----", at=1),
+            heap("adopted", "adopt", "-ut-m-"),
+            heap("not published", "adopt", "-pt-m-"),
+            heap("none there", "adopt", at=6),
+        ),
+        whole=("_extent.heap_publish", "_extent.heap_adopt"),
+    ),
+    Primitive(
+        "extent sweep",
+        (
+            heap("all that can be left", "sweep", "pctutfmt-pht"),
+            heap("of a host", "sweep", "CtFt-m", owner=HOST),
+            heap("nothing", "sweep", "-m-ht-"),
+        ),
+        whole=("_extent.heap_sweep", "_extent.finish_free"),
+    ),
+    Primitive(
+        "block wait",
+        (
+            pool("one is free", "wait_for_block"),
+            pool("none", "wait_for_block", "mmm"),
+        ),
+        whole=("_slab.pool_wait",),
+    ),
+    Primitive(
+        "block sweep",
+        (
+            pool("two dead", "sweep_dead", "abam-c"),
+            pool("two dead, sleepers", "sweep_dead", "ababm", sleepers=True),
+            pool("nobody is dead", "sweep_dead", "mc-"),
+            pool("another is faster", "sweep_dead", "aam").amid(at_lock("sweep_batch")),
+        ),
+        whole=("_slab.pool_sweep", "_slab.sweep_batch", "_slab.pool_wake"),
+    ),
+    Primitive(
+        "block free",
+        (
+            pool("", "drop_block"),
+            pool("sleepers", "drop_block", sleepers=True),
+            pool("many", "drop_many", "-" * 40),
+            pool("stale", "drop_stale", "mmmm-"),
+            pool("release()", "release", sleepers=True),
+        ),
+        whole=("_pool.__pyx_tp_dealloc_7runtime_5_pool_Block",),
+        atomic=("_pool.give_back",),
+    ),
+    Primitive(
+        "lease claim",
+        (
+            worker("", "take_lease"),
+            worker("all of them", "answer_all", calls=3),
+            worker("none", "take_lease", calls=0),
+            worker("cancelled", "take_lease", how="cancel").amid(at_lock("WorkerPort.claim")),
+        ),
+        whole=("_lease.WorkerPort.claim",),
+    ),
+    Primitive(
+        "lease answer",
+        (
+            worker("in the lease", "answer", calls=2, claimed=1),
+            worker("a message wakes the host", "answer", claimed=1, parked=PARKED),
+            worker("a futex wakes the host", "answer", claimed=1, parked=PARKED_HERE),
+            worker("without lanes", "answer", claimed=1, lanes=False),
+            worker("in a block", "answer", claimed=1, result=5000),
+            worker("killed meanwhile", "answer", claimed=1, how="cancel").amid(
+                at_lock("WorkerPort.complete")
+            ),
+            worker("killed before", "answer", claimed=1, how="cancel").amid(at_entry("WorkerPort.stop")),
+            worker("the outbox is full", "answer_all", calls=3, outbox=2).amid(at_call("WorkerPort.put")),
+        ),
+        whole=("_lease.WorkerPort.complete", "_lease.WorkerPort.put", "_lease.WorkerPort.stop"),
+    ),
+    Primitive(
+        "lease commit",
+        (worker("item by item", "commit", calls=0, items=3, claimed=1, result=3000),),
+        whole=("_lease.WorkerPort.advance",),
+    ),
+    Primitive(
+        "piece by piece",
+        (
+            worker("arguments", "fetch", claimed=1, args=5000, full=5).amid(
+                at_entry("WorkerPort.wait_turn", 1), at_entry("WorkerPort.wait_turn", 2)
+            ),
+        ),
+        whole=("_lease.WorkerPort.receive",),
+    ),
+    Primitive(
+        "report",
+        (worker("", "report", claimed=1),),
+        whole=(),
+        atomic=("_report.write_report",),
+    ),
+    Primitive(
+        "view dropped",
+        (worker("", "unkeep", claimed=1, args=5000),),
+        whole=(),
+        atomic=("_lease.WorkerPort.flush",),
+    ),
+    Primitive(
+        "lease",
+        (
+            host("in the entry", "lease", calls=1),
+            host("in a block", "lease", calls=0, args=5000),
+        ),
+        whole=(),
+        atomic=("_leasing.Leasing.publish",),
+    ),
+    Primitive(
+        "lease taken back",
+        (
+            host("", "take_back", calls=3, claimed=1),
+            host("cancelled", "cancel", calls=2),
+            host("killed", "cancel", calls=2, claimed=1),
+        ),
+        whole=("_threads.kill_lease",),
+        atomic=("_leasing.Leasing.take_back", "_dispatch.Dispatcher.cancel"),
+    ),
+    Primitive(
+        "harvest",
+        (
+            host("", "harvest", calls=2, answered=1),
+            host("in a block", "harvest", calls=2, answered=1, result=5000),
+        ),
+        whole=(),
+        atomic=("_harvest.Harvest.harvest", "_harvest.Harvest.drain_now"),
+    ),
+    Primitive(
+        "sweep of a slot",
+        (host("", "settle", calls=3, answered=1, claimed=1, result=5000),),
+        whole=(),
+        atomic=("_harvest.Harvest.settle_now", "_harvest.Harvest.settle_task"),
+    ),
+)
