@@ -27,7 +27,8 @@ PARKED_AT = 2 * PAGE + 64  # arena_t.parked, in the file
 SLOTS_AT = 3 * PAGE
 FN = SimpleNamespace(id=1, data=b"a function")
 FRESH = LEASES + 1  # calls that show that a slot can be used again
-LOST = "lost"
+REPORTS = (None, (1, 2.0, "half of it"), (2, None, ""))
+RAISED = contextlib.suppress(RuntimeError, KeyboardInterrupt)  # what `notify` may lead to
 
 
 def method(module_name: str, name: str, result: Any, *arguments: Any) -> Any:
@@ -51,7 +52,8 @@ class LeaseWorld:
 
     def __init__(self, act: str, *, calls: int = 1, items: int = 0, args: int = 20, result: int = 20,
                  claimed: int = 0, pages: int = 6, full: int = 0, outbox: int = 4, parked: int = 0,
-                 lanes: bool = True, how: str = "") -> None:  # fmt: skip
+                 lanes: bool = True, notify: str = "", asleep: bool = False, guarded: bool = True,
+                 how: str = "") -> None:  # fmt: skip
         self.act, self.name, self.how = getattr(self, act), act, how
         self.args, self.result, self.claims = args, result, claimed
         self.arena = _core.Arena.create(pages * PAGE, 2, LEASES, outbox, PAGE, lanes, 0)
@@ -59,6 +61,13 @@ class LeaseWorld:
         self.words = Words(self.memory)
         self.bell = os.eventfd(0)
         self.host = self.new_host()
+        self.notify: Any = {
+            "": self.told,
+            "plain": lambda: None,
+            "raises": self.told_badly,
+            "interrupts": ctypes.pythonapi.PyErr_SetInterrupt,
+        }[notify]
+        self.guarded = guarded
         self.outcomes: dict[Any, list[int]] = defaultdict(list)
         self.tasks: list[Any] = []
         self.port = self.open()
@@ -67,10 +76,13 @@ class LeaseWorld:
         if items:
             span = _core.Span.pack(0, list(range(items)), 0, False)
             assert span is not None
-            self.host.add(_core.Batch(FN, None, chunksize=items), span)
+            self.batch = _core.Batch(FN, None, chunksize=items)
+            self.host.add(self.batch, span)
         else:
             self.submit(calls)
         self.memory[PARKED_AT] = parked
+        if asleep:
+            self.port.park()
         self.entry = -1
         self.cancelled = False
 
@@ -82,14 +94,18 @@ class LeaseWorld:
     def open(self) -> _core.Runner:
         """A worker in the next free slot, which takes leases."""
         slot = self.host.open_slot(0, 1)
-        self.host.occupy(slot, -1)
+        if self.guarded:
+            self.host.occupy(slot, -1)  # of no process: a signal reaches nobody
         port = _core.Runner(self.arena, slot, self.notify)
         self.host.make_ready(slot)
         return port
 
-    def notify(self) -> Any:
+    def told(self) -> Any:
         """The worker has something to tell; nobody is called."""
         return object()
+
+    def told_badly(self) -> Any:
+        raise RuntimeError("the hint cannot be sent")
 
     def submit(self, calls: int) -> None:
         for _ in range(calls):
@@ -187,16 +203,18 @@ class WorkerDies(LeaseWorld):
 
     def answer(self) -> None:
         self.port.end_item(self.entry)
-        with contextlib.suppress(KeyboardInterrupt):
+        with RAISED:
             self.port.finish(self.entry, [item(self.result)], 1, False)
 
     def answer_all(self) -> None:
-        while (entry := self.claim()) >= 0:
-            self.port.finish(entry, [item(self.result)], 1, False)
+        with RAISED:
+            while (entry := self.claim()) >= 0:
+                self.port.finish(entry, [item(self.result)], 1, False)
 
     def fetch(self) -> None:
         """The arguments come piece by piece."""
-        self.port.frame(self.entry)
+        with RAISED:
+            self.port.frame(self.entry)
 
     def commit(self) -> None:
         """The items of a chunk, each by itself."""
@@ -222,15 +240,14 @@ class WorkerDies(LeaseWorld):
         if self.how == "cancel":
             self.cancelled = self.host.cancel(self.tasks[0], running=True) != _core.CANCEL_NO
         elif self.how == "drop":
-            self.host.drop(self.host_batch(), running=True)
+            self.host.drop(self.batch, running=True)
+            self.cancelled = True
         else:
             self.host.drain(0)
 
-    def host_batch(self) -> Any:
-        raise NotImplementedError
-
     def recover(self) -> None:
         self.block = None
+        self.notify = self.told
         self.left = [self.state(entry) for entry in range(LEASES)]
         self.host.vacate(0)
         self.host.settle(0, "it was killed")
@@ -243,14 +260,15 @@ class WorkerDies(LeaseWorld):
         expected = range(self.items) if self.items else [task.number for task in self.tasks]
         for entry, key in enumerate(expected):
             kinds = self.outcomes.pop(key, [])
-            if self.cancelled and entry == 0:
-                doubled += len(kinds) > 1 or kinds == [_core.OUTCOME_FRAME]
+            if self.cancelled and (entry == 0 or self.items):
+                doubled += len(kinds) > 1 or (kinds == [_core.OUTCOME_FRAME] and not self.items)
                 continue
             lost += not kinds or _core.OUTCOME_LOST in kinds
             doubled += len(kinds) > 1
             if not self.items and kinds == [_core.OUTCOME_DIED]:
                 lost += self.left[entry] != L_RUNNING  # it was not started, or had been answered
         lost += len(self.outcomes)
+        lost += sum([task.future.reported not in REPORTS for task in self.tasks])
         lost += self.usable()
         blocks = self.words.audit(set())
         return Verdict(lost + blocks.lost, doubled + blocks.doubled)
@@ -277,6 +295,9 @@ class HostDies(LeaseWorld):
         self.host.stop_slot(0)
 
     def cancel(self) -> None:
+        self.host.cancel(self.tasks[0])
+
+    def kill(self) -> None:
         self.host.cancel(self.tasks[0], running=True)
 
     def harvest(self) -> None:

@@ -140,12 +140,14 @@ class PoolWorld:
         for i, owner in enumerate(self.owned):
             if owner == "c":
                 self.set_number(self.words + 8 * i, self.p.row | 1)
-        if self.how in ("drop_block", "drop_stale", "release"):
+        if self.how in ("drop_block", "drop_stale", "drop_last", "release"):
             self.block = self.pool.acquire()
+        if self.how == "drop_last":
+            del self.pool
         if self.how == "acquire" and self.recent:
             _core.Block.release(self.pool.acquire())  # type: ignore[arg-type]
         if self.how == "drop_many":
-            self.block = [self.pool.acquire() for _ in range(34)]
+            self.block = [self.pool.acquire() for _ in range(self.capacity)]
         if self.how == "drop_stale":
             self.set_number(self.words + 8 * self.number_of(self.block), 5)
 
@@ -178,7 +180,7 @@ class PoolWorld:
     def drop_block(self) -> None:
         del self.block
 
-    drop_many = drop_stale = drop_block
+    drop_many = drop_stale = drop_last = drop_block
     take_block_again = take_block
 
     def format(self) -> None:

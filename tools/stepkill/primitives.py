@@ -174,8 +174,9 @@ PRIMITIVES = (
         (
             pool("", "drop_block"),
             pool("sleepers", "drop_block", sleepers=True),
-            pool("many", "drop_many", "-" * 40),
+            pool("many", "drop_many", "-" * 70),
             pool("stale", "drop_stale", "mmmm-"),
+            pool("the last of its pool", "drop_last"),
             pool("release()", "release", sleepers=True),
         ),
         whole=("_pool.__pyx_tp_dealloc_7runtime_5_pool_Block",),
@@ -196,20 +197,48 @@ PRIMITIVES = (
         (
             worker("in the lease", "answer", calls=2, claimed=1),
             worker("a message wakes the host", "answer", claimed=1, parked=PARKED),
+            worker("the message fails", "answer", claimed=1, parked=PARKED, notify="raises"),
             worker("a futex wakes the host", "answer", claimed=1, parked=PARKED_HERE),
-            worker("without lanes", "answer", claimed=1, lanes=False),
+            worker("without lanes", "answer", claimed=1, lanes=False, notify="plain"),
             worker("in a block", "answer", claimed=1, result=5000),
             worker("killed meanwhile", "answer", claimed=1, how="cancel").amid(
                 at_lock("WorkerPort.complete")
             ),
             worker("killed before", "answer", claimed=1, how="cancel").amid(at_entry("WorkerPort.stop")),
-            worker("the outbox is full", "answer_all", calls=3, outbox=2).amid(at_call("WorkerPort.put")),
         ),
-        whole=("_lease.WorkerPort.complete", "_lease.WorkerPort.put", "_lease.WorkerPort.stop"),
+        whole=("_lease.WorkerPort.complete", "_lease.WorkerPort.stop"),
+    ),
+    Primitive(
+        "outbox put",
+        (
+            worker("", "answer", claimed=1),
+            worker("full", "answer_all", calls=3, outbox=2).amid(at_call("WorkerPort.put")),
+            worker("full, a function", "answer_all", calls=3, outbox=2, notify="plain").amid(
+                at_call("WorkerPort.put")
+            ),
+            worker("full, interrupted", "answer_all", calls=3, outbox=2, notify="interrupts"),
+            worker("full, the message fails", "answer_all", calls=3, outbox=2, notify="raises"),
+            worker("the message fails", "answer", claimed=1, parked=PARKED, notify="raises"),
+            worker("the last view of an argument goes", "unkeep", claimed=1, args=5000),
+        ),
+        whole=("_lease.WorkerPort.put",),
+        atomic=("_lease.WorkerPort.flush",),
+        unreached=(
+            Unreached(
+                "_lease.WorkerPort.put",
+                11,
+                "frees the callable that tells the host: the port itself holds it",
+            ),
+        ),
     ),
     Primitive(
         "lease commit",
-        (worker("item by item", "commit", calls=0, items=3, claimed=1, result=3000),),
+        (
+            worker("item by item", "commit", calls=0, items=3, claimed=1, result=3000),
+            worker("the map is dropped", "commit", calls=0, items=3, claimed=1, how="drop").amid(
+                at_lock("WorkerPort.advance")
+            ),
+        ),
         whole=("_lease.WorkerPort.advance",),
     ),
     Primitive(
@@ -218,8 +247,39 @@ PRIMITIVES = (
             worker("arguments", "fetch", claimed=1, args=5000, full=5).amid(
                 at_entry("WorkerPort.wait_turn", 1), at_entry("WorkerPort.wait_turn", 2)
             ),
+            worker(
+                "the message fails", "fetch", claimed=1, args=5000, full=5, parked=PARKED, notify="raises"
+            ),
+            worker("interrupted", "fetch", claimed=1, args=5000, full=5, parked=PARKED, notify="interrupts"),
+            worker("results", "answer", claimed=1, result=5000, full=5).amid(
+                at_entry("WorkerPort.wait_turn", 1), at_entry("WorkerPort.wait_turn", 2)
+            ),
+            worker(
+                "results, the message fails",
+                "answer",
+                claimed=1,
+                result=5000,
+                full=5,
+                parked=PARKED,
+                notify="raises",
+            ),
+            worker(
+                "results, interrupted",
+                "answer",
+                claimed=1,
+                result=5000,
+                full=5,
+                parked=PARKED,
+                notify="interrupts",
+            ),
         ),
-        whole=("_lease.WorkerPort.receive",),
+        whole=(
+            "_lease.WorkerPort.receive",
+            "_lease.WorkerPort.offer",
+            "_lease.WorkerPort.wait_turn",
+            "_lease.WorkerPort.take_room",
+        ),
+        unreached=(Unreached("_lease.WorkerPort.receive", 6, "no memory is left for a bytearray"),),
     ),
     Primitive(
         "report",
@@ -228,16 +288,11 @@ PRIMITIVES = (
         atomic=("_report.write_report",),
     ),
     Primitive(
-        "view dropped",
-        (worker("", "unkeep", claimed=1, args=5000),),
-        whole=(),
-        atomic=("_lease.WorkerPort.flush",),
-    ),
-    Primitive(
         "lease",
         (
             host("in the entry", "lease", calls=1),
             host("in a block", "lease", calls=0, args=5000),
+            host("the worker sleeps", "lease", calls=0, asleep=True),
         ),
         whole=(),
         atomic=("_leasing.Leasing.publish",),
@@ -247,10 +302,18 @@ PRIMITIVES = (
         (
             host("", "take_back", calls=3, claimed=1),
             host("cancelled", "cancel", calls=2),
-            host("killed", "cancel", calls=2, claimed=1),
+            host("it runs", "cancel", calls=2, claimed=1),
+            host("killed", "kill", calls=2, claimed=1),
+            host("there is nobody to kill", "kill", calls=2, claimed=1, guarded=False),
+            host("claimed just now", "cancel", calls=2).amid(at_lock("Dispatcher.cancel", 2)),
         ),
         whole=("_threads.kill_lease",),
         atomic=("_leasing.Leasing.take_back", "_dispatch.Dispatcher.cancel"),
+        unreached=(
+            Unreached(
+                "_dispatch.Dispatcher.cancel", 4, "waits for a guard that the host's deadline thread holds"
+            ),
+        ),
     ),
     Primitive(
         "harvest",
@@ -263,8 +326,15 @@ PRIMITIVES = (
     ),
     Primitive(
         "sweep of a slot",
-        (host("", "settle", calls=3, answered=1, claimed=1, result=5000),),
+        (
+            host("", "settle", calls=3, answered=1, claimed=1, result=5000),
+            host("the next process moves in", "open_slot"),
+        ),
         whole=(),
-        atomic=("_harvest.Harvest.settle_now", "_harvest.Harvest.settle_task"),
+        atomic=(
+            "_harvest.Harvest.settle_now",
+            "_harvest.Harvest.settle_task",
+            "_slots.Slots.open_slot",
+        ),
     ),
 )

@@ -107,17 +107,19 @@ class Shipped:
 
     @functools.cached_property
     def _atomic_ranges(self) -> list[tuple[int, int]]:
-        """Addresses that the line table ascribes to atomics.h."""
-        ranges = []
-        start = None
+        """Addresses that the line table ascribes to the atomic operations of atomics.h."""
+        lines = (Path(__file__).parents[2] / "runtime" / "include" / ATOMICS).read_text().splitlines()
+        atomic = {str(number) for number, line in enumerate(lines, 1) if "atomic_" in line}
+        ranges: list[tuple[int, int]] = []
+        start = -1
         for line in tool("objdump", "--dwarf=decodedline", str(self.path)).splitlines():
             match = ROW.match(line)
             if match is None:
                 continue
             address = self.base + int(match[4], 16)
-            if start is not None and address > start:
+            if 0 <= start < address:
                 ranges.append((start, address))
-            start = address if match[1] == ATOMICS and match[2] != "-" else None
+            start = address if match[1] == ATOMICS and match[2] in atomic else -1
         if not ranges:
             raise Unreadable(f"{self.path} has no line table: build it with CFLAGS=-g")
         return ranges
