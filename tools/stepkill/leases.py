@@ -236,9 +236,11 @@ class WorkerDies(LeaseWorld):
         self.view.release()
 
     def meddle(self) -> None:
-        """The host takes in what there is and serves a piece; or it cancels the call."""
+        """The host takes in what there is and serves a piece; or it cancels the call, or frees a block."""
         if self.how == "cancel":
             self.cancelled = self.host.cancel(self.tasks[0], running=True) != _core.CANCEL_NO
+        elif self.how == "room":
+            self.block = None
         elif self.how == "drop":
             self.host.drop(self.batch, running=True)
             self.cancelled = True

@@ -55,7 +55,7 @@ class PoolWorld:
     """A pool of a few blocks. This process has a row of its own; so has the one that dies, if it needs one.
 
     act: what it does, one of the methods below. owned: the words' owners: "-" nobody, "m" this process,
-    "a" and "b" two dead processes, "c" the one that will die.
+    "a" and "b" two dead processes, "x" one more for each of them, "c" the one that will die.
     """
 
     def __init__(self, act: str, owned: str = "---", *, recent: tuple[int, ...] = (), cursor: int = 0,
@@ -80,6 +80,10 @@ class PoolWorld:
         for i, owner in enumerate(owned):
             if owner in rows:
                 self.set_number(self.words + 8 * i, OWNED | rows[owner] | 1)
+            elif owner == "x":
+                row = self.free_row(300)
+                self.set_row(row, GONE + i)  # of no pid: dead without a look at /proc
+                self.set_number(self.words + 8 * i, OWNED | row << 51 | 1)
         if sleepers:
             self.memory[self.head + SLEEPERS] = 1
         if fill:  # the first rows nobody's that could be, the others this process's

@@ -125,6 +125,7 @@ PRIMITIVES = (
             heap("one", "free", "p-----"),
             heap("three", "free", "-pttm-"),
             heap("up to the end", "free", "m--ptt"),
+            heap("the last one", "free", "-----p"),
             heap("the host's", "free", "-htm--", owner=HOST),
             heap("of somebody else", "free", "-mp---", at=1),
             heap("none there", "free", at=6),
@@ -165,6 +166,7 @@ PRIMITIVES = (
             pool("two dead", "sweep_dead", "abam-c"),
             pool("two dead, sleepers", "sweep_dead", "ababm", sleepers=True),
             pool("nobody is dead", "sweep_dead", "mc-"),
+            pool("more dead than one pass handles", "sweep_dead", "x" * 66),
             pool("another is faster", "sweep_dead", "aam").amid(at_lock("sweep_batch")),
         ),
         whole=("_slab.pool_sweep", "_slab.sweep_batch", "_slab.pool_wake"),
@@ -251,6 +253,12 @@ PRIMITIVES = (
                 "the message fails", "fetch", claimed=1, args=5000, full=5, parked=PARKED, notify="raises"
             ),
             worker("interrupted", "fetch", claimed=1, args=5000, full=5, parked=PARKED, notify="interrupts"),
+            worker("results, and room comes", "answer", claimed=1, result=5000, full=5, how="room").amid(
+                at_call("WorkerPort.take_room", 5)
+            ),
+            worker("results of a chunk", "commit", calls=0, items=3, claimed=1, result=5000, full=5).amid(
+                at_entry("WorkerPort.wait_turn", 1), at_entry("WorkerPort.wait_turn", 2)
+            ),
             worker("results", "answer", claimed=1, result=5000, full=5).amid(
                 at_entry("WorkerPort.wait_turn", 1), at_entry("WorkerPort.wait_turn", 2)
             ),
