@@ -236,11 +236,9 @@ class WorkerDies(LeaseWorld):
         self.view.release()
 
     def meddle(self) -> None:
-        """The host takes in what there is and serves a piece; or it cancels the call, or frees a block."""
+        """The host takes in what there is and serves a piece; or it cancels the call."""
         if self.how == "cancel":
             self.cancelled = self.host.cancel(self.tasks[0], running=True) != _core.CANCEL_NO
-        elif self.how == "room":
-            self.block = None
         elif self.how == "drop":
             self.host.drop(self.batch, running=True)
             self.cancelled = True
@@ -285,7 +283,10 @@ class HostDies(LeaseWorld):
         for _ in range(answered):
             self.port.finish(self.claim(), [item(self.result)], 1, False)
         for _ in range(self.claims):
-            self.port.begin_item(self.claim())
+            entry = self.claim()
+            self.port.begin_item(entry)
+            if self.items:
+                self.port.commit(entry, [item(self.result)], 1)
 
     def prepare(self) -> None:
         self.arena.adopt_process()
@@ -322,6 +323,8 @@ class HostDies(LeaseWorld):
         if self.name == "settle":
             self.settle()
             self.collect()
+            # What was not started, or not finished, waits for another worker.
+            self.wrong += self.host.waiting + len(self.outcomes) != (self.items or len(self.tasks))
         else:
             self.run_leased()
         self.tasks.clear()

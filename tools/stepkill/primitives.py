@@ -66,7 +66,7 @@ def heap(name: str, *args: object, **kwargs: object) -> Scenario:
     return Scenario(name, partial(HeapWorld, *args, **kwargs))  # type: ignore[arg-type]
 
 
-SLOW = ("pool enroll",)  # these are begun first
+SLOW = ("pool enroll", "piece by piece")  # these are begun first
 PRIMITIVES = (
     Primitive(
         "pool format",
@@ -253,9 +253,7 @@ PRIMITIVES = (
                 "the message fails", "fetch", claimed=1, args=5000, full=5, parked=PARKED, notify="raises"
             ),
             worker("interrupted", "fetch", claimed=1, args=5000, full=5, parked=PARKED, notify="interrupts"),
-            worker("results, and room comes", "answer", claimed=1, result=5000, full=5, how="room").amid(
-                at_call("WorkerPort.take_room", 5)
-            ),
+            worker("results, and there is room", "answer", claimed=1, result=5000),
             worker("results of a chunk", "commit", calls=0, items=3, claimed=1, result=5000, full=5).amid(
                 at_entry("WorkerPort.wait_turn", 1), at_entry("WorkerPort.wait_turn", 2)
             ),
@@ -336,6 +334,7 @@ PRIMITIVES = (
         "sweep of a slot",
         (
             host("", "settle", calls=3, answered=1, claimed=1, result=5000),
+            host("with a chunk", "settle", calls=0, items=3, claimed=1, result=3000),
             host("the next process moves in", "open_slot"),
         ),
         whole=(),

@@ -10,6 +10,7 @@ from tools.stepkill.engine import Outcome
 from tools.stepkill.primitives import Primitive, Unreached
 
 ENOUGH = 0.95  # of a primitive's instructions that must have been stepped
+MISSED = 0.02  # of the boundaries to be killed at, those that need not come again
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,9 @@ class Line:
 
     @property
     def good(self) -> bool:
-        return not (self.outcome.lost or self.outcome.doubled or self.share < ENOUGH)
+        found = self.outcome
+        missed = found.missed > MISSED * found.kills
+        return not (found.lost or found.doubled or missed or self.share < ENOUGH)
 
 
 def line(primitive: Primitive, scenarios: Sequence[tuple[str, Outcome]], seconds: float) -> Line:
@@ -103,6 +106,8 @@ def show_faults(one: Line, verbose: bool) -> None:
         print(f"{one.name}: {remark}")
     if one.outcome.lost or one.outcome.doubled:
         print(f"{one.name}: LOST at {one.outcome.lost} boundaries, DOUBLED at {one.outcome.doubled}")
+    if one.outcome.missed:
+        print(f"{one.name}: boundaries that did not come again, to be killed at: {one.outcome.missed}")
     if verbose:
         for name, boundaries, regions, kills in one.scenarios:
             what = f"{one.name}, {name}" if name else one.name
