@@ -128,6 +128,14 @@ def test_another_machine_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "aarch64" in trace.why_not()
 
 
+def test_a_sandbox_that_refuses_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(request: int, pid: int, address: int = 0, data: int = 0) -> int:
+        raise PermissionError(1, "Operation not permitted", f"ptrace({request})")
+
+    monkeypatch.setattr(trace, "ptrace", refuse)
+    assert "not allowed" in trace.why_not()
+
+
 def test_a_wrong_list_is_caught() -> None:
     code, text = stepkill("--wrong")
     assert code == 1, text

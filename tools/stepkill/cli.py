@@ -13,7 +13,7 @@ a seeded tenth of the boundaries, at all of them where they are under 300, the p
 The table: boundaries stepped; addresses, of distinct instructions; regions, distinct contents that were
 swept; killed, for real; lost and doubled, the boundaries after which something was; share, the instructions
 of the primitive's functions that were stepped. Exit code 1: anything lost or doubled, or a share under 95 %.
-Exit code 2: nothing can be stepped here.
+Exit code 2: nothing can be stepped here, or a scenario did not run as it should.
 
 primitives.py is the table, engine.py steps and kills, trace.py is the stepper, shipped.py reads the modules.
 """

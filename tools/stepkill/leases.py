@@ -277,7 +277,8 @@ class WorkerDies(LeaseWorld):
 class HostDies(LeaseWorld):
     """The host is killed; its worker runs what it was leased, then a next host takes the region over."""
 
-    def __init__(self, act: str, *, answered: int = 0, **others: Any) -> None:
+    def __init__(self, act: str, *, answered: int = 0, asks: bool = False, **others: Any) -> None:
+        """answered: calls whose answers are in the outbox. asks: so is a question, or offer, of a piece."""
         super().__init__(act, **others)
         self.ran: dict[int, int] = defaultdict(int)
         for _ in range(answered):
@@ -287,6 +288,12 @@ class HostDies(LeaseWorld):
             self.port.begin_item(entry)
             if self.items:
                 self.port.commit(entry, [item(self.result)], 1)
+            with RAISED:  # what `notify` brings about: else the worker would wait
+                if asks and self.args > 1000:
+                    self.port.frame(entry)
+                elif asks:
+                    self.port.finish(entry, [item(self.result)], 1, False)
+        self.notify = self.told
 
     def prepare(self) -> None:
         self.arena.adopt_process()

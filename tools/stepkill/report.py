@@ -10,7 +10,7 @@ from tools.stepkill.engine import Outcome
 from tools.stepkill.primitives import Primitive, Unreached
 
 ENOUGH = 0.95  # of a primitive's instructions that must have been stepped
-MISSED = 0.02  # of the boundaries to be killed at, those that need not come again
+MISSED = 0.05  # of the boundaries to be killed at, those that need not come again
 
 
 @dataclass(frozen=True)

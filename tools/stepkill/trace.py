@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import os
 import platform
 import signal
@@ -30,6 +31,8 @@ EXITKILL = 0x100000
 RIP, RSP = 16 * 8, 19 * 8  # struct user_regs_struct of x86-64
 BREAK = b"\xcc"
 RETURNS = (b"\xc3", b"\xc2", b"\xf3\xc3", b"\xf2\xc3")  # ret, with the prefixes that compilers put before it
+
+PATIENCE = 300  # seconds after which a child that hangs is given up
 
 Range = tuple[int, int]
 
@@ -100,6 +103,9 @@ class Stepper:
     def _child(run: Callable[[], object], prepare: Callable[[], object]) -> None:
         code = 1
         try:
+            gc.disable()  # or it would come in at another moment each time
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(PATIENCE)  # its parent sees it come
             prepare()
             ptrace(TRACEME, 0)
             os.kill(os.getpid(), signal.SIGSTOP)
