@@ -198,6 +198,16 @@ def step_through(scenario: Scenario, modules: Sequence[Shipped]) -> Course:
     return course
 
 
+def rehearse(scenario: Scenario) -> None:
+    """Nobody dies. What compiled code looks up once and keeps, it then finds the same way in every child."""
+    world = scenario.make()
+    try:
+        world.recover()
+        world.audit()
+    finally:
+        world.close()
+
+
 def decide(scenario: Scenario, region: bytes, found: Sequence[bytes]) -> Verdict:
     """What a survivor makes of a copy of the region. found: what it has found whenever it meddled before."""
     world = scenario.make()
@@ -257,6 +267,7 @@ def run(scenario: Scenario, modules: Sequence[Shipped], seed: str, share: int = 
     To be called on one processor (os.sched_setaffinity): who steps and who is stepped take turns, and a step
     takes 30 µs there instead of 100.
     """
+    rehearse(scenario)
     course = step_through(scenario, modules)
     outcome = Outcome(len(course.addresses), set(course.addresses), regions=len(course.regions))
     verdicts = [decide(scenario, region, course.found[:count]) for region, count in course.regions]

@@ -195,9 +195,13 @@ class PoolWorld:
     # ---- in the survivor ----
 
     def meddle(self) -> None:
-        """Another process is faster: it takes the first free block, or it sweeps."""
+        """Another process is faster: it takes the first free block, or all rows but one, or it sweeps."""
         if self.how == "sweep_dead":
             self.sweep(self.p)
+        elif self.how == "first_enroll":
+            for row in range(ROWS):
+                if row != 99 and self.number(self.head + 128 + 8 * row) == 0:
+                    self.set_row(row, self.p.identity)
         elif self.how == "take_block_again":
             self.p.depth = self.p.cursor = 0
             taken = self.take(self.p, self.held)

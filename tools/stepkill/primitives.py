@@ -26,6 +26,16 @@ class Unreached(NamedTuple):
     reason: str
 
 
+class Code(NamedTuple):
+    """What is to be stepped of a function."""
+
+    name: str
+    what: str  # "all of it", or "atomic operations"
+    base: int  # where its object begins
+    wanted: frozenset[int]  # instructions
+    everything: frozenset[int]  # all of the function's
+
+
 class Primitive(NamedTuple):
     """One line of the table."""
 
@@ -39,15 +49,18 @@ class Primitive(NamedTuple):
     def modules(self) -> tuple[Shipped, ...]:
         return self.objects or package()
 
-    def code(self) -> Iterator[tuple[str, str, int, frozenset[int]]]:
-        """(function, what of it, where its object begins, instructions), of all that is to be stepped."""
+    def code(self) -> Iterator[Code]:
+        """All that is to be stepped."""
         objects = {shipped.name: shipped for shipped in self.modules()}
-        for name in self.whole:
+        for name in (*self.whole, *self.atomic):
             found, function = objects[name.partition(".")[0]], name.partition(".")[2]
-            yield name, "whole", found.base, found.code(found.find(function))
-        for name in self.atomic:
-            found, function = objects[name.partition(".")[0]], name.partition(".")[2]
-            yield name, "atomic operations", found.base, found.atomics(found.find(function))
+            everything = found.code(found.find(function))
+            if name in self.whole:
+                yield Code(name, "all of it", found.base, everything, everything)
+            else:
+                yield Code(
+                    name, "atomic operations", found.base, found.atomics(found.find(function)), everything
+                )
 
 
 def pool(name: str, *args: object, **kwargs: object) -> Scenario:
@@ -79,6 +92,7 @@ PRIMITIVES = (
         (
             pool("", "first_enroll"),
             pool("again", "second_enroll"),
+            pool("another takes the row", "first_enroll").amid(at_lock("pool_enroll")),
             pool("full of the dead", "first_enroll", fill=True)._replace(over=("_identity",)),
         ),
         whole=("_slab.pool_enroll", "_slab.clear_dead_rows"),
@@ -298,6 +312,8 @@ PRIMITIVES = (
         (
             host("in the entry", "lease", calls=1),
             host("in a block", "lease", calls=0, args=5000),
+            host("by value", "lease", calls=0, args=5000, full=5),
+            host("a chunk with a deadline", "lease_chunk", calls=0),
             host("the worker sleeps", "lease", calls=0, asleep=True),
         ),
         whole=(),

@@ -18,9 +18,10 @@ class Part:
     """A function of a primitive."""
 
     name: str
-    what: str  # "whole", or "atomic operations"
+    what: str  # as in Code
     stepped: int
     instructions: int
+    around: tuple[int, int]  # of the whole function: stepped, and all
     excused: int  # of those not stepped, in the table of what cannot be reached
     missing: tuple[int, ...]  # offsets in the object of those not stepped
 
@@ -60,12 +61,13 @@ def line(primitive: Primitive, scenarios: Sequence[tuple[str, Outcome]], seconds
         total.add(outcome)
     excused = {unreached.function: unreached.most for unreached in primitive.unreached}
     parts = []
-    for name, what, base, code in primitive.code():
-        missing = sorted(code - total.addresses)
-        most = min(excused.get(name, 0), len(missing))
-        parts.append(
-            Part(name, what, len(code) - len(missing), len(code), most, tuple([a - base for a in missing]))
-        )
+    for code in primitive.code():
+        missing = sorted(code.wanted - total.addresses)
+        around = len(code.everything & total.addresses), len(code.everything)
+        most = min(excused.get(code.name, 0), len(missing))
+        offsets = tuple([address - code.base for address in missing])
+        stepped = len(code.wanted) - len(missing)
+        parts.append(Part(code.name, code.what, stepped, len(code.wanted), around, most, offsets))
     counts = tuple([(name, o.boundaries, o.regions, o.kills) for name, o in scenarios])
     return Line(primitive.name, total, counts, tuple(parts), primitive.unreached, seconds)
 
@@ -113,9 +115,11 @@ def show_faults(one: Line, verbose: bool) -> None:
             what = f"{one.name}, {name}" if name else one.name
             print(f"{what}: {boundaries} boundaries, {regions} regions, {kills} killed")
     for part in one.parts:
-        if part.missing and (verbose or not one.good):
-            where = " ".join([f"{a:x}" for a in part.missing])
+        if verbose or (part.missing and not one.good):
             found = f"{part.stepped} of {part.instructions}"
-            print(f"{one.name}: {part.name} ({part.what}): {found}; not {where}")
+            if part.around[1] != part.instructions:
+                found += f", of the whole function {part.around[0]} of {part.around[1]}"
+            where = " ".join([f"{address:x}" for address in part.missing])
+            print(f"{one.name}: {part.name} ({part.what}): {found}{'; not ' if where else ''}{where}")
     if one.share < ENOUGH:
         print(f"{one.name}: only {one.share:.1%} of its instructions were stepped")
