@@ -28,10 +28,9 @@ import sys
 import time
 from collections.abc import Sequence
 
-from tools.stepkill import engine, report, shipped, trace
+from tools.stepkill import engine, primitives, report, shipped, trace, wrong
 
 SEED = os.environ.get("RUNTIME_STRESS_SEED", "20260601")
-WRONG = "wrong free list"
 QUICK = 100  # with --quick one in so many is killed for real
 
 
@@ -51,58 +50,58 @@ def settle_on(processors: multiprocessing.Queue[int]) -> None:
     os.sched_setaffinity(0, {processors.get()})
 
 
-def measure(name: str, seed: str, share: int, wrong: bool) -> report.Line:
+def measure(name: str, seed: str, share: int) -> report.Line:
     """One line of the table."""
-    from tools.stepkill import primitives
-
-    table: tuple[primitives.Primitive, ...] = primitives.PRIMITIVES
-    if wrong:
-        from tools.stepkill import wrong as wrongs
-
-        table = (wrongs.primitive(),)
+    table = (wrong.primitive(),) if name == wrong.NAME else primitives.PRIMITIVES
     primitive = next(p for p in table if p.name == name)
     started = time.monotonic()
     parts = [(s.name, engine.run(s, primitive.modules(), seed, share)) for s in primitive.scenarios]
     return report.line(primitive, parts, time.monotonic() - started)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    from tools.stepkill import primitives
+def measure_all(names: Sequence[str], jobs: int, seed: str, share: int) -> dict[str, report.Line]:
+    """All these lines, by some processes side by side. Raises: what stepping raises."""
+    context = multiprocessing.get_context("spawn")
+    processors: multiprocessing.Queue[int] = context.Queue()
+    usable = sorted(os.sched_getaffinity(0))
+    jobs = max(1, min(jobs, len(names)))
+    for k in range(jobs):
+        processors.put(usable[k % len(usable)])
+    lines = {}
+    with concurrent.futures.ProcessPoolExecutor(
+        jobs, mp_context=context, initializer=settle_on, initargs=(processors,)
+    ) as pool:
+        order = sorted(names, key=primitives.SLOW.__contains__, reverse=True)
+        waiting = {pool.submit(measure, name, seed, share): name for name in order}
+        try:
+            for future in concurrent.futures.as_completed(waiting):
+                line = lines[waiting[future]] = future.result()
+                print(f"  {line.name}: {line.seconds:.0f} s", file=sys.stderr)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return lines
 
+
+def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     reason = trace.why_not()
     if reason:
         print(f"nothing can be stepped: {reason}", file=sys.stderr)
         return 2
-    known = [WRONG] if options.wrong else [p.name for p in primitives.PRIMITIVES]
+    known = [wrong.NAME] if options.wrong else [p.name for p in primitives.PRIMITIVES]
     unknown = set(options.names) - set(known)
     if unknown:
         print(f"no such primitive: {', '.join(sorted(unknown))}", file=sys.stderr)
         print(f"there is: {', '.join(known)}", file=sys.stderr)
         return 2
     names = [name for name in known if not options.names or name in options.names]
-    started = time.monotonic()
-    context = multiprocessing.get_context("spawn")
-    processors: multiprocessing.Queue[int] = context.Queue()
-    usable = sorted(os.sched_getaffinity(0))
-    jobs = max(1, min(options.jobs, len(names)))
-    for k in range(jobs):
-        processors.put(usable[k % len(usable)])
     share = QUICK if options.quick else engine.SHARE
-    lines: dict[str, report.Line] = {}
-    with concurrent.futures.ProcessPoolExecutor(
-        jobs, mp_context=context, initializer=settle_on, initargs=(processors,)
-    ) as pool:
-        waiting = {}
-        for name in sorted(names, key=primitives.SLOW.__contains__, reverse=True):
-            waiting[pool.submit(measure, name, options.seed, share, options.wrong)] = name
-        try:
-            for future in concurrent.futures.as_completed(waiting):
-                lines[waiting[future]] = future.result()
-                print(f"  {waiting[future]}: {lines[waiting[future]].seconds:.0f} s", file=sys.stderr)
-        except (shipped.Unreadable, trace.Refused, trace.Strayed) as error:
-            pool.shutdown(cancel_futures=True)
-            print(f"{type(error).__name__}: {error}", file=sys.stderr)
-            return 2
+    started = time.monotonic()
+    try:
+        lines = measure_all(names, options.jobs, options.seed, share)
+    except (shipped.Unreadable, trace.Refused, trace.Strayed) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2
     report.show([lines[name] for name in names], options.seed, options.verbose, time.monotonic() - started)
     return 0 if all([line.good for line in lines.values()]) else 1

@@ -8,12 +8,10 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-from collections.abc import Callable
-from typing import Any
 
 from runtime import _core
 from tools.stepkill.engine import Verdict
-from tools.stepkill.shipped import module
+from tools.stepkill.shipped import native
 
 PAGE = 4096
 HOST = 0xFFFFFFF  # NO_SLOT of _layout.pxd
@@ -49,11 +47,6 @@ HEAP = ctypes.POINTER(Heap)
 U64, WORD = ctypes.c_uint64, ctypes.POINTER(ctypes.c_uint64)
 
 
-def native(name: str, result: Any, *arguments: Any) -> Callable[..., Any]:
-    made: Callable[..., Any] = ctypes.CFUNCTYPE(result, *arguments)(module("_extent").find(name).low)
-    return made
-
-
 class Words:
     """The extent words of an arena, by number, and the functions that move them."""
 
@@ -64,11 +57,11 @@ class Words:
         self.pin = ctypes.c_char.from_buffer(memory)
         base = ctypes.addressof(self.pin) + PAGE
         self.heap = Heap(base + self.words_at, base + self.extents_at, self.count, base + PAGE)
-        self.take = native("heap_take", ctypes.c_int64, HEAP, U64, U64, WORD)
-        self.free = native("heap_free", ctypes.c_int, HEAP, U64, U64, U64, U64)
-        self.publish = native("heap_publish", ctypes.c_int, HEAP, U64, U64, U64)
-        self.adopt = native("heap_adopt", ctypes.c_int, HEAP, U64, U64, U64)
-        self.sweep = native("heap_sweep", U64, HEAP, U64)
+        self.take = native("_extent", "heap_take", ctypes.c_int64, HEAP, U64, U64, WORD)
+        self.free = native("_extent", "heap_free", ctypes.c_int, HEAP, U64, U64, U64, U64)
+        self.publish = native("_extent", "heap_publish", ctypes.c_int, HEAP, U64, U64, U64)
+        self.adopt = native("_extent", "heap_adopt", ctypes.c_int, HEAP, U64, U64, U64)
+        self.sweep = native("_extent", "heap_sweep", U64, HEAP, U64)
 
     def get(self, index: int) -> tuple[int, int, int]:
         """(state, field, tag)"""

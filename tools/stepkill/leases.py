@@ -18,7 +18,7 @@ from typing import Any
 from runtime import _core
 from tools.stepkill.engine import Verdict
 from tools.stepkill.extents import HOST, PAGE, Words
-from tools.stepkill.shipped import module
+from tools.stepkill.shipped import method
 
 LEASES = 4
 L_FREE, L_LEASED, L_RUNNING, L_DONE, L_KILLED = range(5)
@@ -30,12 +30,6 @@ AT_ONCE = (1, 2)  # AT_INLINE, AT_BLOCK
 FRESH = LEASES + 1  # calls that show that a slot can be used again
 REPORTS = (None, (1, 2.0, "half of it"), (2, None, ""))
 RAISED = contextlib.suppress(RuntimeError, KeyboardInterrupt)  # what `notify` may lead to
-
-
-def method(module_name: str, name: str, result: Any, *arguments: Any) -> Any:
-    """A cdef method, to be called with its object."""
-    made = ctypes.PYFUNCTYPE(result, ctypes.py_object, *arguments)
-    return made(module(module_name).find(name).low)
 
 
 def item(nbytes: int = 20) -> tuple[int, bytes, tuple[()], tuple[()]]:

@@ -8,12 +8,11 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-from collections.abc import Callable
 from typing import Any
 
 from runtime import _core
 from tools.stepkill.engine import Verdict
-from tools.stepkill.shipped import module
+from tools.stepkill.shipped import native
 
 BLOCK = 64  # bytes
 ROWS = 4096
@@ -43,12 +42,6 @@ class Pool(ctypes.Structure):
 
 POOL = ctypes.POINTER(Pool)
 WORD = ctypes.POINTER(ctypes.c_uint64)
-
-
-def native(name: str, result: Any, *arguments: Any) -> Callable[..., Any]:
-    """A function of _slab, also one that only _slab itself calls."""
-    made: Callable[..., Any] = ctypes.CFUNCTYPE(result, *arguments)(module("_slab").find(name).low)
-    return made
 
 
 class PoolWorld:
@@ -101,11 +94,11 @@ class PoolWorld:
         self.set_number(64 + 8, 0)
 
     def calls(self) -> None:
-        self.enroll = native("pool_enroll", ctypes.c_int, POOL)
-        self.take = native("pool_take_or_sweep", ctypes.c_int64, POOL, WORD)
-        self.waiting = native("pool_wait", ctypes.c_int64, POOL, WORD, ctypes.c_int64)
-        self.sweep = native("pool_sweep", ctypes.c_int, POOL)
-        self.clear = native("clear_dead_rows", None, POOL)
+        self.enroll = native("_slab", "pool_enroll", ctypes.c_int, POOL)
+        self.take = native("_slab", "pool_take_or_sweep", ctypes.c_int64, POOL, WORD)
+        self.waiting = native("_slab", "pool_wait", ctypes.c_int64, POOL, WORD, ctypes.c_int64)
+        self.sweep = native("_slab", "pool_sweep", ctypes.c_int, POOL)
+        self.clear = native("_slab", "clear_dead_rows", None, POOL)
 
     def pool_of_this_process(self) -> Pool:
         """As MemoryPool.attach does it."""
@@ -113,7 +106,7 @@ class PoolWorld:
         base = ctypes.addressof(self.pin)
         blocks = base + self.head + (HEAD + 8 * self.capacity + 63) // 64 * 64
         pool = Pool(base + self.head, base + self.words, blocks, self.capacity, BLOCK, BLOCK)
-        native("pool_enroll", ctypes.c_int, POOL)(pool)
+        native("_slab", "pool_enroll", ctypes.c_int, POOL)(pool)
         return pool
 
     # ---- words ----
@@ -234,7 +227,7 @@ class PoolWorld:
         del blocks
         self.clear(self.p)
         for row in range(ROWS):
-            identity = self.number(self.head + 128 + 8 * row) if self.memory else 0
+            identity = self.number(self.head + 128 + 8 * row)
             lost += identity not in (0, self.p.identity)
         lost += self.pool.available != len(expected)
         return Verdict(lost, doubled)

@@ -12,8 +12,9 @@ import importlib
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 ATOMICS = "atomics.h"
 ROW = re.compile(r"^(\S+)\s+(\d+|-)\s+(0x)?([0-9a-f]+)\b")
@@ -158,6 +159,19 @@ def _mapping(path: Path) -> tuple[int, list[tuple[int, int]]]:
 def module(name: str) -> Shipped:
     """A compiled module of the package."""
     return Shipped(Path(importlib.import_module(f"runtime.{name}").__file__ or "").resolve())
+
+
+def native(name: str, function: str, result: Any, *arguments: Any) -> Callable[..., Any]:
+    """A function of a compiled module, as nogil code calls it; also one that only the module itself calls."""
+    made: Callable[..., Any] = ctypes.CFUNCTYPE(result, *arguments)(module(name).find(function).low)
+    return made
+
+
+def method(name: str, function: str, result: Any, *arguments: Any) -> Callable[..., Any]:
+    """A cdef method of a compiled module, to be called with its object."""
+    made = ctypes.PYFUNCTYPE(result, ctypes.py_object, *arguments)
+    called: Callable[..., Any] = made(module(name).find(function).low)
+    return called
 
 
 @functools.cache
