@@ -25,7 +25,7 @@ SOURCES    = runtime tools tests setup.py $(wildcard bench examples)
 TYPED      = runtime tools setup.py $(wildcard tests/typing)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build run test soak lint format types wheel smoke clean distclean
+.PHONY: help setup build run test soak stepkill model lint format types wheel smoke clean distclean
 
 help: ## show this text
 	@echo "usage: make TARGET [PYTHON=python3.13] [ARGS=\"...\"]"
@@ -46,6 +46,12 @@ test: setup ## the test suite without storms and promises (MARK="..." chooses ot
 
 soak: setup ## the full counts of a promise, in slices: make soak PROMISE=1 MINUTES=20
 	$(RUN) tools/soak.py $(if $(PROMISE),--promise $(PROMISE)) $(if $(MINUTES),--minutes $(MINUTES)) $(ARGS)
+
+stepkill: setup ## SIGKILL at every instruction of the shared-memory primitives
+	$(RUN) -m tools.stepkill $(ARGS)
+
+model: setup ## the protocols of leases, blocks and pools, every order of their steps
+	$(RUN) -m tools.model $(ARGS)
 
 lint: setup ## ruff and cython-lint
 	$(RUN) -m ruff check $(SOURCES)
