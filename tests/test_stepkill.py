@@ -25,7 +25,10 @@ from tools.stepkill.extents import HeapWorld
 ROOT = Path(__file__).resolve().parent.parent
 
 reason = trace.why_not()
-pytestmark = pytest.mark.skipif(bool(reason), reason=reason)
+pytestmark = [
+    pytest.mark.skipif(bool(reason), reason=reason),
+    pytest.mark.filterwarnings("ignore:This process.*multi-threaded:DeprecationWarning"),
+]
 
 # increments what it is given, as often as it is told: rdi, the word; esi, how often
 LOOP = (
