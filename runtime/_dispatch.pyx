@@ -17,6 +17,7 @@ thread is the deadline keeper (_threads), ordered by the guards.
 Should a destructor let another thread in, that one defers to the inbox in the same way, so no method
 here ever waits. Outcomes collect in a list of tuples; unpickling and futures are the collector's business.
 """
+from libc.signal cimport SIGKILL
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from runtime._atomics cimport *
@@ -354,7 +355,7 @@ cdef class Dispatcher(Waiting):
         """
         cdef uint32_t i
         cdef uint64_t head, place
-        cdef bint unread, unseen
+        cdef bint unread, unseen, idle
         cdef slot_t *slot
         cdef SlotTable table
         self.work()                                 # a task that waited for room looks again
@@ -365,10 +366,16 @@ cdef class Dispatcher(Waiting):
                 continue
             if self.arena.lanes and outbox_waiting(slot, table.outbox_head):
                 self.drain(i)                       # it came while the collector was awake: no hint is due
+            if self.wild(i):
+                self.strange()
+                self.send_signal(i, SIGKILL)        # what it holds would never have an outcome
+                continue
             head = table.outbox_head
             place = a64_load_relaxed(&slot.ring_head)
+            idle = not self.occupied(i)
             unread = outbox_waiting(slot, head) != 0
-            unseen = table.ring_tail != place and a32_load_relaxed(&slot.running) == 0
+            # A place that the worker has taken and not acted on counts, too: its slot is out of order.
+            unseen = idle and (table.ring_tail != place or table.inflight)
             if unread and self.arena.records(i)[head & (self.arena.outbox - 1)].kind == R_UNKEEP:
                 self.drain(i)                       # it comes without a hint
                 continue
@@ -385,13 +392,41 @@ cdef class Dispatcher(Waiting):
                 self.rescued += 1
                 self.drain(i)
                 table.acted = True
-            elif table.inflight and self.others(i):
-                table.suspect = True
+            elif table.inflight and (table.ring_tail == place or self.others(i)):
+                table.suspect = table.ring_tail != place
                 table.suspect_at = place
                 self.inbox.append((DO_UNLOAD, i))
                 self.work()
             else:
                 self.repeat.add(i)
+
+    cdef bint wild(self, uint32_t index) except -1:
+        """Whether a slot says what no step of a worker could have made of it: it writes where it likes."""
+        cdef SlotTable table = self.slots[index]
+        cdef slot_t *slot = self.arena.slot(index)
+        cdef uint64_t word
+        if (a64_load_relaxed(&slot.ring_tail) != table.ring_tail
+                or a64_load_relaxed(&slot.outbox_head) != table.outbox_head
+                or table.ring_tail - a64_load_acquire(&slot.ring_head) > self.arena.leases):
+            return True
+        for held in table.tasks:
+            if held is not None and (<Task>held).state == T_LEASED:
+                word = a64_load_acquire(&self.arena.lease(index, (<Task>held).entry).word)
+                if l_tag(word) != (<Task>held).tag or not L_LEASED <= l_state(word) <= L_KILLED:
+                    return True
+                if l_state(word) == L_RUNNING and (<Task>held).timeout:
+                    # The keeper looks where the worker says that it is; the deadline holds if it lies, too.
+                    self.keeper.overdue(index, (<Task>held).entry, now_ns())
+        return False
+
+    cdef bint occupied(self, uint32_t index) except -1:
+        """Whether the worker in a slot is at a lease, as it says and the word of that lease says, too."""
+        cdef uint32_t running = a32_load_acquire(&self.arena.slot(index).running)
+        cdef uint64_t state
+        if not 0 < running <= self.arena.leases:
+            return False
+        state = l_state(a64_load_acquire(&self.arena.lease(index, running - 1).word))
+        return state == L_RUNNING or state == L_KILLED
 
     cdef bint others(self, uint32_t index) except -1:
         """Whether a worker in another slot could take leases."""
