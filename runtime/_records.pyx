@@ -152,6 +152,13 @@ cdef class Task:
         self.buffers = buffers
         self.readonly = readonly
 
+    def part(self):
+        """The future of a call has its outcome, and the task knows it no more.
+
+        An exception that the host itself has met names its frames, and these name the task.
+        """
+        self.future = None
+
     cdef Span one(self, uint64_t item):
         """A chunk's item by itself."""
         cdef Span span

@@ -458,7 +458,9 @@ class Collector:
             log.exception("a callback of a future raised")
             done = True
         if done:
-            future._task = None  # its task knows the future: without this the two would keep each other
+            task, future._task = future._task, None  # it knows the future: the two would keep each other
+            if task is not None and not ok:
+                task.part()
         return done
 
     def conclude_late(self) -> None:

@@ -83,7 +83,7 @@ def decode_report(data: bytes) -> dict[str, Any]:
     """The order or report in `data`: a dict with a str under "what". Raises: WireError for anything else."""
     try:
         report = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise WireError(f"not a report: {error}") from None
     if not isinstance(report, dict) or not isinstance(report.get("what"), str):
         raise WireError("a report is an object that says what it is")

@@ -117,9 +117,9 @@ def _core(name: str) -> Check:
 
 def _libzmq(name: str) -> Check:
     try:
-        zmq = importlib.import_module("runtime.sockets").zmq
+        zmq = importlib.import_module("zmq")
     except ImportError as error:
-        return Check(name, FAIL, f"does not load: {error}", "pip install --force-reinstall runtime-workers")
+        return Check(name, FAIL, f"does not load: {error}", "pip install --force-reinstall pyzmq")
     detail = f"{zmq.zmq_version()} (pyzmq {zmq.pyzmq_version()})"
     if zmq.zmq_version_info() < (4, 1):
         return Check(name, FAIL, detail, "pip install --upgrade pyzmq")
