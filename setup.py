@@ -69,6 +69,8 @@ def flags() -> tuple[list[str], list[str], list[tuple[str, str | None]]]:
     for name in sanitizers():
         compile_args.append(f"-fsanitize={name}")
         link_args.append(f"-fsanitize={name}")
+    if "thread" in sanitizers():
+        compile_args.append("-Wno-tsan")  # fences: see include/atomics.h
     if switch("RUNTIME_LINETRACE"):
         macros += [("CYTHON_TRACE", "1"), ("CYTHON_TRACE_NOGIL", "1")]
     return compile_args, link_args, macros

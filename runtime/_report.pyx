@@ -77,12 +77,13 @@ cdef int fill_report(report_t *report, done, total, note) except -1:
     return 0
 
 
-cdef void write_report(lease_t *lease, report_t *report) noexcept nogil:
-    """Worker: the newest report of the lease that runs."""
+cdef void write_report(lease_t *lease, const report_t *report) noexcept nogil:
+    """Worker: the newest report of the lease that runs, beside the one before it; then the count."""
     cdef uint64_t count = a64_load_relaxed(&lease.reported) + 1     # ours alone while it runs
+    cdef size_t used = <size_t>(report.note - <const char *>report) + report.note_bytes
     # Q1 pairs with Q4: what is written below is not seen before the count that this place was left with.
     fence_seq_cst()
-    memcpy(&lease.reports[count & 1], report, <size_t>(report.note - <char *>report) + report.note_bytes)
+    words_store(&lease.reports[count & 1], report, (used + 7) & ~<size_t>7)
     a64_store_release(&lease.reported, count)       # Q2 pairs with Q3
 
 
@@ -104,21 +105,26 @@ cdef object read_report(lease_t *lease):
     Also None, as if it had come too early, when the worker reported a hundred times during the look.
     """
     cdef report_t copy
-    cdef uint64_t count = a64_load_acquire(&lease.reported)     # Q3
-    cdef uint64_t now
-    cdef int _k
-    for _k in range(TRIES):
-        if count == 0:
-            return None
-        memcpy(&copy, &lease.reports[count & 1], sizeof(report_t))
-        fence_seq_cst()                                         # Q4
-        now = a64_load_acquire(&lease.reported)
-        if now == count:
-            break
-        count = now
-    else:
+    if not copy_report(lease, &copy):
         return None
     if copy.done_kind not in (V_INT, V_FLOAT) or copy.total_kind > V_FLOAT or copy.note_bytes > NOTE_BYTES:
         return None                                             # the worker has run wild
     note = PyBytes_FromStringAndSize(copy.note, copy.note_bytes).decode("utf-8", "replace")
     return value_of(copy.done_kind, copy.done), value_of(copy.total_kind, copy.total), note
+
+
+cdef bint copy_report(lease_t *lease, report_t *copy) noexcept nogil:
+    """The newest one, whole. False: there is none, or a hundred more came during the look."""
+    cdef uint64_t count = a64_load_acquire(&lease.reported)     # Q3
+    cdef uint64_t now
+    cdef int _k
+    for _k in range(TRIES):
+        if count == 0:
+            return False
+        words_load(copy, &lease.reports[count & 1], sizeof(report_t))
+        fence_seq_cst()                                         # Q4
+        now = a64_load_acquire(&lease.reported)
+        if now == count:
+            return True
+        count = now
+    return False

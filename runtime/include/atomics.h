@@ -62,7 +62,23 @@ static inline int a32_cas_acquire(a32_t *w, uint32_t expected, uint32_t desired)
     return atomic_compare_exchange_strong_explicit(&w->v, &expected, desired, memory_order_acquire, memory_order_relaxed);
 }
 
+/* ThreadSanitizer runs a fence, but takes it for no edge between threads (-Wtsan says so). That is what we
+ * want: each fence of ours orders a store before a load of another word. What one thread hands to another
+ * rests on the word that is released and acquired, and where it does not, it shall be reported. */
 static inline void fence_seq_cst(void) { atomic_thread_fence(memory_order_seq_cst); }
+
+/* ---- words of a seqlock: copied while another process may write them ---- */
+/* Relaxed and word by word, since a memcpy that races is undefined. `n` bytes, a multiple of 8; `from` and
+ * `to` are 8-aligned. What orders it, and who looks again, is said where it is called. */
+typedef uint64_t __attribute__((__may_alias__)) any64_t;
+static inline void words_store(void *to, const void *from, size_t n) {
+    for (size_t i = 0; i < n / 8; i++)
+        __atomic_store_n((any64_t *)to + i, ((const any64_t *)from)[i], __ATOMIC_RELAXED);
+}
+static inline void words_load(void *to, const void *from, size_t n) {
+    for (size_t i = 0; i < n / 8; i++)
+        ((any64_t *)to)[i] = __atomic_load_n((const any64_t *)from + i, __ATOMIC_RELAXED);
+}
 
 static inline void cpu_relax(void) {
 #if defined(__x86_64__) || defined(__i386__)
