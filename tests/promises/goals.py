@@ -84,6 +84,12 @@ GOALS = (
         {"messages on each": (200, 10_000)},
     ),
     Goal(
+        (18,),
+        "garbage on the wire or in the region never crashes the host",
+        "test_garbage_anywhere.py::test_garbage_never_crashes_the_host",
+        {"seconds of fuzzing": (30, 86_400), "scribblers": (40, 10_000)},
+    ),
+    Goal(
         (19,),
         "a kill a second: memory of host and zygote, descriptors, threads and blocks do not grow",
         "test_storm.py::test_nothing_grows_in_a_steady_storm",

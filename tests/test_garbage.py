@@ -1,0 +1,81 @@
+"""Garbage: each decoder with the inputs that once failed and with new ones, and workers that scribble.
+
+The long runs are promise 18 (tests/promises/test_garbage_anywhere.py) and `python tools/fuzz.py`.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import random
+import weakref
+from pathlib import Path
+
+import evil
+import fuzzing
+import pytest
+import scribbling
+from hostile import round_of_scribbling
+from watching import settled, shut_down_clean, until
+
+from runtime import wire
+
+KEPT = sorted((Path(__file__).parent / "data" / "fuzz").glob("*.bin"))
+
+
+@pytest.mark.parametrize("path", KEPT, ids=lambda path: path.stem)
+def test_what_was_found_once_is_mended(path, tmp_path):
+    code, said = fuzzing.run_again(path.name.rpartition("-")[0], path, tmp_path)
+    assert code == 0, said
+
+
+@pytest.mark.parametrize("name", fuzzing.TARGETS)
+def test_a_moment_of_garbage(name, tmp_path):
+    count, finding = fuzzing.campaign(name, "1", 0.5, tmp_path)
+    assert finding is None, finding
+    assert count > 10
+
+
+@pytest.mark.parametrize(
+    ("how", "told"), [("raise", "an exception"), ("segfault", "SIGSEGV"), ("hang", "a hang")]
+)
+def test_what_is_planted_is_found_and_made_smaller(how, told, tmp_path, monkeypatch):
+    monkeypatch.setattr(fuzzing, "SMALLER", 6.0)
+    count, finding = fuzzing.campaign(f"planted-{how}", "5", 30, tmp_path)
+    assert finding is not None and finding.how == told, finding
+    assert finding.data[2:3] == b"\x07" and len(finding.data) < 20 and finding.inputs == count
+    kept = finding.keep(tmp_path / "kept")
+    assert kept.name.startswith("planted-") and kept.read_bytes() == finding.data
+
+
+def test_the_same_seed_gives_the_same_inputs():
+    corpus = fuzzing.TARGETS["frame"][2]()
+    inputs = [[fuzzing.mutated(corpus, random.Random(f"3 {i}")) for i in range(50)] for _ in range(2)]
+    assert inputs[0] == inputs[1]
+
+
+def test_a_report_that_is_too_deep():
+    with pytest.raises(wire.WireError):
+        wire.decode_report(b"[" * 60_000)
+
+
+def test_a_result_that_the_host_cannot_unpickle_keeps_nothing(rt, tmp_path):
+    """The exception names frames of ours, these name the task, and the task named the future."""
+    kept = []
+    for _ in range(5):
+        future = rt.submit(evil.give, "AtUnpickling", "raise", str(tmp_path / "note"), True)
+        assert isinstance(future.exception(20), evil.Refused)
+        kept.append(weakref.ref(future))
+    del future
+    until(lambda: gc.collect() or not any(one() for one in kept), "the futures are gone")
+    settled(rt)
+
+
+@pytest.mark.parametrize("part", scribbling.PARTS)
+def test_a_worker_that_scribbles_hurts_only_what_it_has(part, runtime_factory, tmp_path, caplog):
+    caplog.set_level(logging.CRITICAL)
+    rt = runtime_factory(3, region_size="1MiB")
+    for seed in range(2):
+        round_of_scribbling(rt, f"{part} {seed}", part, tmp_path)
+    settled(rt)
+    shut_down_clean(rt)
