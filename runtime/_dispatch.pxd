@@ -16,6 +16,7 @@ cdef class Dispatcher(Waiting):
     cdef int retry_now(self, Task task, int64_t delay) except -1
     cdef int retry_item_now(self, Batch batch, Span span, int64_t delay) except -1
     cdef int drop_now(self, Batch batch) except -1
+    cdef int collect_now(self, uint32_t index) except -1
     cdef bint wild(self, uint32_t index) except -1
     cdef bint occupied(self, uint32_t index) except -1
     cdef bint others(self, uint32_t index) except -1

@@ -50,6 +50,7 @@ cdef enum:
     DO_ABANDON = 8
     DO_DRAIN_ALL = 9
     DO_TAKE_DUE = 10
+    DO_COLLECT = 11
 
 
 # Bytes that are copied while the worker that will read them is waking up.
@@ -105,6 +106,8 @@ cdef class Dispatcher(Waiting):
             self.forget(<Task>subject)
         elif what == DO_DROP:
             self.drop_now(<Batch>subject)
+        elif what == DO_COLLECT:
+            self.collect_now(subject)
         elif what == DO_TAKE_DUE:
             self.take_due(subject)
         else:
@@ -395,10 +398,18 @@ cdef class Dispatcher(Waiting):
             elif table.inflight and (table.ring_tail == place or self.others(i)):
                 table.suspect = table.ring_tail != place
                 table.suspect_at = place
+                self.inbox.append((DO_COLLECT, i))
                 self.inbox.append((DO_UNLOAD, i))
                 self.work()
             else:
                 self.repeat.add(i)
+
+    cdef int collect_now(self, uint32_t index) except -1:
+        """Take in leases that are DONE and whose records never came: their worker wrote over its outbox."""
+        for held in list((<SlotTable>self.slots[index]).tasks):
+            if held is not None:
+                self.harvest(index, <Task>held)
+        return 0
 
     cdef bint wild(self, uint32_t index) except -1:
         """Whether a slot says what no step of a worker could have made of it: it writes where it likes."""
