@@ -29,6 +29,7 @@ STORM = {
 KILLS_ALONE = {"kill": 1}
 APART = {"zygote": 1.0, "heir": 1.0, "newborn": 2.0}  # seconds between two of a kind, at least
 STOPPED = 0.25  # seconds that a process stands still, at most
+LATELY = 4 * STOPPED  # seconds in which a zygote that has stood still has ended what a dead worker left
 PAUSED = 0.05  # seconds without a worker, at most
 
 
@@ -41,12 +42,13 @@ class Weather(threading.Thread):
         self.kinds, self.weights = list(strikes), list(strikes.values())
         self.counts = Counter()
         self.killed = set()  # pids of workers
-        self.orphans = set()  # pids of workers whose zygote was killed
+        self.orphans = set()  # pids of workers whose zygote was killed before or soon after them
         self.log = deque(maxlen=60)
         self.problem = None
         self.holding = threading.Lock()  # who holds it has calm
         self._stopping = threading.Event()
         self._seen = set()  # pids of workers that had a task
+        self._met = {}  # pid of a worker -> when it was there last
         self._ended = 0  # outcomes until the last kill
         self._lost = set()  # pids of zygotes and heirs that are killed
         self._last = {}  # when something of a kind was done
@@ -64,6 +66,7 @@ class Weather(threading.Thread):
             self._clear_up(float("inf"))
 
     def _strike(self):
+        self._meet()
         (kind,) = self.draw.choices(self.kinds, self.weights)
         now = time.monotonic()
         if now < self._last.get(kind, 0.0) + APART.get(kind, 0.0):
@@ -99,6 +102,12 @@ class Weather(threading.Thread):
     def _zygote(self):
         zygote = self.rt._core._zygote
         return zygote if zygote is not None and zygote.started else None
+
+    def _meet(self):
+        """Note whose descendants it may be that a zygote has not ended yet: it may have stood still."""
+        now = time.monotonic()
+        pids = {worker.pid for worker in list(self.rt._core._slots.values()) if worker.pid}
+        self._met = {pid: at for pid, at in self._met.items() if at > now - LATELY} | dict.fromkeys(pids, now)
 
     def _exhausted(self):
         """Whether a number has failed to start, twice in a row: a few more, and it would be given up."""
@@ -137,7 +146,8 @@ class Weather(threading.Thread):
         if self.method == "fork" and (heir is None or heir.pid in self._lost):
             return None
         pid = self._lose(zygote.pid)
-        self.orphans |= {worker.pid for worker in list(self.rt._core._slots.values()) if worker.pid}
+        self._meet()
+        self.orphans |= self._met.keys()
         return pid
 
     def do_heir(self):
