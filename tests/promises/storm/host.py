@@ -36,7 +36,7 @@ from .orders import CLIENTS, PATIENCE, Wave
 from .weather import KILLS_ALONE, STORM, Weather
 
 ROUND = 8.0  # seconds of storm for a runtime
-WAVE = 1.5  # seconds for which a wave rises
+WAVE = 3.0  # seconds for which a wave rises
 STEADY_WAVE = 0.4  # … where samples are taken after each
 ZYGOTE = 16 << 20  # bytes that a fresh interpreter has, with what it imports
 ROOM = 8 << 20  # bytes that a worker may grow
