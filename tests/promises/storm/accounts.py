@@ -182,6 +182,11 @@ class Words:
         else:
             self.torn.append(text)
 
+    def forget(self):
+        """What came and was noted until now, where it is not compared."""
+        for kept in (self.came, self.noted, self.runs):
+            kept.clear()
+
     def check(self):
         """Whole, as often as they were written, and no more often than somebody may have written them."""
         if self.torn:
