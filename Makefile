@@ -25,7 +25,7 @@ SOURCES    = runtime tools tests setup.py $(wildcard bench examples)
 TYPED      = runtime tools setup.py $(wildcard tests/typing)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build run test soak stepkill model lint format types wheel smoke clean distclean
+.PHONY: help setup build run test soak stepkill model sanitize fuzz lint format types wheel smoke clean distclean
 
 help: ## show this text
 	@echo "usage: make TARGET [PYTHON=python3.13] [ARGS=\"...\"]"
@@ -53,10 +53,16 @@ stepkill: setup ## SIGKILL at every instruction of the shared-memory primitives
 model: setup ## the protocols of leases, blocks and pools, every order of their steps
 	$(RUN) -m tools.model $(ARGS)
 
+sanitize: setup ## ARGS=thread: shared primitives under ThreadSanitizer; ARGS="address undefined": the core's tests
+	$(RUN) tools/sanitize.py $(ARGS)
+
+fuzz: setup ## random input for each decoder (ARGS="--minutes 60")
+	$(RUN) tools/fuzz.py $(ARGS)
+
 lint: setup ## ruff and cython-lint
 	$(RUN) -m ruff check $(SOURCES)
 	$(RUN) -m ruff format --check $(SOURCES)
-	PATH="$(abspath $(VENV))/bin:$$PATH" cython-lint runtime
+	PATH="$(abspath $(VENV))/bin:$$PATH" cython-lint runtime tools bench
 
 format: setup ## let ruff rewrite the Python files as `make lint` wants them
 	$(RUN) -m ruff check --fix $(SOURCES)

@@ -35,9 +35,10 @@ class Loop(Worker):
         )
         self.port = _core.Runner(arena, slot, lambda: None)
         self.max_rss = None
+        self.share = -1
         self.functions = serializer.FunctionCache()
         self.children = Children()
-        self.port.attend(self, Context(self.orders), self.functions, host, -1, 1)
+        self.port.attend(self, Context(self.orders), self.functions, host, self.share, 1)
 
     def check(self) -> None:
         """Due every 10 ms; valgrind's are short. How much it costs is counted by itself."""

@@ -427,7 +427,7 @@ cdef class Dispatcher(Waiting):
                     return True
                 if l_state(word) == L_RUNNING and (<Task>held).timeout:
                     # The keeper looks where the worker says that it is; the deadline holds if it lies, too.
-                    self.keeper.overdue(index, (<Task>held).entry, now_ns())
+                    self.keeper.overdue(index, (<Task>held).entry, now_ns(), -1)
         return False
 
     cdef bint occupied(self, uint32_t index) except -1:

@@ -244,6 +244,8 @@ cdef class Harvest(Leasing):
         cdef record_t record
         cdef Task task
         cdef uint64_t waiting = outbox_waiting(slot, table.outbox_head)
+        cdef a64_t *word
+        cdef uint32_t i
         table.ready = False
         while 0 < waiting <= self.arena.outbox:
             outbox_take(slot, self.arena.records(index), &table.outbox_head, self.arena.outbox - 1, &record)
@@ -259,6 +261,10 @@ cdef class Harvest(Leasing):
             task = <Task>entry
             if table.tasks[task.entry] is task:
                 self.settle_task(index, task, information)
+        for i in range(self.arena.leases):          # a worker that ran wild may have left nonsense anywhere
+            word = &self.arena.lease(index, i).word
+            if l_state(a64_load_relaxed(word)) != L_FREE:
+                a64_store_relaxed(word, lease_word(L_FREE, 0, 0))
         table.kept.clear()
         table.early.clear()
         table.draining = False

@@ -152,6 +152,9 @@ cdef class DeadlineKeeper:
         return seen.ns >= allowed + STANDING + COPYING * <int64_t>nbytes
 
     cdef bint overdue(self, uint32_t i, uint32_t entry, int64_t now, int64_t step) noexcept nogil:
+        """End a lease whose time is up. step: nanoseconds since the last look, for a clock that stands;
+        -1 from another thread than the keeper's: that it stands is for the keeper to judge.
+        """
         cdef lease_t *lease = self.arena.lease(i, entry)
         cdef int64_t timeout = self.timeouts[i * self.arena.leases + entry]
         # The word is read before the clock: a worker stops the clock of item n before it moves the word
@@ -163,10 +166,11 @@ cdef class DeadlineKeeper:
         if l_state(word) != L_RUNNING or timeout == 0:
             return False
         if started == 0:
-            if not self.stuck(i, lease, word, timeout, step):
+            if step < 0 or not self.stuck(i, lease, word, timeout, step):
                 return False
         else:
-            self.standing[i].ns = 0
+            if step >= 0:
+                self.standing[i].ns = 0
             if now - started < timeout:
                 return False
         guard_acquire(&self.guards[i])

@@ -24,7 +24,7 @@ from collections.abc import Collection
 
 __all__ = ["forget_host", "has_threads", "refuse_threads"]
 
-_THREAD_END = 0.25  # seconds for a thread that was joined to vanish
+_THREAD_END = 0.5  # seconds for a thread that was joined to vanish
 
 
 def has_threads() -> bool:
@@ -39,7 +39,7 @@ def has_threads() -> bool:
 
 def refuse_threads() -> None:
     """Raises: RuntimeError that names the threads, if this process has any but one."""
-    if threading.active_count() == 1 and not has_threads():
+    if not has_threads() and threading.active_count() == 1:  # in this order: one of ours may be ending
         return
     names = {thread.native_id: f"{thread.name!r}" for thread in threading.enumerate()}
     others = [

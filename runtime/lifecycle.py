@@ -36,7 +36,7 @@ __all__ = [
     "zygote_settings",
 ]
 
-REPORT_WAIT = 0.1  # seconds to wait for the zygote's word on how a worker ended
+REPORT_WAIT = 0.5  # seconds to wait for the zygote's word on how a worker ended
 _ROOM = 64  # workers that any runtime may be scaled to; a larger one to …
 _ROOM_FACTOR = 4  # … so many times the number that it was made with
 _FDS_PER_WORKER = 13  # descriptors of the host for a worker: listeners, connections, pidfd, channels

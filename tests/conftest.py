@@ -274,7 +274,11 @@ def leftovers(before: Snapshot) -> dict[str, dict[object, str]]:
         "process": {pid: describe_process(pid) for pid in our_processes(after.pids - before.pids)},
         "thread": {tid: describe_thread(tid) for tid in after.threads - before.threads},
         "descriptor": {fd: f"{fd[0]} -> {fd[1]}" for fd in after.descriptors - before.descriptors},
-        "mapping": {key: f"{key[1] or 'anonymous'} at {key[0]}" for key in after.mappings - before.mappings},
+        "mapping": {
+            key: f"{key[1] or 'anonymous'} at {key[0]}"
+            for key in after.mappings - before.mappings
+            if not key[1].startswith(f"{SHM}/sem.")  # glibc's, for locks of multiprocessing: tqdm keeps one
+        },
         "loss": {
             number: ", ".join(f"{count} {state}" for state, count in session.losses[number].items())
             for number in range(before.losses, after.losses)

@@ -168,7 +168,8 @@ def test_a_worker_that_is_stopped_as_a_payload_crosses(
     """No clock runs there, but the deadline holds: who shows no sign of life is ended, nobody else."""
     rt = factory(2, region_size="1MiB", preload="evil")
     all_ready(rt)
-    innocent = rt.submit(time.sleep, 1.5 * CROSSING)
+    go = tmp_path / "go"
+    innocent = rt.submit(evil.wait_for, str(go), str(tmp_path / "started"))
     until(innocent.running, "it runs")
     here = tmp_path / "here"
     view = rt.options(timeout=CROSSING)
@@ -195,6 +196,7 @@ def test_a_worker_that_is_stopped_as_a_payload_crosses(
     assert type(future.exception(30)) is TaskTimeout
     until(lambda: not alive(worker.pid), "it is gone")
     assert CROSSING <= time.monotonic() - began < CROSSING + 0.25 + 10 * PROMISED
+    go.touch()
     assert innocent.exception(30) is None
     assert rt.submit(abs, -1).result(30) == 1
     settled(rt)

@@ -175,6 +175,16 @@ def test_what_is_not_stepped_fails(capsys: pytest.CaptureFixture[str]) -> None:
     assert f"only {line.share:.1%} of its instructions were stepped" in capsys.readouterr().out
 
 
+@pytest.fixture
+def lossy(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What is lost here on purpose is not for conftest.py to complain of."""
+    yield
+    conftest = request.config.pluginmanager.get_plugin(str(ROOT / "tests" / "conftest.py"))
+    assert conftest is not None and conftest.session.losses
+    conftest.session.losses.clear()
+
+
+@pytest.mark.usefixtures("lossy")
 def test_a_survivor_that_does_not_sweep_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(HeapWorld, "recover", lambda self: None)
     claiming = entry("extent claim")

@@ -140,14 +140,15 @@ def check_runs(orders, ledger, killed):
                 again[pid].append(key)
     for pid, keys in again.items():
         begun = ledger.begun[pid]
-        last, tail = orders[begun[-1]], begun[-len(keys) :]
+        last = orders[begun[-1]]
         if not (pid in killed or last.fatal):
             raise Unbalanced(f"{keys} ran again, but nobody has killed {pid}", *keys)
-        # The last that it began may have had its outcome by that: only the neighbours before it ran again.
-        if last.key not in keys and last.chunk and last.outcome is not GOOD:
-            tail = begun[-len(keys) - 1 : -1]
-        if sorted(tail) != sorted(keys):
-            raise Unbalanced(f"{keys} ran again, but {pid} ended in {begun[-len(keys) - 5 :]}", *keys)
+        # They are the last that it began. One in between that did not run again has had its outcome
+        # otherwise: blamed for this death, or dropped or lost with another worker before it began again.
+        tail = begun[min(map(begun.index, keys)) :]
+        missing = [orders[key] for key in tail if key not in keys]
+        if len(tail) != len(keys) + len(missing) or any(it.outcome is GOOD or not it.chunk for it in missing):
+            raise Unbalanced(f"{keys} ran again, but {pid} ended in {tail}", *keys)
         if not all(orders[key].chunk for key in keys if key != last.key):
             raise Unbalanced(f"{keys} ran again, and are no neighbours", *keys)
 
