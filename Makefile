@@ -54,7 +54,7 @@ model: setup ## the protocols of leases, blocks and pools, every order of their 
 	$(RUN) -m tools.model $(ARGS)
 
 sanitize: setup ## ARGS=thread: shared primitives under ThreadSanitizer; ARGS="address undefined": the core's tests
-	$(RUN) tools/sanitize.py $(ARGS)
+	$(RUN) tools/sanitize.py $(ARGS) || test $$? -eq 77  # 77: not here, and it says why
 
 fuzz: setup ## random input for each decoder (ARGS="--minutes 60")
 	$(RUN) tools/fuzz.py $(ARGS)
