@@ -467,18 +467,20 @@ KILLED_IN_BETWEEN = """
             return getattr(core, name)
         def pidfd_open(self, pid):      # the zygote's first step when it has forked the heir
             if pid != os.getpid() and os.getppid() == host:
+                open(evil.struck, "x").close()
                 os.kill(os.getpid(), signal.SIGKILL)
             return core.pidfd_open(pid)
     core, heirs._core = heirs._core, Core()
 """
 
 
-def test_a_zygote_that_is_killed_as_it_forks_its_heir() -> None:
+def test_a_zygote_that_is_killed_as_it_forks_its_heir(tmp_path: Path) -> None:
     """Before it could tell of it: the heir tells by itself, and leads."""
-    code = LED.replace("    rt = runtime", KILLED_IN_BETWEEN + "    rt = runtime", 1)
-    with host(code, stderr=-3) as one:
-        zygote, *_ = one.pids()
-        until(lambda: not alive(zygote), "it is dead")
+    struck = tmp_path / "struck"
+    between = f"    evil.struck = {str(struck)!r}{KILLED_IN_BETWEEN}    rt = runtime"
+    with host(LED.replace("    rt = runtime", between, 1), stderr=-3) as one:
+        one.pids()
+        until(struck.exists, "it is killed")
         assert [ask(one, turn) for turn in range(3)] == ["ok"] * 3
         until(lambda: heir_of(one), "the heir has an heir")
         one.process.stdin.close()
