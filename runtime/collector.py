@@ -117,6 +117,7 @@ class Collector:
         self._welcome: set[int] = set()  # slots whose welcome could not be sent yet
         # (future, ok, value): outcomes of futures whose lock somebody else has; see Promise.conclude
         self._late: deque[tuple[Any, bool | None, Any]] = deque()
+        self._finishing = False  # a thread is there for them, after the end
 
     def run(self) -> None:
         """The thread."""
@@ -464,23 +465,36 @@ class Collector:
         return done
 
     def conclude_late(self) -> None:
-        """Set the futures whose lock was taken, if it is not any more."""
+        """Set the futures whose lock was taken, if it is not any more. Several threads may be here."""
         for _ in range(len(self._late)):
-            one = self._late.popleft()
+            try:
+                one = self._late.popleft()
+            except IndexError:  # another thread has it
+                return
             if not self.concluded(*one):
                 self._late.append(one)
 
     def finish_late(self) -> None:
-        """The runtime has ended. What was late may wait for who waits for that end: a thread stays for it."""
+        """The runtime has ended. What was late may wait for who waits for that end: a thread stays for it.
+
+        One, however many are late. If there can be none, whoever tells of something next does it.
+        """
 
         def run() -> None:
             while self._late:
                 self.conclude_late()
                 time.sleep(_LOCKED)
+            self._finishing = False
+            self.finish_late()  # for what came after the last look
 
         self.conclude_late()
-        if self._late:
-            threading.Thread(target=run, name="runtime-late", daemon=True).start()
+        if self._late and not self._finishing:
+            self._finishing = True
+            try:
+                threading.Thread(target=run, name="runtime-late", daemon=True).start()
+            except RuntimeError:
+                self._finishing = False
+                log.error("no thread can be made for the %d futures whose locks are held", len(self._late))
 
 
 def _unpacked(status: int, data: memoryview, views: list[memoryview]) -> Any:

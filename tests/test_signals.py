@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import concurrent.futures
+import contextlib
 import os
 import threading
 import weakref
@@ -20,7 +21,7 @@ import pytest
 from handlers import Place, strike, strike_everywhere
 from watching import all_ready, until
 
-from runtime import Runtime, WorkerDied, _core, locks
+from runtime import Future, Runtime, WorkerDied, _core, locks
 
 Factory = Callable[..., Runtime]
 PATIENCE = 10.0  # seconds for what takes milliseconds, unless it would take for ever
@@ -142,6 +143,65 @@ def test_a_shutdown_while_a_future_is_locked(factory: Factory) -> None:
     assert ok.result(PATIENCE) == 1
     assert type(failed.exception(PATIENCE)) is evil.Refused
     until(lambda: "runtime-late" not in {it.name for it in threading.enumerate()}, "its thread has ended")
+
+
+def test_many_futures_are_locked_at_the_end(factory: Factory) -> None:
+    """One thread stays for all of them."""
+    rt = factory(1)
+    collector = rt._core.collector
+    rt.shutdown()
+    futures: list[Future[int]] = [Future() for _ in range(100)]
+    locked, go = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with contextlib.ExitStack() as stack:
+            for future in futures:
+                stack.enter_context(future._condition)
+            locked.set()
+            go.wait(PATIENCE)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert locked.wait(PATIENCE)
+    for future in futures:
+        collector.conclude(future, True, 1)
+    assert [it.name for it in threading.enumerate()].count("runtime-late") == 1
+    go.set()
+    thread.join()
+    assert [future.result(PATIENCE) for future in futures] == [1] * 100
+    until(lambda: "runtime-late" not in {it.name for it in threading.enumerate()}, "its thread has ended")
+
+
+def test_no_thread_for_a_locked_future_at_the_end(
+    factory: Factory, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    rt = factory(1)
+    collector = rt._core.collector
+    rt.shutdown()
+    future: Future[int] = Future()
+
+    def refused(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    locked, go = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with future._condition:
+            locked.set()
+            go.wait(PATIENCE)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert locked.wait(PATIENCE)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refused)
+        collector.conclude(future, True, 1)
+        collector.finish_late()
+    assert "no thread can be made for the 1 futures" in caplog.text
+    go.set()
+    thread.join()
+    collector.finish_late()
+    assert future.result(PATIENCE) == 1
 
 
 def test_a_destructor_in_the_middle_of_the_bookkeeping(factory: Factory) -> None:
