@@ -95,6 +95,11 @@ cdef class Outlet:
                 self.socket.close(0)
         return True
 
+    @property
+    def held(self):
+        """Whether a thread is inside. It may be in a handler that interrupted it, for as long as that takes."""
+        return self.holder != 0
+
     def close(self):
         """Close the socket; if a thread is inside, that one does. Idempotent."""
         if not self.closed:

@@ -128,6 +128,8 @@ class HostLink:
         for socket in (self._pull, self._control):
             socket.setsockopt(zmq.IPC_FILTER_UID, os.getuid())
         self._push: dict[int, _core.Outlet] = {}
+        self._held: list[_core.Outlet] = []  # closed ones that somebody was inside of
+        self._ending = False  # zmq's threads end as soon as nobody is
         self._bound: dict[int, Paths] = {}
         self._count = 0
         self._bell = _core.Bell()
@@ -183,6 +185,8 @@ class HostLink:
             push = self._push.pop(slot, None)
             if push is not None:
                 push.close()
+                if push.held:
+                    self._held.append(push)
         self.wake()
 
     def is_open(self, slot: int) -> bool:
@@ -192,10 +196,15 @@ class HostLink:
     def send(self, kind: HintKind, slot: int, incarnation: int) -> bool:
         """Send a hint to the worker in `slot`. False: it is not connected, or does not read."""
         push = None if self.inert else self._push.get(slot)
+        if push is None:
+            return False
         try:
-            return push is not None and push.send(encode_hint(kind, slot, incarnation))
+            return push.send(encode_hint(kind, slot, incarnation))
         except zmq.ZMQError:
             return False
+        finally:
+            if push.closed:  # under us
+                self._end()
 
     def publish(self, slot: int, incarnation: int) -> None:
         """Tell a worker to read its control word."""
@@ -236,16 +245,30 @@ class HostLink:
         return hints
 
     def close(self) -> None:
-        """Close every socket and remove the folder. Idempotent."""
+        """Close every socket and remove the folder. Idempotent.
+
+        A socket that somebody is inside of is not closed under him: he does it, and ends zmq's threads. He
+        may be in a signal handler that waits for this.
+        """
         for slot in list(self._push):
             self.close_slot(slot)
         with self._lock:
-            if self._context.closed:
+            if self._control.closed:
                 return
-            self._context.destroy(0)
+            self._pull.close(0)
+            self._control.close(0)
             self._bell.close()
+        self._ending = True
+        self._end()
         with contextlib.suppress(OSError):
             os.rmdir(self.folder)
+
+    def _end(self) -> None:
+        """End zmq's threads, if everything is closed and nobody is inside of anything."""
+        if not any([push.held for push in self._held]):
+            mine, self._ending = self._ending, False  # in one step: two may be here
+            if mine:
+                self._context.destroy(0)
 
 
 class WorkerLink:

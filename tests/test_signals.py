@@ -98,6 +98,32 @@ def test_a_handler_in_the_middle_of_a_send(factory: Factory, monkeypatch: pytest
     until(lambda: rt.submit(evil.square, 3).result(PATIENCE) == 9 and len(sent) >= 6, "it was sent to")
 
 
+def test_a_handler_that_shuts_down_in_the_middle_of_a_send(
+    factory: Factory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The send that goes on has its socket: pyzmq runs handlers also before it calls zmq with that."""
+    found: list[bool] = []
+
+    def send(socket: Any, message: bytes, flags: int) -> None:
+        if threading.current_thread() is threading.main_thread() and not found:
+            found.append(rt.shutdown() or socket.closed)  # type: ignore[func-returns-value]
+            found.append(rt._core.link._context.closed)
+        socket.send(message, flags)
+
+    monkeypatch.setattr("runtime.sockets._send", send)
+    rt = factory(1)
+    all_ready(rt)
+
+    def sent() -> bool:
+        with contextlib.suppress(RuntimeError):  # it has ended
+            rt.submit(evil.square, 3)
+        return bool(found)
+
+    until(sent, "it was sent to")
+    assert found == [False, False]
+    assert rt._core.link._context.closed
+
+
 @pytest.mark.timeout(120)
 def test_a_handler_that_shuts_down_in_scale(factory: Factory) -> None:
     seen: set[Place] = set()
