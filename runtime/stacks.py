@@ -140,12 +140,19 @@ class Asked:
 
     def _take_records(self, records: socket.socket) -> None:
         """A duplicate of the socket to ask through, unless the relay has closed it."""
-        fd = records.fileno()
-        if fd >= 0:
-            self.records = socket.socket(fileno=os.dup(fd))
-            if records.fileno() != fd:  # closed meanwhile: this may be anybody's
-                self.records.close()
-                self.records = None
+        fd, copy = records.fileno(), -1
+        if fd < 0:
+            return
+        try:
+            copy = os.dup(fd)
+            if records.fileno() == fd:  # else it was closed meanwhile, and the copy may be of anything
+                self.records, copy = socket.socket(fileno=copy), -1
+        except OSError:
+            if records.fileno() == fd:
+                raise
+        finally:
+            if copy >= 0:
+                os.close(copy)
 
     def ask(self, question: bytes) -> None:
         """Send a question to the worker, unless it has ended, or does not read."""

@@ -285,6 +285,30 @@ def test_an_initializer_that_hangs(runtime_factory, tmp_path, how, monkeypatch, 
     rt.kill_workers()
 
 
+@pytest.mark.parametrize("kind", ["of something else", "of nothing"])
+def test_a_socket_that_is_closed_as_it_is_duplicated(kind: str) -> None:
+    """Its number may be anybody's by then. Nothing is raised, and nothing is left open."""
+    reading, writing = os.pipe()
+    number = reading if kind == "of something else" else 1 << 20
+
+    class Closing:
+        def __init__(self) -> None:
+            self.known = [-1, number]
+
+        def fileno(self) -> int:
+            return self.known.pop() if len(self.known) > 1 else -1
+
+    ends = types.SimpleNamespace(stack=writing, records=Closing())
+    before = set(os.listdir("/proc/self/fd"))
+    one = stacks.Asked(7, os.getpid(), reading, ends)  # type: ignore[arg-type]
+    assert one.records is None
+    one.ask(b"1")
+    one.close()
+    assert set(os.listdir("/proc/self/fd")) == before
+    os.close(reading)
+    os.close(writing)
+
+
 def test_a_worker_that_does_not_catch_the_signal_yet_gets_none():
     """At its very start the signal would end it. Here: a process that says it has heard, and catches none."""
     pid = os.fork()
