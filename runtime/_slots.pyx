@@ -26,7 +26,7 @@ cdef class Slots(Harvest):
         PyMem_Free(self.tallies)
 
     def add_slots(self, uint32_t slots):
-        """Have so many slots from now on; one caller at a time. Raises: as Arena.add_slots.
+        """Have so many slots from now on, or as many as another caller wants. Raises: as Arena.add_slots.
 
         The tables come first: until the arena counts a slot, nobody looks at its part of the region. If the
         runtime ends meanwhile, nothing comes of it.
@@ -83,6 +83,7 @@ cdef class Slots(Harvest):
     def occupy(self, uint32_t index, int pidfd):
         """A process lives in the slot: its leases may be killed through this pidfd."""
         cdef guard_t *guard = &self.keeper.guards[index]
+        self.keeper.standing[index].word = 0        # of the last one: words of two entries may be alike
         guard_acquire(guard)
         guard.pidfd = pidfd
         guard.killing = False

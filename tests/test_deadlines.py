@@ -11,7 +11,10 @@ import os
 import random
 import select
 import signal
+import subprocess
+import threading
 import time
+import types
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,7 +25,7 @@ import pytest
 import tasks
 from watching import Host, alive, all_ready, read_pids, send, settled, shut_down_clean, stopped, until
 
-from runtime import Runtime, TaskTimeout
+from runtime import Future, Runtime, TaskTimeout, _core, serializer
 
 TIMEOUT = 0.5
 PROMISED = 0.1  # seconds from a deadline to the kill
@@ -218,3 +221,50 @@ def test_a_host_that_is_slow_is_not_the_tasks_fault(factory: Callable[..., Runti
     ctypes.PyDLL(None).usleep(int(2.5 * CROSSING * 1e6))
     assert future.result(30) == LARGE
     assert rt.workers()[0].pid == before
+
+
+def test_the_next_worker_in_a_slot_has_all_of_its_time() -> None:
+    """Its lease has the word of the one that the last worker was ended for, and as many records are out."""
+    arena, bell = _core.Arena.create(64 * 4096, 1, 4, 16, 4096), os.eventfd(0)
+    keeper = _core.DeadlineKeeper(arena, bell)
+    dispatcher = _core.Dispatcher(arena, keeper)
+    table = serializer.FunctionTable()
+    thread = threading.Thread(target=keeper.run)
+
+    def lease() -> _core.Task:
+        ref, payload = serializer.pack_call(table, abs, (-1,), {})
+        task = _core.Task(ref, Future(), timeout=1_000_000)
+        task.hold(payload.data, payload.buffers, payload.readonly)
+        assert dispatcher.submit(task)
+        return task
+
+    def life(cancelled: int) -> float:
+        """Seconds from the claim of a lease, after so many that were taken back, to the worker's end."""
+        slot = dispatcher.open_slot(0, 1)
+        port = _core.Runner(arena, slot, lambda: None)
+        port.attend(None, types.SimpleNamespace(), {}, bell, -1, 1)
+        dispatcher.make_ready(slot)
+        with subprocess.Popen(["sleep", "60"]) as child:
+            pidfd = os.pidfd_open(child.pid)
+            dispatcher.occupy(slot, pidfd)
+            for task in [lease() for _ in range(cancelled)]:
+                assert dispatcher.cancel(task) == _core.CANCEL_DONE
+            lease()
+            began = time.monotonic()
+            assert port.serve() >= 0  # claimed, and its clock stands
+            child.wait(30)
+        dispatcher.vacate(slot)
+        os.close(pidfd)
+        dispatcher.settle(slot, None)
+        dispatcher.take_outcomes()
+        return time.monotonic() - began
+
+    thread.start()
+    try:
+        assert [life(n) >= 0.25 for n in (1, 2)] == [True, True]
+    finally:
+        keeper.stop()
+        thread.join()
+        dispatcher.close()
+        arena.release()
+        os.close(bell)
