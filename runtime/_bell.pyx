@@ -97,7 +97,7 @@ cdef class Outlet:
 
     @property
     def held(self):
-        """Whether a thread is inside. It may be in a handler that interrupted it, for as long as that takes."""
+        """Whether a thread is inside: a handler may have interrupted it, for as long as that takes."""
         return self.holder != 0
 
     def close(self):

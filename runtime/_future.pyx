@@ -129,6 +129,7 @@ cdef class Promise:
                 elif ok is not None:
                     self._exception = value
                 self._state = CANCELLED_AND_NOTIFIED if ok is None else _finished
+                condition.notify_all()              # first: telling a waiter may raise, for lack of memory
                 for waiter in self._waiters:
                     if ok:
                         waiter.add_result(self)
@@ -136,7 +137,6 @@ cdef class Promise:
                         waiter.add_cancelled(self)
                     else:
                         waiter.add_exception(self)
-                condition.notify_all()
         finally:
             condition.release()
         if fresh:

@@ -228,8 +228,8 @@ class Relay:
         stream = getattr(sys, target, None)
         if not text or stream is None:
             return
-        self._taking = len(text.encode(errors="replace"))
         try:
+            self._taking = len(text.encode(errors="replace"))
             try:
                 stream.write(text)
             except UnicodeEncodeError as error:

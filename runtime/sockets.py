@@ -185,8 +185,7 @@ class HostLink:
             push = self._push.pop(slot, None)
             if push is not None:
                 push.close()
-                if push.held:
-                    self._held.append(push)
+                self._held = [it for it in (*self._held, push) if it.held]
         self.wake()
 
     def is_open(self, slot: int) -> bool:

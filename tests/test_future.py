@@ -307,6 +307,24 @@ def test_a_state_set_under_the_condition_is_seen() -> None:
         assert [f.result() for f in waiting] == [error] * 3
 
 
+def test_a_waiter_that_cannot_be_told_keeps_nobody_else_waiting() -> None:
+    """There may be no memory for it."""
+    future: Future[int] = Future()
+    threads, waiting = blocked(1, lambda _: future.result(3 * PATIENCE))
+    condition: Any = future._condition
+    until(lambda: condition._waiters, "it waits")
+    waiter = install(future)
+
+    def refuse(*_: Any) -> None:
+        raise MemoryError
+
+    waiter.add_result = refuse  # type: ignore[method-assign]
+    with threads:
+        with pytest.raises(MemoryError):
+            future.conclude(True, 1)
+        assert waiting[0].result(PATIENCE) == 1
+
+
 def test_invoke_callbacks_calls_what_was_added() -> None:
     future: Future[int] = Future()
     seen: list[Any] = []
