@@ -33,6 +33,7 @@ LOOK, CLAIM, BEGIN, END, PUT_PART, ADVANCE, PUBLISH, COMPLETE, PUT_DONE = range(
 IDLE, CANCELLING = range(2)
 # where the keeper is
 ASLEEP, READ_WORD, READ_CLOCK, KILL, SIGNAL = range(5)
+SLEEPING = (ASLEEP, -1, -1, -1, -1, 0)  # at, slot, entry, item that is late, item of the word, fresh
 # who holds a slot's guard
 OPEN, BY_KEEPER, BY_HOST = range(3)
 # outcomes
@@ -75,9 +76,8 @@ class Slot:
     sent: int = 0  # items of it that were committed
     part: int = X_NONE  # the word of the block of a commit under way
     ring: list[tuple[int, int]] = field(default_factory=list)  # (entry, fresh)
-    outbox: list[tuple[int, int, int, int]] = field(
-        default_factory=list
-    )  # (kind, entry or task, fresh, block)
+    # (kind, entry or task, fresh, block)
+    outbox: list[tuple[int, int, int, int]] = field(default_factory=list)
     views: list[int] = field(default_factory=list)  # tasks of whose arguments there are views in the process
     kept: list[int] = field(default_factory=list)  # SlotTable.kept
     early: list[int] = field(default_factory=list)  # SlotTable.early
@@ -123,7 +123,6 @@ class Scenario:
 
     specs: tuple[Spec, ...]
     crashes: int = 1  # processes that are killed from outside, at most
-    about: str = ""
 
 
 class LeaseState(World):
@@ -135,14 +134,7 @@ class LeaseState(World):
             self.slots = [Slot(leases=[Lease() for _ in range(ENTRIES)]) for _ in range(2)]
             self.tasks = [Task() for _ in scenario.specs]
             self.host = [IDLE, -1]  # what it does, slot
-            self.keeper = [
-                ASLEEP,
-                -1,
-                -1,
-                -1,
-                -1,
-                0,
-            ]  # at, slot, entry, item that is late, item of word, fresh
+            self.keeper = list(SLEEPING)
             self.crashes = scenario.crashes
         else:
             self.thaw(state)

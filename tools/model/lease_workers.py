@@ -33,6 +33,7 @@ from tools.model.lease_state import (
     READ_WORD,
     S_LIVE,
     SIGNAL,
+    SLEEPING,
     X_NONE,
     X_PRIVATE,
     X_PUBLISHING,
@@ -249,7 +250,7 @@ class LeaseWorkers(LeaseState):
         self.signal(s)
 
     def keeper_sleeps(self) -> None:
-        self.keeper = [ASLEEP, -1, -1, -1, -1, 0]
+        self.keeper = list(SLEEPING)
 
     def signal(self, s: int) -> None:
         """kill_lease, its last lines."""

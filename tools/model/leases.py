@@ -21,7 +21,6 @@ from functools import partial
 from tools.model.checker import Broken, Step, step
 from tools.model.lease_state import (
     ALIVE,
-    ASLEEP,
     BY_HOST,
     CANCELLED,
     CANCELLING,
@@ -77,20 +76,15 @@ FAULTS = {
 
 
 SCENARIOS = {
-    "leases: deadline": Scenario((Spec(timeout=True), Spec()), 1, "a call with a timeout, and a neighbour"),
-    "leases: retry": Scenario(
-        (Spec(timeout=True, retries=1, retry_timeouts=True), Spec()), 1,
-        "a call that is run again after its deadline or a death, and a neighbour",
-    ),
-    "leases: cancel": Scenario((Spec(cancel=True, retries=1), Spec()), 1, "one is cancelled at some moment"),
-    "leases: chunk": Scenario(
-        (Spec(timeout=True, retries=1, batch=0), Spec(timeout=True, batch=0)), 1,
-        "two items of a map in one lease, results committed one by one or together",
-    ),
-    "leases: views": Scenario(
-        (Spec(keeps=True, raises=True, retries=1),), 1, "views of the arguments outlive both attempts"
-    ),
-}  # fmt: skip
+    "leases: deadline": Scenario((Spec(timeout=True), Spec())),  # and a neighbour: Spec()
+    # a call that is run again after its deadline or a death
+    "leases: retry": Scenario((Spec(timeout=True, retries=1, retry_timeouts=True), Spec())),
+    "leases: cancel": Scenario((Spec(cancel=True, retries=1), Spec())),
+    # two items of a map in one lease, results committed one by one or together
+    "leases: chunk": Scenario((Spec(timeout=True, retries=1, batch=0), Spec(timeout=True, batch=0))),
+    # views of the arguments outlive both attempts
+    "leases: views": Scenario((Spec(keeps=True, raises=True, retries=1),)),
+}
 
 
 class Leases(LeaseWorkers):
@@ -403,9 +397,6 @@ class Leases(LeaseWorkers):
     @step("_slots.pyx:open_slot,occupy", "a new worker moves into slot {0}, and is ready")
     def open_slot(self, s: int) -> None:
         self.slots[s] = Slot(leases=self.slots[s].leases)
-
-
-ASLEEP_KEEPER = [ASLEEP, -1, -1, -1, -1, 0]
 
 
 def model(name: str, fault: str = "") -> partial[Leases]:
