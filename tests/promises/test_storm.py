@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -59,7 +60,8 @@ def test_nothing_grows_in_a_steady_storm(tally, tmp_path):
         tally.counts["seconds"] += int(seconds)
         for name, samples in said["samples"].items():
             if not tally.is_slice and len(samples) < 2 * slopes.FEWEST:
-                continue  # a slow machine: nothing can be told in such a time
+                warnings.warn(f"{name}: a slow machine, {len(samples)} samples tell nothing", stacklevel=1)
+                continue
             found = slopes.check_flat(name, samples, GROWTH[name])
             print(
                 f"{name}: {3600 * found.value:.3g} an hour, {3600 * found.low:.3g} to {3600 * found.high:.3g}"
@@ -68,6 +70,6 @@ def test_nothing_grows_in_a_steady_storm(tally, tmp_path):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_moment_of_it(method, tmp_path):
-    """For `make test`: nothing in it has to be counted."""
-    said = storm(method, tmp_path / "it", seed="a moment", seconds=2)
-    assert said["counts"]["tasks"] > 100
+    """For `make test`. So many kills, not so many seconds: those of a slow machine may be too few."""
+    counts = storm(method, tmp_path / "it", seed="a moment", kills=60)["counts"]
+    assert counts["kills"] >= 60 and counts["results"] > 0

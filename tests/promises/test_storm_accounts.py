@@ -15,7 +15,7 @@ from storm.tasks import LOGGED, WROTE, Refused
 
 from runtime import BrokenRuntime, TaskCancelled, TaskTimeout, WorkerDied
 
-A, B = 101, 102  # pids
+A, B, C = 101, 102, 103  # pids
 
 
 def order(key, outcome=GOOD, kind="plain", **facts):
@@ -54,9 +54,24 @@ RIGHT = {
     "blamed after two attempts": ([order(1, died(B, 2), runs=2)], [began(1, A), began(1, B, 2)], {A, B}),
     "neighbours": ([chunk(1), chunk(2, runs=2)], [*ran(1, A), began(2, A), *ran(1, B), *ran(2, B)], {A}),
     "neighbours of a failure": ([chunk(1), chunk(2, died(A))], [*ran(1, A), began(2, A), *ran(1, B)], {A}),
+    "neighbours of what was dropped": (
+        [chunk(1), chunk(2, DROPPED), chunk(3, DROPPED)],
+        [*ran(1, A), *ran(2, A), began(3, A), *ran(1, B)],
+        {A},
+    ),
+    "a neighbour that was blamed before it could say that it began again": (
+        [chunk(1), chunk(2, died(B)), chunk(3, died(A))],
+        [*ran(1, A), *ran(2, A), began(3, A), *ran(1, B), *ran(1, C)],
+        {A, B},
+    ),
     "an error of its own": ([order(1, Refused(1), errors=Refused)], ran(1, A), set()),
     "late": ([order(1, TaskTimeout(), timed=True)], [began(1, A)], set()),
     "cancelled": ([order(1, CancelledError(), asked=True, said=True)], [], set()),
+    "cancelled when it had just died": (
+        [order(1, CancelledError(), asked=True, said=True, fatal=True)],
+        [began(1, A)],
+        {A},
+    ),
     "stopped": ([order(1, TaskCancelled(), asked=True, said=True)], [began(1, A)], set()),
     "dropped": ([chunk(1, DROPPED)], [began(1, A)], set()),
 }

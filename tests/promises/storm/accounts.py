@@ -96,10 +96,9 @@ def check_outcome(order, ledger, killed):
     hold(isinstance(outcome, BaseException), "not what it had to be")
     if isinstance(outcome, CANCELLED):
         hold(order.asked, "nobody has cancelled it")
-        hold(
-            type(outcome) is TaskCancelled or not order.said or order.runs > 1 or not starts,
-            "it ran all the same",
-        )
+        # Cancelled while it ran (so it is `fatal`) it may just have ended, by itself or with its process.
+        ran = starts and not order.fatal and order.runs == 1
+        hold(type(outcome) is TaskCancelled or not order.said or not ran, "it ran all the same")
         return "cancelled"
     if isinstance(outcome, WorkerDied):
         check_death(order, starts, killed, hold)
