@@ -9,7 +9,7 @@ has not seen. It finds three kinds of things:
     a state that leads nowhere              from it no way leads to a state that is an end (`ended`)
 
 The third is what "it ends well" means without assumptions on who is scheduled when: whatever has happened so
-far, there is still a way to the quiet end. It includes deadlock.
+far, there is still a way to the quiet end (AG EF in CTL; no fairness is assumed). It includes deadlock.
 """
 
 from __future__ import annotations
