@@ -159,7 +159,9 @@ class Machine(Place):
     """The machine itself: twice what it has. (The largest runtime has a terabyte.)"""
 
     sizes = (2 * memory_total(), 3 * memory_total())
-    ways = (a_region, a_named_region, a_region_that_may_grow, a_pool, *[a_runtime][: max(sizes) < 1 << 39])
+    ways = (a_region, a_named_region, a_region_that_may_grow, a_pool)
+    if max(sizes) < 1 << 39:
+        ways += (a_runtime,)
 
 
 class FileSize(Place):

@@ -104,4 +104,4 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
     report.show([lines[name] for name in names], options.seed, options.verbose, time.monotonic() - started)
-    return 0 if all([line.good for line in lines.values()]) else 1
+    return 0 if all(line.good for line in lines.values()) else 1
