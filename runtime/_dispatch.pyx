@@ -369,7 +369,9 @@ cdef class Dispatcher(Waiting):
                 continue
             if self.arena.lanes and outbox_waiting(slot, table.outbox_head):
                 self.drain(i)                       # it came while the collector was awake: no hint is due
-            if self.wild(i):
+            # While a destructor has let us in, the bookkeeping of who is inside may be half done.
+            table.nonsense = table.nonsense + 1 if not self.busy and self.wild(i) else 0
+            if table.nonsense == 3:
                 self.strange()
                 self.send_signal(i, SIGKILL)        # what it holds would never have an outcome
                 continue

@@ -96,6 +96,7 @@ cdef class SlotTable:
     cdef bint ready, draining
     cdef bint signalled                     # SIGKILL was sent to the process by the host
     cdef bint acted                         # the rescan took results in ahead of their hint
+    cdef uint32_t nonsense                  # rescans in a row that found what no worker could have written
     cdef bint suspect                       # leases were taken back from it: it did not look at them
     cdef uint64_t suspect_at                # ring_head at that time
     # What the host writes into the slot is decided from these, never read back: a worker may run wild.

@@ -55,6 +55,7 @@ cdef class Slots(Harvest):
                 table.ring_tail = 0
                 table.outbox_head = 0
                 table.suspect = False
+                table.nonsense = 0
                 table.acted = False
                 table.untold = 0
                 table.number = number

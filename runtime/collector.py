@@ -164,7 +164,7 @@ class Collector:
         hints = self.link.poll(patience)
         self._polled = time.monotonic()
         late = patience and not hurried and not hints and self._polled - now >= patience
-        if late and self.dispatcher.untold:
+        if late and patience >= _RESCAN and self.dispatcher.untold:
             # A worker may be about to tell: what is lost is what it does not tell in all that time.
             hints = self.link.poll(patience)
             if not hints and self.dispatcher.untold:

@@ -13,7 +13,7 @@ a seeded tenth of the boundaries, at all of them where they are under 300, the p
 The table: boundaries stepped; addresses, of distinct instructions; regions, distinct contents that were
 swept; killed, for real; lost and doubled, the boundaries after which something was; share, the instructions
 of the primitive's functions that were stepped. Exit code 1: anything lost or doubled, or a share under 95 %.
-Exit code 2: nothing can be stepped here, or a scenario did not run as it should.
+Exit code 2: a scenario did not run as it should. 77: nothing can be stepped on this machine; it says why.
 
 primitives.py is the table, engine.py steps and kills, trace.py is the stepper, shipped.py reads the modules.
 """
@@ -31,6 +31,7 @@ from collections.abc import Sequence
 from tools.stepkill import engine, primitives, report, shipped, trace, wrong
 
 SEED = os.environ.get("RUNTIME_STRESS_SEED", "20260601")
+NOT_RUN = 77
 QUICK = 100  # with --quick one in so many is killed for real
 
 
@@ -87,8 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     reason = trace.why_not()
     if reason:
-        print(f"nothing can be stepped: {reason}", file=sys.stderr)
-        return 2
+        print(f"NOT RUN: nothing can be stepped: {reason}", file=sys.stderr)
+        return NOT_RUN
     known = [wrong.NAME] if options.wrong else [p.name for p in primitives.PRIMITIVES]
     unknown = set(options.names) - set(known)
     if unknown:
