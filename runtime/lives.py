@@ -67,6 +67,7 @@ class Lives(abc.ABC):
         self._slots: dict[int, Worker] = {}  # slot -> its process, until the slot is swept
         self._looks: deque[int] = deque()  # slots whose phase may have changed
         self._drained = False  # nothing is left: the workers were told to leave
+        self._respawned = 0.0  # monotonic time of the last look for numbers whose back-off is over
         self._ever_ready = False
         self._short = False  # of descriptors: a worker waits to be started
         self._memory = MemoryWatch()
@@ -164,7 +165,7 @@ class Lives(abc.ABC):
 
     def _respawn(self) -> None:
         """A worker for each number that has none and whose back-off is over."""
-        now = time.monotonic()
+        now = self._respawned = time.monotonic()
         if self._drained or self.broken is not None:
             return
         if not self._zygote_is_there():

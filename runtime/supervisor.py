@@ -257,16 +257,10 @@ class Supervisor(Zygotes):
             elif worker.leave_by:
                 due = min(due, worker.leave_by)
         if not self._drained:
-            due = min(
-                [
-                    due,
-                    *(
-                        it.restarts.not_before
-                        for it in self._wanted.values()
-                        if it.worker is None and it.restarts.not_before > now
-                    ),
-                ]
-            )
+            for it in self._wanted.values():
+                # One that was over by the last look waits for something else, a slot or a zygote.
+                if it.worker is None and it.restarts.not_before > self._respawned:
+                    due = min(due, it.restarts.not_before)
         if self._zygote is None and not self._drained:
             due = min(due, max(self._zygote_at, now))
         if not self._ever_ready:

@@ -8,6 +8,8 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import evil
 import pytest
@@ -16,6 +18,8 @@ from tasks import own_pid
 from watching import alive, all_ready, host, read_pids, send, until, zygote_of
 
 from runtime import BrokenRuntime, Runtime, WorkerDied, WorkerStatus, restarts
+from runtime.lifecycle import Number
+from runtime.supervisor import Supervisor
 
 Factory = Callable[..., Runtime]
 
@@ -313,3 +317,15 @@ def test_a_new_zygote_whose_workers_fail_costs_one_worker(factory: Factory, tmp_
     assert rt.submit(own_pid).result() in before
     ok.touch()
     until(lambda: not before & set(found := pids_of(rt, 0, 1, 2)) and all(found), "all are replaced")
+
+
+def test_a_pause_that_is_over_between_two_looks_is_not_slept_through() -> None:
+    """The loop has looked for whom to start, and then for how long it may sleep: the pause ended in between."""
+    now = time.monotonic()
+    number = Number()
+    number.restarts.not_before = now - 0.001
+    looks: dict[str, Any] = {"_slots": {}, "_wanted": {0: number}, "_drained": False, "_zygote": object()}
+    looks |= {"_ever_ready": True, "_stop_by": 0.0}
+    assert Supervisor._due(SimpleNamespace(_respawned=now - 0.002, **looks)) <= now  # type: ignore[arg-type]
+    late = Supervisor._due(SimpleNamespace(_respawned=now, **looks))  # type: ignore[arg-type]
+    assert late > now + 10, "it was looked at, and waits for something else"
