@@ -320,7 +320,7 @@ def test_a_new_zygote_whose_workers_fail_costs_one_worker(factory: Factory, tmp_
 
 
 def test_a_pause_that_is_over_between_two_looks_is_not_slept_through() -> None:
-    """The loop has looked for whom to start, and then for how long it may sleep: the pause ended in between."""
+    """The loop looks for whom to start, then for how long it may sleep; the pause ended in between."""
     now = time.monotonic()
     number = Number()
     number.restarts.not_before = now - 0.001
