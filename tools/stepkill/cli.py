@@ -24,6 +24,7 @@ import argparse
 import concurrent.futures
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -86,6 +87,9 @@ def measure_all(names: Sequence[str], jobs: int, seed: str, share: int) -> dict[
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
+    # A shell that runs us in the background has SIGINT ignored; scenarios that are interrupted would wait on.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     reason = trace.why_not()
     if reason:
         print(f"NOT RUN: nothing can be stepped: {reason}", file=sys.stderr)
