@@ -39,12 +39,12 @@ COPIED = ("runtime", "tests", "tools", "bench", "examples", "docs")
 FILES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "Makefile", "CONTRIBUTING.md", "CHANGELOG.md")
 
 # The tests under ASan and UBSan: what reads, writes and copies memory; what is read from other processes; and
-# a runtime at work, with deaths. Left out: what measures, builds, or tests tools; and, so that CI has the time,
-# what goes the same ways once more: `python tools/sanitize.py address undefined -- tests/test_map.py`.
+# a runtime at work, with deaths. Left out: what measures, builds, or tests tools; and what goes the same ways
+# once more, so that CI has the time for it.
 CORE = ("arena", "region", "pool", "series", "reports", "serializer", "arrays", "garbage")
 DESELECTED = {  # test: why it cannot hold here
     "tests/test_map.py::test_memory_of_an_endless_map_is_flat": "ASan keeps what was freed for a while",
-    "tests/test_arrays.py::test_results_that_the_host_has_no_memory_for": "ASan needs address space of its own",
+    "tests/test_arrays.py::test_results_that_the_host_has_no_memory_for": "it limits the address space",
 }
 
 # A crash on purpose is no report: the tests judge it. Leaks are CPython's (and test_arena counts ours).
