@@ -288,6 +288,9 @@ class HostDies(LeaseWorld):
                     self.port.frame(entry)
                 elif asks:
                     self.port.finish(entry, [item(self.result)], 1, False)
+        if self.how == "wild":  # it has written into words that were none of its leases
+            for entry in range(LEASES):
+                self.memory[self.lease_at(entry)] = self.memory[self.lease_at(entry)] or 5
         self.notify = self.told
 
     def prepare(self) -> None:

@@ -376,6 +376,7 @@ PRIMITIVES = (
         (
             host("", "settle", calls=3, answered=1, claimed=1, result=5000),
             host("with a chunk", "settle", calls=0, items=3, claimed=1, result=3000),
+            host("of one that ran wild", "settle", calls=1, how="wild"),
             host("the next process moves in", "open_slot"),
         ),
         whole=(),
