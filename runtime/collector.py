@@ -131,9 +131,7 @@ class Collector:
             if now - looked >= (_ROOM if dispatcher.urgent else _RESCAN):
                 looked = now
                 dispatcher.rescan()
-                if (
-                    dispatcher.leased or dispatcher.waiting
-                ):  # also for a worker whose word of being ready is lost
+                if dispatcher.leased or dispatcher.waiting:  # a worker's word of being ready may be lost
                     self.watcher.look(-1)
             self.complete()
             self.conclude_late()
