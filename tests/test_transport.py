@@ -1,7 +1,7 @@
 """Both ways to tell the other side: through the memory while it is awake, by zmq when it sleeps.
 
-Whatever the way, nothing may wait for the backstop: `rescued` stays 0. The crash and map tests run both ways
-too: RUNTIME_LANES=off is a step of .ci/run.
+Whatever the way, nothing may wait for the backstop: `rescued` stays 0. These tests, and those of crashes and
+maps, run both ways: RUNTIME_LANES=off is a step of .ci/run.
 """
 
 from __future__ import annotations
