@@ -9,11 +9,9 @@ the GIL without bytecode in between, and what another thread is busy with is lef
 from collections import deque
 
 from cpython.exc cimport PyErr_SetFromErrno
+from cpython.pythread cimport PyThread_get_thread_ident
 from libc.stdint cimport uint64_t
 from posix.unistd cimport close, read, write
-
-cdef extern from "Python.h":
-    unsigned long PyThread_get_thread_ident()
 
 cdef extern from "<sys/eventfd.h>" nogil:
     int eventfd(unsigned int count, int flags)

@@ -17,6 +17,7 @@ thread is the deadline keeper (_threads), ordered by the guards.
 Should a destructor let another thread in, that one defers to the inbox in the same way, so no method
 here ever waits. Outcomes collect in a list of tuples; unpickling and futures are the collector's business.
 """
+from cpython.pythread cimport PyThread_get_thread_ident
 from libc.signal cimport SIGKILL
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
@@ -29,9 +30,6 @@ from runtime._extent cimport HostBlock
 from runtime._frame cimport S_VALUE, Frame
 from runtime._report cimport read_report
 from runtime._threads cimport guard_acquire, guard_release, guard_t, kill_lease
-
-cdef extern from "Python.h":
-    unsigned long PyThread_get_thread_ident()
 
 CANCEL_NO = 0               # it has started, or is over
 CANCEL_DONE = 1             # it never started and never will
@@ -55,6 +53,7 @@ cdef enum:
 
 # Bytes that are copied while the worker that will read them is waking up.
 cdef uint64_t ROUSE_BYTES = 1 << 20
+cdef int CHASE = 100        # looks at a chunk that is to be killed and goes on from item to item
 
 
 cdef class Dispatcher(Waiting):
@@ -243,6 +242,7 @@ cdef class Dispatcher(Waiting):
         cdef guard_t *guard
         cdef uint64_t word
         cdef int result = 0
+        cdef int _k
         if self.inert:
             return CANCEL_NO
         if task.state == T_WAITING:
@@ -265,10 +265,15 @@ cdef class Dispatcher(Waiting):
         if l_tag(word) == task.tag and l_state(word) == L_LEASED and a64_cas_acq_rel(
                 &lease.word, word, lease_word(L_FREE, 0, task.tag)):
             result = 1
-        elif running and l_tag(word) == task.tag:
+        elif running:
             word = a64_load_acquire(&lease.word)    # it may just have been claimed
-            if kill_lease(guard, lease, word):
-                result = 2
+            for _k in range(CHASE):
+                if l_tag(word) != task.tag or l_state(word) != L_RUNNING:
+                    break
+                if kill_lease(guard, lease, word):
+                    result = 2
+                    break
+                word = a64_load_acquire(&lease.word)    # a chunk has gone on to its next item: that one, then
         guard_release(guard)
         if result == 1:
             self.over(task, T_CANCELLED)

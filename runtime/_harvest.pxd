@@ -10,7 +10,7 @@ from runtime._records cimport SlotTable, Task
 
 cdef class Harvest(Leasing):
     cdef int drain_now(self, uint32_t index) except -1
-    cdef int process(self, uint32_t index, record_t *record) except -1
+    cdef int process(self, uint32_t index, SlotTable table, record_t *record) except -1
     cdef int kept(self, SlotTable table, HostBlock block) except -1
     cdef int unkept(self, SlotTable table, tuple key) except -1
     cdef int strange(self) noexcept

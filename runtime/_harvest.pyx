@@ -38,7 +38,7 @@ cdef class Harvest(Leasing):
             return 0
         while waiting:
             outbox_take(slot, self.arena.records(index), &table.outbox_head, self.arena.outbox - 1, &record)
-            self.process(index, &record)
+            self.process(index, table, &record)
             waiting -= 1
         self.stuck.pop(index, None)
         return 0
@@ -59,8 +59,7 @@ cdef class Harvest(Leasing):
                 found = True
         return found
 
-    cdef int process(self, uint32_t index, record_t *record) except -1:
-        cdef SlotTable table = self.slots[index]
+    cdef int process(self, uint32_t index, SlotTable table, record_t *record) except -1:
         cdef Task task
         if record.kind == R_UNKEEP:
             return self.unkept(table, (record.body, record.tag))
@@ -166,11 +165,16 @@ cdef class Harvest(Leasing):
         self.over(task, T_OVER)
         a64_store_release(&lease.word, lease_word(L_FREE, 0, task.tag))
         if copy.out_where == AT_BOUNCE and task.inbound is not None and task.inbound_total == NO_MEMORY:
-            self.outcomes.append((OUTCOME_LOST, task, delivered, None))
+            if not delivered < ran <= task.count:
+                ran = task.count
+            self.outcomes.append((OUTCOME_LOST, task, delivered, ran, None))
+            if task.batch is not None:
+                self.put_back(task, ran, -1)
             self.release(task)
             return 0
         if (exporter is None and not plain) or ran > task.count or ran <= delivered:
-            self.outcomes.append((OUTCOME_LOST, task, delivered, "its worker wrote a malformed result"))
+            self.outcomes.append((OUTCOME_LOST, task, delivered, task.count,
+                                  "its worker wrote a malformed result"))
             self.release(task)
             return self.strange()
         if task.batch is not None:
@@ -250,7 +254,7 @@ cdef class Harvest(Leasing):
         while 0 < waiting <= self.arena.outbox:
             outbox_take(slot, self.arena.records(index), &table.outbox_head, self.arena.outbox - 1, &record)
             if record.kind == R_DONE or record.kind == R_PARTIAL:
-                self.process(index, &record)
+                self.process(index, table, &record)
             waiting -= 1
         held = [pair[1] for pair in sorted([(<Task>t).number, t] for t in table.tasks if t is not None)]
         for entry in held:

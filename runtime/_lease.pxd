@@ -97,6 +97,7 @@ cdef class WorkerPort:
     cdef uint32_t ring_mask, outbox_mask
     cdef uint64_t full_at       # arena.frees when a search for room failed last: no use to search again
     cdef bint was_full
+    cdef int64_t clock          # when the last call ended, if nothing since then took long; 0: read it anew
     cdef bint untold            # records were published that no hint has told of
     cdef bint pushed            # the host had to be woken by a message since work was found last
     cdef bint woke              # a thread that waited for the result was woken; it may have more to do

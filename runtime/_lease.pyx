@@ -303,6 +303,7 @@ cdef class WorkerPort:
     cdef int put(self, record_t *record) except -1:
         """Publish a record and tell the host if it sleeps; waits while the outbox is full, drops nothing."""
         while not outbox_put(self.slot, self.records, self.outbox_mask, record):
+            self.clock = 0
             self.notify()
             with nogil:
                 nap(500_000)

@@ -32,7 +32,7 @@ cdef uint32_t FUNCTIONS = 256               # function pickles kept in the regio
 OUTCOME_FRAME = 0           # (.., task, first item, items, exporter of the frame)
 OUTCOME_DIED = 1            # (.., task, item or -1, information that settle() was given)
 OUTCOME_KILLED = 2          # (.., task, item, reason)
-OUTCOME_LOST = 3            # (.., task, item, what went wrong; None: no memory for it in the host)
+OUTCOME_LOST = 3            # (.., task, first item, end, what went wrong; None: no memory in the host)
 OUTCOME_ABANDONED = 4       # (.., task or None, batch or None, its entries, whether they count as cancelled)
 
 
@@ -302,7 +302,7 @@ cdef class Leasing:
             self.waiting -= task.count
             self.over(task, T_OVER)
             what = f"it could not be laid out: {type(error).__name__}: {error}"
-            self.outcomes.append((OUTCOME_LOST, task, 0, what))
+            self.outcomes.append((OUTCOME_LOST, task, 0, task.count, what))
             return True
 
     cdef uint32_t room(self, uint32_t index) except? 0xFFFFFFFF:

@@ -84,6 +84,7 @@ cdef class Runner(WorkerPort):
         cdef lease_t *lease
         cdef int alive
         cdef int32_t status
+        self.clock = 0
         while not (self.leaving or a32_load_acquire(&self.slot.control) & C_STOP):
             found = self.claim()
             if found < 0:
@@ -122,6 +123,7 @@ cdef class Runner(WorkerPort):
         if not sys_is_open(self.host_pidfd):
             _exit(self.exit_descriptors)        # before it claims what it could not answer for
         if self.ended_at >= self.check_at:
+            self.clock = 0
             self.worker.check()
             self.check_at = now_ns() + CHECK
             PyErr_CheckSignals()
@@ -133,6 +135,7 @@ cdef class Runner(WorkerPort):
             return None
         fn = self.quick.get(lease.fn)
         if fn is None and lease.fn in self.functions:
+            self.clock = 0
             try:
                 fn = self.functions.load(lease.fn)
             except BaseException:                   # the long way meets it again, and says so
@@ -150,7 +153,7 @@ cdef class Runner(WorkerPort):
         cdef object result = None
         cdef object item = None
         cdef tuple packed
-        self.begin(lease, now_ns())
+        self.begin(lease, self.clock or now_ns())
         try:
             if status == S_PLAIN:
                 packed = plain_loads(lease.inline_ + SINGLE_HEAD, <Py_ssize_t>nbytes)
@@ -171,7 +174,7 @@ cdef class Runner(WorkerPort):
             if out is None:
                 item = self.worker.succeeded(result)
         fn = packed = kwargs = result = None    # their destructors run within the time of the call
-        self.ended_at = self.end(lease)
+        self.clock = self.ended_at = self.end(lease)
         self.left -= 1
         if out is not None:
             nbytes = SINGLE_HEAD + <uint64_t>PyBytes_GET_SIZE(out)
@@ -182,6 +185,7 @@ cdef class Runner(WorkerPort):
                 lease.out_where = AT_INLINE
                 return self.complete(entry, 1)
             item = (S_PLAIN, out, (), ())
+        self.clock = 0
         return self.worker.deliver(entry, [item], 1, 1, None)
 
     cdef int chunk(self, uint32_t entry, lease_t *lease) except -1:
@@ -195,6 +199,7 @@ cdef class Runner(WorkerPort):
         cdef object failure = None, fn_data = None, exporter = None
         cdef object data, views, fn
         cdef list values
+        self.clock = 0
         try:
             exporter = self.frame(entry)
             items = read_frame(exporter)

@@ -15,4 +15,6 @@ ctypedef struct tally_t:
 cdef class Slots(Harvest):
     cdef tally_t *tallies   # by number
 
+    cdef int stop_looking(self) except -1
+    cdef list counted_of(self, uint32_t number)
     cpdef uint64_t busy_ns(self, uint32_t index) except? 0xFFFFFFFFFFFFFFFF

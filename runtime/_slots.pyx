@@ -37,9 +37,14 @@ cdef class Slots(Harvest):
         try:
             self.arena.add_slots(slots)
         finally:
-            self.arena.lookers -= 1
-            if self.arena.ending:
-                self.arena.release()
+            self.stop_looking()
+
+    cdef int stop_looking(self) except -1:
+        """The tables may go: if the runtime has ended meanwhile, now."""
+        self.arena.lookers -= 1
+        if self.arena.ending:
+            self.arena.release()
+        return 0
 
     def open_slot(self, uint32_t number, uint32_t generation):
         """A free slot, made LIVE for a new process; -1: none is free."""
@@ -151,28 +156,27 @@ cdef class Slots(Harvest):
         now = now_ns()
         return busy + <uint64_t>(now - <int64_t>started) if 0 < started < <uint64_t>now else busy
 
+    cdef list counted_of(self, uint32_t number):
+        """Slots whose processes are a worker number's, and are not in its tally yet."""
+        cdef uint32_t i
+        return [i for i in range(self.arena.slots)
+                if (<SlotTable>self.slots[i]).counted and (<SlotTable>self.slots[i]).number == number]
+
     def tasks_of(self, uint32_t number):
         """Items that the processes of a worker number have finished; it never goes backwards."""
-        cdef uint32_t i
-        cdef uint64_t total
         if number >= self.arena.room:
             return 0
-        total = self.tallies[number].tasks
-        for i in range(self.arena.slots):
-            if (<SlotTable>self.slots[i]).counted and (<SlotTable>self.slots[i]).number == number:
-                total += a64_load_relaxed(&self.arena.slot(i).tasks_done)
-        return total
+        slots = self.counted_of(number)
+        living = [a64_load_relaxed(&self.arena.slot(i).tasks_done) for i in slots]
+        return self.tallies[number].tasks + sum(living)
 
     def busy_of(self, uint32_t number):
         """Nanoseconds that the processes of a worker number have spent in user code; never backwards."""
-        cdef uint32_t i
         cdef uint64_t total
         if number >= self.arena.room:
             return 0
-        total = self.tallies[number].busy
-        for i in range(self.arena.slots):
-            if (<SlotTable>self.slots[i]).counted and (<SlotTable>self.slots[i]).number == number:
-                total += self.busy_ns(i)
+        slots = self.counted_of(number)
+        total = self.tallies[number].busy + sum([self.busy_ns(i) for i in slots])
         self.tallies[number].shown = max(self.tallies[number].shown, total)
         return self.tallies[number].shown
 

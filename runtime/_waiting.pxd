@@ -12,7 +12,6 @@ cdef class Waiting(Slots):
 
     cdef int drain_out(self) except -1
     cdef int look_until(self, int64_t until) except -1
-    cdef int stop_looking(self) except -1
     cdef int sleep_here(self, int64_t ns) except -1
     cdef bint wait_here(self, int64_t ns) except -1
     cdef int hand_back(self) except -1

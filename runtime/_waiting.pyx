@@ -10,6 +10,7 @@ Unlike what stands below and above this, the methods here that watch or sleep re
 is looked at again afterwards; `lookers` keeps the tables mapped, but without them `arena.head` may be gone.
 """
 from cpython.exc cimport PyErr_CheckSignals
+from cpython.pythread cimport PyThread_get_thread_ident
 from libc.stdint cimport int64_t, uint32_t
 
 from runtime._atomics cimport *
@@ -20,9 +21,6 @@ from runtime._lease cimport outbox_waiting, park
 from runtime._records cimport T_LEASED, T_WAITING, SlotTable, Task
 from runtime._leasing import OUTCOME_FRAME
 
-
-cdef extern from "Python.h":
-    unsigned long PyThread_get_thread_ident()
 
 cdef extern from "<sys/prctl.h>" nogil:
     int prctl(int option, unsigned long arg2, unsigned long arg3, unsigned long arg4, unsigned long arg5)
@@ -118,13 +116,6 @@ cdef class Waiting(Slots):
         with nogil:
             look_around(self.arena, until)
         self.stop_looking()
-        return 0
-
-    cdef int stop_looking(self) except -1:
-        """The tables may go: if the runtime has ended meanwhile, now."""
-        self.arena.lookers -= 1
-        if self.arena.ending:
-            self.arena.release()
         return 0
 
     def must_not_wait(self):

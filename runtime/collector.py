@@ -290,8 +290,8 @@ class Collector:
         elif kind == _core.OUTCOME_ABANDONED:
             self.abandoned(task, *rest)
         else:
-            first, what = rest
-            for item in range(first, task.count):
+            first, end, what = rest
+            for item in range(first, end):
                 error = (
                     MemoryError("the task has ended, but the host has no memory for its result")
                     if what is None

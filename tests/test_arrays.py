@@ -514,11 +514,19 @@ def test_results_that_the_host_has_no_memory_for() -> None:
         assert rt._core.dispatcher.malformed == 0
         resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         shut_down_clean(rt)
+        # A chunk that ends early, since its worker has had its share: what never ran is not lost with it.
+        with runtime.Runtime(1, max_tasks_per_child=2) as rt:
+            assert rt.submit(abs, -1).result() == 1
+            resource.setrlimit(resource.RLIMIT_AS, (mapped + (100 << 20), resource.RLIM_INFINITY))
+            found = rt.map(bytes, [5, 200 << 20, 5, 5], return_exceptions=True, chunksize=4)
+            print(*[type(one).__name__ for one in found])
+            resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     """
     lines = output(code)
     assert lines == [
         *["MemoryError('the task has ended, but the host has no memory for its result')"] * 3,
         "bytes MemoryError bytes",
+        "bytes MemoryError MemoryError bytes",  # the third had run, and its result lay in the same frame
     ]
 
 

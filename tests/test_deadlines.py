@@ -223,6 +223,42 @@ def test_a_host_that_is_slow_is_not_the_tasks_fault(factory: Callable[..., Runti
     assert rt.workers()[0].pid == before
 
 
+def test_a_wait_for_the_host_is_not_the_next_calls_time() -> None:
+    """A call begins where the last one ended, by the same look at the clock, unless its worker waited."""
+    arena, bell = _core.Arena.create(64 * 4096, 1, 8, 1, 4096), os.eventfd(0)
+    dispatcher = _core.Dispatcher(arena, _core.DeadlineKeeper(arena, bell))
+    table, pause, calls = serializer.FunctionTable(), 0.1, 4
+
+    def notify() -> None:
+        """The outbox holds one record: from the second call on, its worker waits for the host."""
+        time.sleep(pause)
+        dispatcher.drain(slot)
+
+    slot = dispatcher.open_slot(0, 1)
+    port, functions = _core.Runner(arena, slot, notify), serializer.FunctionCache()
+    port.attend(types.SimpleNamespace(check=lambda: None), types.SimpleNamespace(), functions, bell, -1, 1)
+    ref, payload = serializer.pack_call(table, abs, (-1,), {})
+    functions.load(ref.id, ref.data)
+    try:
+        port.ready()
+        dispatcher.make_ready(slot)
+        futures = [Future() for _ in range(calls)]
+        for future in futures:
+            task = _core.Task(ref, future)
+            task.hold(payload.data, payload.buffers, payload.readonly)
+            assert dispatcher.submit(task)
+        assert port.serve() == -1
+        dispatcher.drain_everything()
+        assert [future.result(0) for future in futures] == [1] * calls
+        assert dispatcher.busy_ns(slot) * 1e-9 < pause
+    finally:
+        dispatcher.vacate(slot)
+        dispatcher.settle(slot, None)
+        dispatcher.close()
+        arena.release()
+        os.close(bell)
+
+
 def test_the_next_worker_in_a_slot_has_all_of_its_time() -> None:
     """Its lease has the word of the one that the last worker was ended for, and as many records are out."""
     arena, bell = _core.Arena.create(64 * 4096, 1, 4, 16, 4096), os.eventfd(0)
