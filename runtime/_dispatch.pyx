@@ -27,7 +27,7 @@ from runtime._lease cimport must_tell, outbox_waiting
 from runtime._records cimport T_CANCELLED, T_LEASED, T_OVER, T_WAITING, Batch, SlotTable, Span, Task
 from runtime._leasing import OUTCOME_ABANDONED
 from runtime._extent cimport HostBlock
-from runtime._frame cimport S_VALUE, Frame
+from runtime._frame cimport S_VALUE, BlockSlice, Frame
 from runtime._report cimport read_report
 from runtime._threads cimport guard_acquire, guard_release, guard_t, kill_lease
 
@@ -143,6 +143,7 @@ cdef class Dispatcher(Waiting):
             frame.copy(block.data + first, first, frame.nbytes - first)
         task.block = block
         task.data = None
+        task.buffers = tuple([part for part in buffers if isinstance(part, BlockSlice)])    # it refers to them
         return True
 
     cdef int rouse(self) except -1:
@@ -413,9 +414,13 @@ cdef class Dispatcher(Waiting):
 
     cdef int collect_now(self, uint32_t index) except -1:
         """Take in leases that are DONE and whose records never came: their worker wrote over its outbox."""
+        cdef Task task
         for held in list((<SlotTable>self.slots[index]).tasks):
             if held is not None:
-                self.harvest(index, <Task>held)
+                task = <Task>held
+                if l_state(a64_load_acquire(&self.arena.lease(index, task.entry).word)) == L_DONE:
+                    self.drain_now(index)           # what its views keep was said before it was DONE
+                    self.harvest(index, task)
         return 0
 
     cdef bint wild(self, uint32_t index) except -1:

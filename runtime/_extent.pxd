@@ -6,6 +6,7 @@ Every function here may be killed at any instruction and leaves no extent that i
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from runtime._atomics cimport *
+from runtime._frame cimport BlockSlice
 from runtime._layout cimport *
 from runtime._region cimport SharedRegion
 
@@ -20,6 +21,7 @@ ctypedef struct heap_t:
 
 cdef class Arena:
     """The layout of one runtime's region: what is where, as this process maps it."""
+    cdef object __weakref__
     cdef readonly SharedRegion region
     cdef char *base         # the region's data
     cdef arena_t *head      # == base
@@ -31,6 +33,7 @@ cdef class Arena:
     cdef readonly uint32_t spin  # ns that a waiter watches the memory before it sleeps
     cdef uint64_t slots_at, slot_stride, extents_at
     cdef readonly uint64_t held  # bytes of blocks that the host owns; host-private, under the GIL
+    cdef dict living        # of the host's blocks: index of the head -> its HostBlock, borrowed
     cdef int frozen         # forks under way: blocks that are dropped meanwhile are freed after them
     cdef list dropped       # (head, tag) of those
     cdef bint ending        # release() was called
@@ -40,6 +43,8 @@ cdef class Arena:
 
     cdef attach(self, SharedRegion region)
     cdef read_geometry(self)
+    cdef HostBlock block_at(self, uint64_t offset, uint64_t tag)
+    cdef int64_t head_of(self, const char *data, uint64_t nbytes) noexcept nogil
     cdef slot_t *slot(self, uint32_t index) noexcept nogil
     cdef a32_t *ring(self, uint32_t index) noexcept nogil
     cdef record_t *records(self, uint32_t index) noexcept nogil
@@ -54,9 +59,12 @@ cdef class HostBlock:
     cdef readonly uint64_t tag
     cdef readonly uint64_t nbytes
     cdef char *data
+    cdef uint32_t access    # B_FROZEN, B_SHARED or neither
+    cdef readonly dict holds    # other blocks that what lies in this one refers to; they live as long
 
     @staticmethod
     cdef HostBlock wrap(Arena arena, uint64_t at, uint64_t tag, uint64_t nbytes)
+    cdef BlockSlice slice(self, const char *data, uint64_t nbytes, bint readonly)
 
 
 # Algorithms. A "ref" is {index of the head, tag}. `owner` is a slot, or NO_SLOT for the host.

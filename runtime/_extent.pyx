@@ -9,9 +9,18 @@ and frees each run whose head names that slot; it may be killed and begun again.
 
 Tails carry no owner: only who holds the head in CLAIM or FREEING touches them, so plain stores do there.
 """
+from weakref import WeakSet
+
 cimport cython
-from cpython.buffer cimport PyBuffer_FillInfo
+from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_FillInfo, PyBuffer_Release, PyObject_GetBuffer
+from cpython.object cimport PyObject
+from libc.stdint cimport uintptr_t
 from posix.unistd cimport getpid
+
+from runtime._frame cimport B_FROZEN, B_READONLY, B_REF, B_SHARED, Frame, frame_buffer_t
+
+
+from runtime.errors import RegionFull
 
 
 cdef uint64_t MAGIC = 0x52544D4152454E41ULL     # "RTMARENA"
@@ -179,6 +188,23 @@ cdef uint64_t round_up(uint64_t n, uint64_t to) noexcept nogil:
     return (n + to - 1) // to * to
 
 
+arenas = WeakSet()              # of this process
+
+
+def in_region(view):
+    """Whether the memory of a contiguous buffer lies in a block of an arena of this process."""
+    cdef Py_buffer buffer
+    cdef Arena arena
+    PyObject_GetBuffer(view, &buffer, PyBUF_SIMPLE)
+    try:
+        for arena in tuple(arenas):
+            if arena.head_of(<const char *>buffer.buf, <uint64_t>buffer.len) >= 0:
+                return True
+        return False
+    finally:
+        PyBuffer_Release(&buffer)
+
+
 cdef class Arena:
     """The layout of one runtime's region, formatted by the host, read by its workers.
 
@@ -255,6 +281,8 @@ cdef class Arena:
         self.base = region.base
         self.head = <arena_t *>region.base
         self.pid = getpid()
+        self.living = {}
+        arenas.add(self)
 
     cdef read_geometry(self):
         """Copy the sizes out once; the copies are what is used from here on."""
@@ -338,6 +366,62 @@ cdef class Arena:
             self.base = NULL
             self.head = NULL
             self.region.close()
+
+    cdef int64_t head_of(self, const char *data, uint64_t nbytes) noexcept nogil:
+        """The head of the run that some bytes lie in; -1: they do not, or there are none."""
+        cdef uint64_t at, w
+        if self.base == NULL or nbytes == 0 or self.private or data < self.heap.extents:
+            return -1
+        at = <uint64_t>(data - self.heap.extents) // EXTENT
+        if at >= self.heap.count:
+            return -1
+        w = a64_load_acquire(&self.heap.words[at])
+        return <int64_t>(x_field(w) if x_state(w) == X_TAIL else at)
+
+    cdef HostBlock block_at(self, uint64_t offset, uint64_t tag):
+        """The host's block at an offset; None: there is none with this tag."""
+        cdef uint64_t at = (offset - self.extents_at) // EXTENT
+        cdef HostBlock block
+        if offset < self.extents_at or (offset - self.extents_at) % EXTENT:
+            return None
+        found = self.living.get(at)
+        if found is None:
+            return None
+        block = <HostBlock><PyObject *><uintptr_t>found
+        return block if block.tag == tag else None
+
+    def locate(self, view):
+        """The slice of the host's block that a flat buffer lies in, which then travels by reference; or None.
+
+        Raises: ValueError for a Ref of another runtime.
+        """
+        cdef Py_buffer buffer
+        cdef HostBlock block
+        cdef int64_t at
+        PyObject_GetBuffer(view, &buffer, PyBUF_SIMPLE)
+        try:
+            at = self.head_of(<const char *>buffer.buf, <uint64_t>buffer.len)
+            found = self.living.get(at)
+            if found is None:
+                if isinstance(view.obj, HostBlock) and (<HostBlock>view.obj).access == B_FROZEN:
+                    raise ValueError("this Ref belongs to another Runtime; put the object into this one, too")
+                return None
+            block = <HostBlock><PyObject *><uintptr_t>found
+            return block.slice(<const char *>buffer.buf, <uint64_t>buffer.len, buffer.readonly)
+        finally:
+            PyBuffer_Release(&buffer)
+
+    def take(self, uint64_t nbytes):
+        """A new block of the host. Raises: RegionFull when there is no room for it."""
+        block = HostBlock.take(self, nbytes)
+        if block is None:
+            raise RegionFull(f"no room for {nbytes} bytes")
+        return block
+
+    def locate_frozen(self, view):
+        """As `locate`, but only what never changes: all else is copied."""
+        cdef BlockSlice found = self.locate(view)
+        return found if found is not None and found.about.flags & B_FROZEN else None
 
     @property
     def fd(self):
@@ -424,6 +508,7 @@ cdef class HostBlock:
         self.nbytes = nbytes
         self.data = arena.heap.extents + at * EXTENT
         arena.held += round_up(nbytes, EXTENT)
+        arena.living[at] = <uintptr_t><PyObject *>self
         return self
 
     @staticmethod
@@ -440,11 +525,40 @@ cdef class HostBlock:
         """Offset of the block in the region's data."""
         return self.arena.extents_at + self.at * EXTENT
 
+    cdef BlockSlice slice(self, const char *data, uint64_t nbytes, bint readonly):
+        """Some bytes of it, to travel by reference; None: they are not all in it."""
+        cdef uint64_t start = <uint64_t>(data - self.data)
+        if data < self.data or start > self.nbytes or nbytes > self.nbytes - start:
+            return None
+        return BlockSlice.of(self, <char *>data, frame_buffer_t(
+            nbytes, B_REF | self.access | (B_READONLY if readonly else 0), 0, self.offset, self.nbytes,
+            self.tag, start))
+
+    def fill(self, Frame frame not None):
+        """Lay a frame out in it, without the GIL."""
+        if frame.nbytes > self.nbytes:
+            raise ValueError(f"{frame.nbytes} bytes do not fit into a block of {self.nbytes}")
+        with nogil:
+            frame.copy(self.data, 0, frame.nbytes)
+
+    def freeze(self, dict holds):
+        """From now on it never changes: every view is read-only. For a block that has no view yet.
+
+        holds: {(offset, tag): block} that what lies in it refers to; they live as long.
+        """
+        self.access = B_FROZEN
+        self.holds = holds
+
+    def share(self):
+        """Whoever has a view of it may write, and all see it."""
+        self.access = B_SHARED
+
     def __getbuffer__(self, Py_buffer *view, int flags):
-        PyBuffer_FillInfo(view, self, self.data, <Py_ssize_t>self.nbytes, 0, flags)
+        PyBuffer_FillInfo(view, self, self.data, <Py_ssize_t>self.nbytes, self.access == B_FROZEN, flags)
 
     def __dealloc__(self):
         if self.arena is not None and self.data != NULL and self.arena.pid == getpid():
+            self.arena.living.pop(self.at, None)
             self.arena.held -= round_up(self.nbytes, EXTENT)
             if self.arena.frozen:
                 self.arena.dropped.append((self.at, self.tag))

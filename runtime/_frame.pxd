@@ -3,9 +3,9 @@
 
     u32 items, u32 buffers
     items   x {u64 bytes of the pickle, u32 buffers of this item, u32 status, u32 start, u32 count}
-    buffers x {u64 bytes, u64 1 if the original was read-only}
+    buffers x {u64 bytes, u32 B_*, u32 0, of one by reference: u64 block, u64 its bytes, u64 its tag, u64 start}
     the pickles, one behind the other
-    the buffers, each at a multiple of 64 from the start of the frame
+    the buffers, each at a multiple of 64 from the start of the frame; not those by reference
 """
 from libc.stdint cimport int32_t, uint32_t, uint64_t
 from libc.string cimport memcpy
@@ -34,9 +34,22 @@ ctypedef struct frame_item_t:
     uint32_t start          # of a series; else 0
     uint32_t count
 
+# frame_buffer_t.flags
+cdef enum:
+    B_READONLY = 1          # the original was read-only
+    B_REF = 2               # by reference: it lies in a block of the region, and is not in the frame
+    B_FROZEN = 4            # that block never changes: views of it are read-only everywhere
+    B_SHARED = 8            # whoever has a view of that block writes into it, and all see it
+    # neither of the two: the block is its holder's own; a worker writes into a private copy of its pages
+
 ctypedef struct frame_buffer_t:
     uint64_t nbytes
-    uint64_t readonly
+    uint32_t flags          # B_*
+    uint32_t spare
+    uint64_t block          # offset of the block in the region
+    uint64_t block_bytes    # bytes of the block
+    uint64_t tag            # of its head
+    uint64_t start          # of the buffer in the block
 
 ctypedef struct segment_t:
     const char *data        # NULL: padding
@@ -63,6 +76,18 @@ cdef inline int32_t read_single(const char *src, uint64_t total) noexcept nogil:
     return <int32_t>item.status if item.data_bytes == total - SINGLE_HEAD and item.status <= S_PLAIN else -1
 
 
+cdef class BlockSlice:
+    """A part of a block of the region: it travels by reference. Its holder keeps the block."""
+    cdef readonly object holder     # HostBlock in the host, BlockView in a worker
+    cdef char *data                 # where this process maps it
+    cdef frame_buffer_t about
+    cdef bint by_value              # it is laid out as any other buffer, after all
+    cdef object also                # a view of the block, if the holder alone does not keep it
+
+    @staticmethod
+    cdef BlockSlice of(holder, char *data, frame_buffer_t about)
+
+
 cdef class Frame:
     """Items laid out as one frame, without copying them: read it piece by piece, or whole."""
     cdef readonly uint64_t nbytes
@@ -75,3 +100,6 @@ cdef class Frame:
 
     cdef void add(self, const char *data, uint64_t nbytes) noexcept
     cdef void copy(self, char *dest, uint64_t offset, uint64_t nbytes) noexcept nogil
+
+
+cdef dict frame_refs(const char *data, uint64_t total)

@@ -2,10 +2,11 @@
 """Frames: how items lie in a block, inline, or in a stream of pieces. The format stands in _frame.pxd.
 
 An item is a tuple (status, data, buffers, readonly): a pickle and its out-of-band buffers; for a part of a
-list of values or calls two numbers more: (..., start, count).
+list of values or calls two numbers more: (..., start, count). A buffer that is a BlockSlice is not copied: the
+frame says where it lies.
 """
 cimport cython
-from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_FillInfo, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.mem cimport PyMem_Calloc, PyMem_Free
 from libc.string cimport memcpy, memset
@@ -13,6 +14,35 @@ from libc.string cimport memcpy, memset
 
 cdef uint64_t aligned(uint64_t n) noexcept nogil:
     return (n + FRAME_ALIGN - 1) // FRAME_ALIGN * FRAME_ALIGN
+
+
+@cython.final
+cdef class BlockSlice:
+    """A part of a block of the region: it travels by reference. Its holder keeps the block.
+
+    Thread-safety: immutable, but for `by_value`, its sender's.
+    """
+
+    @staticmethod
+    cdef BlockSlice of(holder, char *data, frame_buffer_t about):
+        cdef BlockSlice self = BlockSlice.__new__(BlockSlice)
+        self.holder = holder
+        self.data = data
+        self.about = about
+        return self
+
+    @property
+    def key(self):
+        """(offset, tag) of its block."""
+        return self.about.block, self.about.tag
+
+    @property
+    def nbytes(self):
+        """Bytes that it adds to a frame."""
+        return self.about.nbytes if self.by_value else 0
+
+    def __getbuffer__(self, Py_buffer *view, int flags):
+        PyBuffer_FillInfo(view, self, self.data, <Py_ssize_t>self.about.nbytes, 1, flags)
 
 
 @cython.no_gc
@@ -64,8 +94,12 @@ cdef class Frame:
             for k in range(<uint32_t>len(buffers)):
                 PyObject_GetBuffer(buffers[k], &self.buffers[b], PyBUF_SIMPLE)
                 self.buffer_count = b + 1
-                buffer[b].nbytes = <uint64_t>self.buffers[b].len
-                buffer[b].readonly = 1 if readonly[k] else 0
+                if isinstance(buffers[k], BlockSlice) and not (<BlockSlice>buffers[k]).by_value:
+                    buffer[b] = (<BlockSlice>buffers[k]).about
+                    b += 1
+                    continue
+                buffer[b] = frame_buffer_t(
+                    <uint64_t>self.buffers[b].len, B_READONLY if readonly[k] else 0, 0, 0, 0, 0, 0)
                 self.add(NULL, aligned(self.nbytes) - self.nbytes)
                 self.add(<char *>self.buffers[b].buf, buffer[b].nbytes)
                 b += 1
@@ -113,12 +147,39 @@ cdef int frame_error(str what) except -1:
     raise ValueError(f"malformed frame: {what}")
 
 
-def read_frame(exporter):
+cdef dict frame_refs(const char *data, uint64_t total):
+    """What a frame refers to: {(block, tag): (bytes of the block, flags)}; None: nothing, or it is no frame.
+
+    Every word is copied out once: another process may be writing there.
+    """
+    cdef frame_head_t head
+    cdef frame_buffer_t buffer
+    cdef const char *at
+    cdef uint32_t i
+    cdef dict found = None
+    if total < sizeof(frame_head_t):
+        return None
+    memcpy(&head, data, sizeof(frame_head_t))
+    if head.buffers == 0 or (sizeof(frame_head_t) + <uint64_t>head.items * sizeof(frame_item_t)
+                             + <uint64_t>head.buffers * sizeof(frame_buffer_t)) > total:
+        return None
+    at = data + sizeof(frame_head_t) + head.items * sizeof(frame_item_t)
+    for i in range(head.buffers):
+        memcpy(&buffer, at + i * sizeof(frame_buffer_t), sizeof(frame_buffer_t))
+        if buffer.flags & B_REF:
+            if found is None:
+                found = {}
+            found[buffer.block, buffer.tag] = (buffer.block_bytes, buffer.flags)
+    return found
+
+
+def read_frame(exporter, resolve=None):
     """The items of a frame in any buffer: a list of (status, data, views, start, count).
 
     `data` and `views` are memoryviews that keep the exporter alive. Every length is copied out of the
-    buffer once and checked before it is used: another process may be writing there.
-    Raises: ValueError for a frame that does not fit its buffer.
+    buffer once and checked before it is used: another process may be writing there. What lies elsewhere in
+    the region is resolve(block, tag, bytes of the block, flags), something with a buffer that is the block.
+    Raises: ValueError for a frame that does not fit its buffer, or refers to what `resolve` does not know.
     """
     cdef Py_buffer view
     cdef frame_head_t head
@@ -155,14 +216,28 @@ def read_frame(exporter):
             for _k in range(item.buffers):
                 memcpy(&buffer, <char *>view.buf + at + used * sizeof(frame_buffer_t), sizeof(frame_buffer_t))
                 used += 1
+                if buffer.flags & B_REF:
+                    views.append(referred(&buffer, resolve))
+                    continue
                 buffer_at = aligned(buffer_at)
                 if buffer_at > total or buffer.nbytes > total - buffer_at:
                     frame_error(f"a buffer of item {i} claims {buffer.nbytes} bytes")
                 part = whole[buffer_at:buffer_at + buffer.nbytes]
-                views.append(part.toreadonly() if buffer.readonly else part)
+                views.append(part.toreadonly() if buffer.flags & B_READONLY else part)
                 buffer_at += buffer.nbytes
             out.append((item.status, whole[data_at:data_at + item.data_bytes], views, item.start, item.count))
             data_at += item.data_bytes
     finally:
         PyBuffer_Release(&view)
     return out
+
+
+cdef object referred(frame_buffer_t *buffer, resolve):
+    """A view of what a frame refers to. Raises: ValueError when there is no such thing."""
+    if resolve is None:
+        frame_error("it refers to a block of a region")
+    whole = memoryview(resolve(buffer.block, buffer.tag, buffer.block_bytes, buffer.flags)).cast("B")
+    if buffer.start > <uint64_t>len(whole) or buffer.nbytes > <uint64_t>len(whole) - buffer.start:
+        frame_error(f"{buffer.nbytes} bytes from {buffer.start} on are not all in a block of {len(whole)}")
+    part = whole[buffer.start:buffer.start + buffer.nbytes]
+    return part.toreadonly() if buffer.flags & B_READONLY else part

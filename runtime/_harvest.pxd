@@ -11,7 +11,9 @@ from runtime._records cimport SlotTable, Task
 cdef class Harvest(Leasing):
     cdef int drain_now(self, uint32_t index) except -1
     cdef int process(self, uint32_t index, SlotTable table, record_t *record) except -1
-    cdef int kept(self, SlotTable table, HostBlock block) except -1
+    cdef int kept(self, uint32_t index, SlotTable table, uint64_t body, uint64_t tag) except -1
+    cdef HostBlock known(self, uint32_t index, uint64_t body, uint64_t tag)
+    cdef dict referred(self, uint32_t index, exporter)
     cdef int unkept(self, SlotTable table, tuple key) except -1
     cdef int strange(self) noexcept
     cdef object adopted(self, uint32_t index, uint64_t body, uint64_t tag, uint64_t nbytes)

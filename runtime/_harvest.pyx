@@ -4,6 +4,7 @@
 A worker is not trusted: what is read from shared memory is copied once, then checked, and the host's own
 records (Task, SlotTable) decide. A record that makes no sense is counted and dropped.
 """
+from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytearray cimport PyByteArray_AS_STRING, PyByteArray_Resize
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from libc.signal cimport SIGKILL
@@ -11,7 +12,7 @@ from libc.string cimport memcpy
 
 from runtime._atomics cimport *
 from runtime._extent cimport HostBlock, heap_adopt, heap_run, heap_sweep
-from runtime._frame cimport S_PLAIN, SINGLE_HEAD, read_single
+from runtime._frame cimport S_PLAIN, SINGLE_HEAD, frame_refs, read_single
 from runtime._layout cimport *
 from runtime._lease cimport outbox_take, outbox_waiting
 from runtime._records cimport T_LEASED, T_OVER, T_WAITING, SlotTable
@@ -63,6 +64,8 @@ cdef class Harvest(Leasing):
         cdef Task task
         if record.kind == R_UNKEEP:
             return self.unkept(table, (record.body, record.tag))
+        if record.kind == R_KEEP:
+            return self.kept(index, table, record.body, record.tag)
         if record.entry >= self.arena.leases or table.tasks[record.entry] is None:
             return self.strange()
         task = <Task>table.tasks[record.entry]
@@ -80,29 +83,45 @@ cdef class Harvest(Leasing):
             self.strange()
         return 0
 
-    cdef int kept(self, SlotTable table, HostBlock block) except -1:
-        """Views of an argument block outlive a lease of it. The attempts of a call share one block."""
-        cdef tuple key = (block.offset, block.tag)
-        before = table.early.pop(key, 0)
-        if before:
-            if before > 1:
-                table.early[key] = before - 1
-            return 0                                # the last of its views was gone before
-        held = table.kept.get(key)
-        table.kept[key] = (block, 1 if held is None else (<tuple>held)[1] + 1)
+    cdef int kept(self, uint32_t index, SlotTable table, uint64_t body, uint64_t tag) except -1:
+        """A view of a block outlives its lease; the worker says so before the lease is DONE, so it lives."""
+        cdef HostBlock block = self.known(index, body, tag)
+        if block is None:
+            return self.strange()
+        held = table.kept.get((body, tag))
+        table.kept[body, tag] = (block, 1 if held is None else (<tuple>held)[1] + 1)
         return 0
 
     cdef int unkept(self, SlotTable table, tuple key) except -1:
-        """The last view that has outlived one of the leases of this argument block is gone."""
+        """The last view that has outlived one of the leases of this block is gone."""
         held = table.kept.pop(key, None)
-        if held is not None:
-            if (<tuple>held)[1] > 1:
-                table.kept[key] = ((<tuple>held)[0], (<tuple>held)[1] - 1)
-            return 0
-        if key not in table.early and len(table.early) >= self.arena.leases:
-            return self.strange()                   # more than there are leases that could have kept a view
-        table.early[key] = table.early.get(key, 0) + 1
+        if held is None:
+            return self.strange()
+        if (<tuple>held)[1] > 1:
+            table.kept[key] = ((<tuple>held)[0], (<tuple>held)[1] - 1)
         return 0
+
+    cdef HostBlock known(self, uint32_t index, uint64_t body, uint64_t tag):
+        """A block that a worker names: the host's, or its own, which is adopted; None: neither."""
+        cdef HostBlock block = self.arena.block_at(body, tag)
+        return block if block is not None else self.adopted(index, body, tag, 0)
+
+    cdef dict referred(self, uint32_t index, exporter):
+        """The blocks that a result refers to, {(offset, tag): block}; None: it refers to none."""
+        cdef Py_buffer buffer
+        cdef dict found
+        cdef HostBlock block
+        PyObject_GetBuffer(exporter, &buffer, PyBUF_SIMPLE)
+        try:
+            found = frame_refs(<const char *>buffer.buf, <uint64_t>buffer.len)
+        finally:
+            PyBuffer_Release(&buffer)
+        if found is not None:
+            for key in found:
+                block = self.known(index, key[0], key[1])
+                if block is not None:           # else whoever reads the frame says what is missing
+                    found[key] = block
+        return found
 
     cdef int strange(self) noexcept:
         """A record that makes no sense: counted, dropped."""
@@ -110,17 +129,18 @@ cdef class Harvest(Leasing):
         return 0
 
     cdef object adopted(self, uint32_t index, uint64_t body, uint64_t tag, uint64_t nbytes):
-        """The block that a record names, now the host's; or None: it is not what the record says."""
-        cdef uint64_t at
+        """The block that a record names, now the host's; or None: it is not what the record says.
+        nbytes: what is used of it; 0: all.
+        """
+        cdef uint64_t at, run
         if body < self.arena.extents_at or (body - self.arena.extents_at) % EXTENT:
             return None
         at = (body - self.arena.extents_at) // EXTENT
         if not heap_adopt(&self.arena.heap, at, tag, index):
             return None
-        block = HostBlock.wrap(self.arena, at, tag, nbytes)
-        if nbytes > heap_run(&self.arena.heap, at) * EXTENT:
-            return None                             # its destructor frees it
-        return block
+        run = heap_run(&self.arena.heap, at) * EXTENT
+        block = HostBlock.wrap(self.arena, at, tag, nbytes if nbytes else run)
+        return block if nbytes <= run else None     # its destructor frees it
 
     cdef int partial(self, uint32_t index, Task task, record_t *record) except -1:
         """Items of a chunk that are finished ahead of the rest."""
@@ -129,19 +149,20 @@ cdef class Harvest(Leasing):
             return 0                                # killed before this came: after that nothing is an answer
         if exporter is None or task.batch is None or record.count > task.count - task.delivered:
             return self.strange()
-        self.outcomes.append((OUTCOME_FRAME, task, task.delivered, record.count, exporter))
+        self.outcomes.append(
+            (OUTCOME_FRAME, task, task.delivered, record.count, exporter, self.referred(index, exporter)))
         task.delivered += record.count
         self.leased -= record.count
         return 0
 
     cdef int harvest(self, uint32_t index, Task task) except -1:
         """DONE -> FREE: take the result, keep what a view still needs, give the entry back."""
-        cdef SlotTable table = self.slots[index]
         cdef lease_t *lease = self.arena.lease(index, task.entry)
         cdef uint64_t word = a64_load_acquire(&lease.word)      # pairs with D1
         cdef lease_t copy                       # the worker may scribble: look once, use the copy
         cdef uint64_t ran, delivered = task.delivered
         cdef object exporter = None
+        cdef dict blocks = None
         cdef list found = []
         cdef bint plain = False
         if l_state(word) != L_DONE or l_tag(word) != task.tag or task.state != T_LEASED:
@@ -160,8 +181,8 @@ cdef class Harvest(Leasing):
         elif copy.out_where == AT_BOUNCE and task.inbound is not None:
             if task.inbound_total == <uint64_t>len(task.inbound):
                 exporter = task.inbound
-        if copy.out_flags & F_KEPT and task.block is not None:
-            self.kept(table, task.block)
+        if exporter is not None:
+            blocks = self.referred(index, exporter)
         self.over(task, T_OVER)
         a64_store_release(&lease.word, lease_word(L_FREE, 0, task.tag))
         if copy.out_where == AT_BOUNCE and task.inbound is not None and task.inbound_total == NO_MEMORY:
@@ -179,7 +200,7 @@ cdef class Harvest(Leasing):
             return self.strange()
         if task.batch is not None:
             task.batch.measured(copy.out_ns, ran)
-            self.outcomes.append((OUTCOME_FRAME, task, delivered, ran - delivered, exporter))
+            self.outcomes.append((OUTCOME_FRAME, task, delivered, ran - delivered, exporter, blocks))
             self.put_back(task, ran, -1)
         else:
             self.call_ns = 0.9 * self.call_ns + 0.1 * copy.out_ns if self.call_ns > 0 else copy.out_ns
@@ -189,14 +210,14 @@ cdef class Harvest(Leasing):
             else:
                 if plain:                           # somebody has begun to wait while it was loaded
                     exporter = PyBytes_FromStringAndSize(copy.inline_, <Py_ssize_t>copy.out_bytes)
-                self.outcomes.append((OUTCOME_FRAME, task, 0, 1, exporter))
+                self.outcomes.append((OUTCOME_FRAME, task, 0, 1, exporter, blocks))
         self.release(task)
         return 0
 
     cdef bint plain_result(self, Task task, lease_t *copy, list found) except -1:
         """Load the result of a call that is short and plain, if nobody waits on the lock of its future."""
         if (task.batch is not None or task.future.watched() or copy.out_bytes > INLINE_BYTES
-                or copy.out_flags & F_KEPT or read_single(copy.inline_, copy.out_bytes) != S_PLAIN):
+                or read_single(copy.inline_, copy.out_bytes) != S_PLAIN):
             return False
         try:
             found.append(plain_loads(copy.inline_ + SINGLE_HEAD, <Py_ssize_t>(copy.out_bytes - SINGLE_HEAD)))
@@ -270,7 +291,6 @@ cdef class Harvest(Leasing):
             if l_state(a64_load_relaxed(word)) != L_FREE:
                 a64_store_relaxed(word, lease_word(L_FREE, 0, 0))
         table.kept.clear()
-        table.early.clear()
         table.draining = False
         heap_sweep(&self.arena.heap, index)
         self.announce.discard(index)

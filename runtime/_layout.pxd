@@ -83,9 +83,6 @@ cdef enum:
 cdef enum:
     F_PRIVATE_VIEW = 1      # another attempt may follow: the worker must not write into the original
     F_TIMED = 2             # an item has a deadline: the clock is started for each
-# lease_t.out_flags, written by the worker before DONE
-cdef enum:
-    F_KEPT = 1              # a view of the arguments' block outlives the call
 
 
 # ---- reports: what the user's code says of its progress -----------------------------------------------
@@ -125,7 +122,7 @@ ctypedef struct lease_t:
     uint64_t body_tag       # and its tag
     uint64_t body_bytes     # bytes of the arguments' frame. Host
     uint32_t out_where      # AT_* of the result's frame. Worker, before DONE
-    uint32_t out_flags      # F_KEPT. Worker, before DONE
+    uint32_t spare2
     uint64_t out_body       # offset of the result's block. Worker, before DONE
     uint64_t out_tag        # and its tag
     uint64_t out_bytes      # bytes of the result's frame
@@ -140,9 +137,10 @@ ctypedef struct lease_t:
 cdef enum:
     R_DONE = 1              # entry: the lease is DONE
     R_PARTIAL = 2           # entry: `count` items more are finished, their frame is in the block
-    R_UNKEEP = 3            # body, tag: the last view of that argument block is gone
+    R_UNKEEP = 3            # body, tag: the last view of that block is gone
     R_ASK = 4               # entry: the worker waits for `bytes` of the arguments' frame from `count` on
     R_OFFER = 5             # entry: `bytes` of the result's frame from `count` on are in the bounce block
+    R_KEEP = 6              # body, tag: a view of that block outlives the lease that ends next
 
 ctypedef struct record_t:
     uint32_t kind           # R_*

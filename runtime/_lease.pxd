@@ -12,6 +12,7 @@ from runtime._atomics cimport *
 from runtime._extent cimport Arena, heap_publish, heap_take
 from runtime._frame cimport Frame
 from runtime._layout cimport *
+from runtime._views cimport BlockView, Viewer
 
 
 # A place holds {tag 24 | entry 8}. A lease that was taken back leaves its place behind; the tag keeps the
@@ -87,10 +88,8 @@ cdef inline void outbox_take(slot_t *slot, record_t *records, uint64_t *head, ui
     a64_store_release(&slot.outbox_head, head[0])
 
 
-cdef class WorkerPort:
+cdef class WorkerPort(Viewer):
     """A worker's end of its slot: claims leases, reads arguments, delivers results."""
-    cdef readonly Arena arena
-    cdef readonly uint32_t index
     cdef slot_t *slot
     cdef a32_t *ring
     cdef record_t *records
@@ -115,23 +114,11 @@ cdef class WorkerPort:
     cdef fill(self, Frame frame, uint64_t at)
     cdef offer(self, uint32_t entry, Frame frame)
     cdef uint64_t offset_of(self, uint64_t at) noexcept
-    cdef unkeep(self, uint64_t body, uint64_t tag)
+    cdef int keep(self, BlockView view) except -1
+    cdef Frame lay_out(self, list items)
+    cdef int hand_over(self, list items) except -1
+    cdef int close_views(self) except -1
     cdef int put(self, record_t *record) except -1
     cdef int tell(self) except -1
     cdef int take_room(self, uint64_t nbytes, bint patient, uint64_t *at, uint64_t *tag) noexcept nogil
     cdef int wait_turn(self, uint32_t seen) except -1
-
-
-cdef class ArgumentView:
-    """The exporter of an argument block's memory in a worker; tells the host when the last view goes."""
-    cdef WorkerPort port
-    cdef char *data
-    cdef uint64_t nbytes
-    cdef uint64_t body, tag
-    cdef char *mapping          # start of the private mapping, NULL: the shared memory itself
-    cdef bytes copy             # instead of a mapping, where the page size forbids one
-    cdef bint kept              # a view outlived the call; the host was told
-    cdef uint32_t exports       # views that live
-
-    @staticmethod
-    cdef ArgumentView open(WorkerPort port, lease_t *lease)

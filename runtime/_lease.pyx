@@ -11,15 +11,15 @@ One lease, step by step (the words are in _layout.pxd; each step may be the last
     finish()   the last results: block or inline or bounce; RUNNING -> DONE by CAS; then the record.
                Lost: killed, claim nothing more and exit.
 """
-cimport cython
-from cpython.buffer cimport PyBuffer_FillInfo
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.bytearray cimport PyByteArray_AS_STRING
 from cpython.exc cimport PyErr_CheckSignals
 from libc.string cimport memcpy
-from posix.mman cimport MAP_FAILED, MAP_PRIVATE, PROT_READ, PROT_WRITE, mmap, munmap
 from posix.time cimport nanosleep, timespec
 from posix.unistd cimport getpid
+
+from runtime._frame cimport B_FROZEN, B_SHARED, BlockSlice
+from runtime._views cimport BlockView
 
 
 cdef int64_t ROOM_PATIENCE = 50_000_000     # ns to look for room before a payload travels by value
@@ -34,7 +34,7 @@ cdef void nap(int64_t ns) noexcept nogil:
     nanosleep(&t, NULL)
 
 
-cdef class WorkerPort:
+cdef class WorkerPort(Viewer):
     """A worker's end of its slot.
 
     Thread-safety: for the worker's main thread; the views it hands out may be dropped in any thread.
@@ -128,7 +128,7 @@ cdef class WorkerPort:
         if lease.where == AT_INLINE:
             return PyBytes_FromStringAndSize(lease.inline_, <Py_ssize_t>lease.body_bytes)
         if lease.where == AT_BLOCK:
-            return ArgumentView.open(self, lease)
+            return self.show(lease.body, lease.body_tag, lease.body_bytes, 0, lease.flags & F_PRIVATE_VIEW)
         return self.receive(entry)
 
     cdef receive(self, uint32_t entry):
@@ -180,28 +180,28 @@ cdef class WorkerPort:
 
     def commit(self, uint32_t entry, list items, uint64_t count):
         """Deliver the outcomes of `count` items ahead of the rest. False: no room, keep them for `finish`."""
-        cdef Frame frame = Frame(items)
+        cdef Frame frame = self.lay_out(items)
         cdef uint64_t at = 0, tag = 0
         cdef record_t record
         if not self.take_room(frame.nbytes, False, &at, &tag):
             return False
         self.fill(frame, at)
+        self.hand_over(items)
         record = record_t(R_PARTIAL, entry, a64_load_relaxed(&self.lease(entry).word), self.offset_of(at),
                           tag, frame.nbytes, count)
         heap_publish(&self.arena.heap, at, tag, self.index)
         self.put(&record)
         return True
 
-    def finish(self, uint32_t entry, list items, uint64_t count, bint kept):
+    def finish(self, uint32_t entry, list items, uint64_t count):
         """Deliver the last outcomes and end the lease. `count`: how many of its items were run in all.
 
         False: the host has killed this lease; claim nothing more and exit.
         """
         cdef lease_t *lease = self.lease(entry)
-        cdef Frame frame = Frame(items)
+        cdef Frame frame = self.lay_out(items)
         cdef uint64_t at = 0, tag = 0
         cdef bint room
-        lease.out_flags = F_KEPT if kept else 0
         lease.out_bytes = frame.nbytes
         if frame.nbytes <= INLINE_BYTES:
             frame.copy(lease.inline_, 0, frame.nbytes)
@@ -218,7 +218,61 @@ cdef class WorkerPort:
             else:
                 self.offer(entry, frame)
                 lease.out_where = AT_BOUNCE
+        self.hand_over(items)
+        self.close_views()
         return self.complete(entry, count)
+
+    cdef Frame lay_out(self, list items):
+        """Outcomes as a frame; by value what lies in arguments that something else in this worker sees."""
+        cdef BlockSlice part
+        for item in items:
+            for buffer in <tuple>(<tuple>item)[2]:
+                if isinstance(buffer, BlockSlice):
+                    part = <BlockSlice>buffer
+                    part.by_value = (part.about.flags & (B_FROZEN | B_SHARED) == 0
+                                     and not (<BlockView>part.holder).own
+                                     and (<BlockView>part.holder).exports > 0)
+        return Frame(items)
+
+    cdef int hand_over(self, list items) except -1:
+        """Blocks of this slot that outcomes lie in become the host's: PRIVATE -> PUBLISHING, before the
+        record that leads to them is written. Killed here, the sweep frees them.
+        """
+        cdef BlockView block
+        for item in items:
+            for buffer in <tuple>(<tuple>item)[2]:
+                if isinstance(buffer, BlockSlice):
+                    block = <BlockView>(<BlockSlice>buffer).holder
+                    if block.own:
+                        heap_publish(&self.arena.heap, (block.body - self.arena.extents_at) // EXTENT, block.tag,
+                                     self.index)
+                        block.own = False
+                        self.keep(block)
+        return 0
+
+    cdef int close_views(self) except -1:
+        """The lease ends: tell the host what this worker still sees, before DONE."""
+        cdef BlockView view
+        while self.opened:
+            view = <BlockView>self.opened.pop()
+            self.keep(view)
+        return 0
+
+    cdef int keep(self, BlockView view) except -1:
+        """If something in this worker still sees a block of the host's: tell it."""
+        cdef record_t record = record_t(R_KEEP, 0, 0, view.body, view.tag, 0, 0)
+        if view.exports and not view.kept:
+            view.kept = True                    # first: it may go while this waits for a place in the outbox
+            self.put(&record)
+        return 0
+
+    def empty(self, uint64_t nbytes):
+        """A block of this worker's own, uninitialised; None: there is no room, for 50 ms."""
+        cdef uint64_t at = 0, tag = 0
+        cdef bint room
+        with nogil:
+            room = self.take_room(nbytes, True, &at, &tag)
+        return self.create(at, tag, nbytes) if room else None
 
     cdef bint complete(self, uint32_t entry, uint64_t count) except -1:
         """RUNNING(i) -> DONE(count), and the record of it. False: the host has killed this lease."""
@@ -387,53 +441,3 @@ cdef class WorkerPort:
     def unpark(self):
         """The worker is awake and looks at its ring before it sleeps again."""
         a32_store_relaxed(&self.slot.parked, AWAKE)
-
-
-@cython.no_gc
-cdef class ArgumentView:
-    """The exporter of an argument block's memory in a worker.
-
-    Views of it keep it alive. When one outlives its call (`keep`), the host leaves the block alone until
-    the last view is gone, which is reported through the outbox.
-    Fork-safety: in a fork of the worker nothing is reported.
-    """
-
-    @staticmethod
-    cdef ArgumentView open(WorkerPort port, lease_t *lease):
-        cdef ArgumentView self = ArgumentView.__new__(ArgumentView)
-        cdef void *at
-        self.port = port
-        self.nbytes = lease.body_bytes
-        self.body = lease.body
-        self.tag = lease.body_tag
-        self.data = port.arena.base + lease.body
-        if lease.flags & F_PRIVATE_VIEW:
-            # Copy on write, page by page: what this attempt writes, the next one does not see.
-            at = mmap(NULL, self.nbytes, PROT_READ | PROT_WRITE, MAP_PRIVATE, port.arena.region.fd,
-                      <int64_t>(PAGE + lease.body))
-            if at == MAP_FAILED:            # a page size that our offsets are no multiple of: a plain copy
-                self.copy = PyBytes_FromStringAndSize(self.data, <Py_ssize_t>self.nbytes)
-                self.data = PyBytes_AS_STRING(self.copy)
-            else:
-                self.mapping = <char *>at
-                self.data = self.mapping
-        return self
-
-    def keep(self):
-        """At the end of the call: whether a view outlives it. If so, the end of the last one is reported."""
-        self.kept = self.exports > 0
-        return self.kept
-
-    def __getbuffer__(self, Py_buffer *view, int flags):
-        PyBuffer_FillInfo(view, self, self.data, <Py_ssize_t>self.nbytes, 0, flags)
-        self.exports += 1
-
-    def __releasebuffer__(self, Py_buffer *view):
-        self.exports -= 1
-        if self.kept and self.exports == 0 and self.port.arena.pid == getpid():
-            self.kept = False
-            self.port.unkeep(self.body, self.tag)
-
-    def __dealloc__(self):
-        if self.mapping != NULL:
-            munmap(self.mapping, self.nbytes)

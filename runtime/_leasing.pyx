@@ -29,7 +29,7 @@ cdef uint32_t CHUNK_DEPTH = 2               # chunks ahead per worker: one runs,
 cdef uint32_t FUNCTIONS = 256               # function pickles kept in the region
 
 # what an outcome tuple begins with
-OUTCOME_FRAME = 0           # (.., task, first item, items, exporter of the frame)
+OUTCOME_FRAME = 0           # (.., task, first item, items, exporter of the frame, what it refers to)
 OUTCOME_DIED = 1            # (.., task, item or -1, information that settle() was given)
 OUTCOME_KILLED = 2          # (.., task, item, reason)
 OUTCOME_LOST = 3            # (.., task, first item, end, what went wrong; None: no memory in the host)
@@ -364,7 +364,6 @@ cdef class Leasing:
         lease.flags = (F_PRIVATE_VIEW if task.private_view else 0) | (F_TIMED if task.timeout else 0)
         lease.where = where
         lease.out_where = AT_NOWHERE
-        lease.out_flags = 0
         lease.out_ns = 0
         if task.fn_block is not None:
             lease.fn_body = task.fn_block.offset

@@ -89,7 +89,6 @@ cdef class SlotTable:
     cdef list tasks                         # entry -> Task or None
     cdef list free                          # entry numbers
     cdef dict kept                          # (head, tag) -> (HostBlock, leases whose views still need it)
-    cdef dict early                         # (head, tag) -> releases that came before their lease's harvest
     cdef uint32_t inflight                  # leases out
     cdef uint32_t chunks                    # of them, chunks
     cdef uint64_t untold                    # tasks and items leased since the worker was told last

@@ -211,4 +211,3 @@ cdef class SlotTable:
         self.tasks = [None] * leases
         self.free = list(range(leases - 1, -1, -1))
         self.kept = {}
-        self.early = {}

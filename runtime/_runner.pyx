@@ -180,13 +180,12 @@ cdef class Runner(WorkerPort):
             nbytes = SINGLE_HEAD + <uint64_t>PyBytes_GET_SIZE(out)
             if nbytes <= INLINE_BYTES:
                 write_single(lease.inline_, S_PLAIN, PyBytes_AS_STRING(out), nbytes - SINGLE_HEAD)
-                lease.out_flags = 0
                 lease.out_bytes = nbytes
                 lease.out_where = AT_INLINE
                 return self.complete(entry, 1)
             item = (S_PLAIN, out, (), ())
         self.clock = 0
-        return self.worker.deliver(entry, [item], 1, 1, None)
+        return self.worker.deliver(entry, [item], 1, 1)
 
     cdef int chunk(self, uint32_t entry, lease_t *lease) except -1:
         """Run the items of a chunk, committing results as they come. False: the host has killed it."""
@@ -202,12 +201,12 @@ cdef class Runner(WorkerPort):
         self.clock = 0
         try:
             exporter = self.frame(entry)
-            items = read_frame(exporter)
+            items = read_frame(exporter, self.resolve)
             fn_data = self.worker.function_data(entry, items)
         except BaseException as error:
             failure = self.worker.failed(error)
         if failure is not None and not items:   # the frame cannot be read: the first item answers for it
-            return self.worker.deliver(entry, [failure], 1, 1, exporter)
+            return self.worker.deliver(entry, [failure], 1, 1)
         answers.done, answers.fixed = [], []
         clock = Clock(now_ns(), 0, 0, 1, lease.flags & F_TIMED, 0)
         items.reverse()
@@ -254,7 +253,7 @@ cdef class Runner(WorkerPort):
                     if clock.skipped == 0:
                         clock.last = now_ns()
             data = views = values = fn = None
-        return self.worker.deliver(entry, answers.items(), ran, answers.count, exporter)
+        return self.worker.deliver(entry, answers.items(), ran, answers.count)
 
     cdef int answer(self, Answers answers, fn, list values, uint32_t k, uint32_t status) except -1:
         """Call the function with one of the values, which is kept no longer than that."""

@@ -257,7 +257,7 @@ cdef class Waiting(Slots):
             return
         self.outcomes.pop(i)
         try:
-            fulfilled = future.fulfil(read(outcome[4]))
+            fulfilled = future.fulfil(read(outcome[4], outcome[5]))
         except KeyboardInterrupt:                   # Ctrl-C, in all likelihood, not the result's doing
             raise
         except BaseException:

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 from runtime import _core, serializer
 from runtime.errors import BrokenRuntime, RuntimeFailure, TaskCancelled, TaskTimeout, WorkerDied
+from runtime.refs import resolver
 from runtime.retries import HISTORY, retry_delay
 from runtime.sockets import HostLink
 from runtime.wire import Hint, HintKind
@@ -249,9 +250,9 @@ class Collector:
         finally:
             self.tell()
 
-    def read(self, exporter: Any) -> Any:
+    def read(self, exporter: Any, blocks: Any) -> Any:
         """What a call has returned. Raises if it is not as simple as that, or if it cannot be unpickled."""
-        ((status, data, views, _, _),) = _core.read_frame(self.stored(exporter))
+        ((status, data, views, _, _),) = _core.read_frame(self.stored(exporter), resolver(blocks))
         if status == _core.S_ERROR:
             raise ValueError("it has raised")
         return _unpacked(status, data, views)
@@ -299,14 +300,14 @@ class Collector:
                 )
                 self.finish(task, item, False, error)
 
-    def deliver(self, task: _core.Task, first: int, count: int, exporter: Any) -> None:
-        """Results of items first .. first+count-1, in a frame."""
+    def deliver(self, task: _core.Task, first: int, count: int, exporter: Any, blocks: Any) -> None:
+        """Results of items first .. first+count-1, in a frame, and the blocks that it refers to."""
         try:
-            items = _core.read_frame(self.stored(exporter))
+            items = _core.read_frame(self.stored(exporter), resolver(blocks))
         except Exception as error:
             self.unreadable(task, first, first + count, error)
             return
-        del exporter
+        del exporter, blocks
         end = first + count
         items.reverse()
         while items and first < end:

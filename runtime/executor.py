@@ -22,6 +22,7 @@ from runtime.lifecycle import WorkerStatus
 from runtime.mapping import Results, Run, check_sizes, total_of
 from runtime.memory import resident
 from runtime.progress import open_bar
+from runtime.store import Store
 from runtime.supervisor import Supervisor
 
 __all__ = ["Future", "Options", "Runtime", "Stats", "WorkerInfo"]
@@ -29,7 +30,7 @@ __all__ = ["Future", "Options", "Runtime", "Stats", "WorkerInfo"]
 T = TypeVar("T")
 
 
-class Runtime(Front):
+class Runtime(Front, Store):
     """A pool of worker processes that may crash, hang or leak without losing a task.
 
     Thread-safety: every method, from any thread. Fork-safety: in a fork of its process it is inert: `submit`
@@ -130,7 +131,9 @@ class Runtime(Front):
         future: Future[T] = Future()
         future._core = core  # `cancel` knows it by that, whatever comes of its arguments
         try:
-            ref, payload = serializer.pack_call(self._table, fn, args, kwargs, freeze=False)
+            ref, payload = serializer.pack_call(
+                self._table, fn, args, kwargs, freeze=False, locate=core.arena.locate
+            )
             task = _core.Task(
                 ref, future, options.timeout_ns, options.priority, options.retries, options.retries_timeouts
             )
@@ -138,7 +141,7 @@ class Runtime(Front):
                 payload.buffers
                 and core.dispatcher.place(task, payload.data, payload.buffers, payload.readonly)
             ):
-                frozen = tuple([memoryview(bytes(view)) for view in payload.buffers])
+                frozen = tuple([serializer.frozen(view) for view in payload.buffers])
                 task.hold(payload.data, frozen, payload.readonly)
             del payload
         except KeyboardInterrupt:
@@ -190,6 +193,7 @@ class Runtime(Front):
                 fn, iterables, run=Run(options, ordered, return_exceptions, bar), options=options,
                 submit=submit, drop=drop, table=self._table, workers=max(1, self._max_workers),
                 timeout=timeout, chunksize=chunksize or 0, buffersize=buffersize, bar=bar, feed=feed,
+                locate=core.arena.locate,
             )  # fmt: skip
         except BaseException:  # an input that is none, or Ctrl-C
             if bar is not None:

@@ -147,8 +147,10 @@ class Results:
         buffersize: int | None,
         bar: Bar | None = None,
         feed: bool = True,
+        locate: Callable[[memoryview], _core.BlockSlice | None] | None = None,
     ) -> None:
         self._fn = fn
+        self._locate = locate  # buffers that lie in the region
         self._several = len(iterables) != 1  # then each item is a tuple of arguments
         self._input: Iterator[Any] | None = (
             zip(*iterables, strict=False) if self._several else iter(iterables[0])
@@ -237,7 +239,7 @@ class Results:
         args = item if self._several else (item,)
         shown = _short(args)
         try:
-            ref, payload = serializer.pack_call(self._table, self._fn, args)
+            ref, payload = serializer.pack_call(self._table, self._fn, args, locate=self._locate)
         except BaseException as error:
             span = _core.Span.of(self._fed, (), shown)
             self._fed += 1

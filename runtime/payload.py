@@ -39,14 +39,21 @@ class Payload:
 class Taken(list[memoryview]):
     """The buffers that a pickler put outside; `keep` is its buffer_callback (true: inside)."""
 
+    def __init__(self, locate=None):
+        super().__init__()
+        self.locate = locate
+        self.readonly = []
+
     def keep(self, buffer: pickle.PickleBuffer) -> bool:
         try:
             view = buffer.raw()
         except BufferError:  # not contiguous: pickle says so in its own words
             return True
-        if view.nbytes < OUT_OF_BAND_MIN:
+        found = self.locate(view) if self.locate is not None else None
+        if found is None and view.nbytes < OUT_OF_BAND_MIN:
             return True
-        self.append(view)
+        self.append(view if found is None else found)
+        self.readonly.append(view.readonly)
         return False
 
 

@@ -70,16 +70,16 @@ _c_dumps = pickle.dumps
 _modules = sys.modules  # not imported: the compiler calls methods of an imported name the slower way
 
 
-def dumps(obj: object) -> Payload:
+def dumps(obj: object, locate=None) -> Payload:
     """Pickle a result. A class that came by value from the process that asked goes back as its id.
     Raises whatever makes pickling impossible, BaseExceptions of the object included.
     """
-    return _encode(obj, False, RESULT)
+    return _encode(obj, False, RESULT, locate)
 
 
-def dumps_portable(obj: object) -> Payload:
+def dumps_portable(obj: object, locate=None) -> Payload:
     """Like `dumps`, for any process, not only the one that asked: classes by value are complete."""
-    return _encode(obj, False, PORTABLE)
+    return _encode(obj, False, PORTABLE, locate)
 
 
 def dumps_frozen(obj: object) -> Payload:
@@ -87,8 +87,8 @@ def dumps_frozen(obj: object) -> Payload:
     return _encode(obj, True, SHARED)
 
 
-def _encode(obj: object, freeze: bool, mode: str) -> Payload:
-    taken = Taken()
+def _encode(obj: object, freeze: bool, mode: str, locate=None) -> Payload:
+    taken = Taken(locate)
     try:
         data = _c_dumps(obj, 5, buffer_callback=taken.keep)
     except BaseException as error:
@@ -101,8 +101,13 @@ def _encode(obj: object, freeze: bool, mode: str) -> Payload:
             data = dumps_by_value(obj, mode, taken, None)
     if not taken:
         return Payload(data)
-    buffers = tuple([memoryview(bytes(view)) for view in taken]) if freeze else tuple(taken)
-    return Payload(data, buffers, tuple([view.readonly for view in taken]))
+    buffers = tuple([frozen(view) for view in taken]) if freeze else tuple(taken)
+    return Payload(data, buffers, tuple(taken.readonly))
+
+def frozen(view):
+    from runtime import _core
+    return view if isinstance(view, _core.BlockSlice) else memoryview(bytes(view))
+
 
 
 def _carried(*_: object) -> None:
@@ -134,6 +139,7 @@ def pack_call(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any] | None = None,
     freeze: bool = True,
+    locate=None,
 ) -> tuple[FunctionRef, Payload]:
     """A call as it travels. Only the function is cached: `self` of a method, bound arguments of a partial
     and callable instances are pickled with each call. freeze=False: buffers are views of the caller's
@@ -141,7 +147,7 @@ def pack_call(
     """
     plain = table.plain.get(id(fn))
     if plain is not None and getattr(_modules.get(plain[1]), plain[2], None) is fn:
-        return plain[0], _encode((args, kwargs or None), freeze, SHARED)
+        return plain[0], _encode((args, kwargs or None), freeze, SHARED, locate)
     inner, layers = split_callable(fn)
     if issubclass(type(inner), CODE_TYPES) and not _is_bound_builtin(inner):
         call: tuple[Any, ...] = (args, kwargs or None, layers) if layers else (args, kwargs or None)
@@ -150,7 +156,7 @@ def pack_call(
         carrier = table.ref(_carried)
         ref = FunctionRef(carrier.id, carrier.data, False, carrier.module, name_of(fn))
         call = (args, kwargs or None, fn)
-    return ref, _encode(call, freeze, SHARED)
+    return ref, _encode(call, freeze, SHARED, locate)
 
 
 def pack_function(table: FunctionTable, fn: Callable[..., Any]) -> FunctionRef | None:

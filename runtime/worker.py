@@ -27,7 +27,9 @@ from typing import Any, NamedTuple
 
 from runtime import _core, forwarding, limits, memory, serializer, stacks
 from runtime.children import Children
+from runtime.refs import resolve_with
 from runtime.sockets import Paths, WorkerLink
+from runtime.store import new_array
 
 __all__ = [
     "EXIT_DESCRIPTORS",
@@ -78,7 +80,7 @@ class Context:
     as long as the worker. log: a logger named after the worker.
     """
 
-    __slots__ = ("_report", "attempt", "generation", "local", "log", "number", "slot", "task", "thread")
+    __slots__ = ("_report", "_take", "attempt", "generation", "local", "log", "number", "slot", "task", "thread")
 
     def __init__(self, orders: Orders) -> None:
         self.number = orders.number
@@ -89,6 +91,7 @@ class Context:
         self.attempt = 0
         self.local: dict[Any, Any] = {}
         self._report: Callable[[Any, Any, Any], None] | None = None
+        self._take: Callable[[int], Any] | None = None
         self.log = logging.getLogger(f"runtime.worker.{orders.number}")
 
     def report(self, done: float, total: float | None = None, note: str = "") -> None:
@@ -100,6 +103,13 @@ class Context:
         """
         if self._report is not None:
             self._report(done, total, note)
+
+    def empty(self, shape: int | tuple[int, ...], dtype: Any = float) -> Any:
+        """A new array in the region, uninitialised: returned from the task, it is not copied.
+
+        When there is no room, it lies in ordinary memory. shape, dtype, errors: as `Runtime.empty`.
+        """
+        return new_array(self._take or (lambda nbytes: None), shape, dtype)
 
     def __repr__(self) -> str:
         return f"<worker {self.number}, task {self.task}, attempt {self.attempt}>"
@@ -131,6 +141,8 @@ class Worker:
         self.functions = serializer.FunctionCache()
         self.children = Children()
         context._report = self.port.report
+        context._take = self.port.empty
+        resolve_with(self.port.resolve)
         self.waiting = False
         self.found = False  # there were leases when it woke up last
         self.rss_checked = 0.0
@@ -256,14 +268,14 @@ class Worker:
             self.port.begin_item(entry)
             item = self.run_call(entry, exporter)
             self.port.end_item(entry)
-        if not self.deliver(entry, [item], 1, 1, exporter):
+        if not self.deliver(entry, [item], 1, 1):
             os._exit(EXIT_KILLED)
         self.port.ended()
 
     def run_call(self, entry: int, exporter: Any) -> tuple[Any, ...]:
         """Load and run one call; its outcome as an item of a frame."""
         try:
-            items = _core.read_frame(exporter)
+            items = _core.read_frame(exporter, self.port.resolve)
             fn_data = self.function_data(entry, items)
             status, data, views, _, _ = items.pop()
             fn = self.functions.load(self.port.describe(entry)[0], fn_data)
@@ -303,7 +315,7 @@ class Worker:
         if _forked:
             os._exit(0)  # a task forked and its child came back here: it has nothing to deliver
         try:
-            return _item(_core.S_VALUE, serializer.dumps(result))
+            return _item(_core.S_VALUE, serializer.dumps(result, self.port.locate))
         except BaseException as error:
             error.add_note(f"The result of the task, a {type(result).__qualname__}, could not be pickled.")
             return self.failed(error)
@@ -319,13 +331,12 @@ class Worker:
         error.__traceback__ = None
         return item
 
-    def deliver(self, entry: int, items: list[Any], ran: int, count: int, exporter: Any) -> bool:
+    def deliver(self, entry: int, items: list[Any], ran: int, count: int) -> bool:
         """End the lease with its last `count` outcomes. False: the host has killed it."""
-        kept = exporter is not None and not isinstance(exporter, (bytes, bytearray)) and exporter.keep()
         try:
-            return bool(self.port.finish(entry, items, ran, kept))
+            return bool(self.port.finish(entry, items, ran))
         except (BufferError, MemoryError) as error:  # a result that cannot be laid out
-            return bool(self.port.finish(entry, [self.failed(error)] * count, ran, kept))
+            return bool(self.port.finish(entry, [self.failed(error)] * count, ran))
 
     def check(self) -> None:
         """Now and then: give back what is not needed, see whether this process may stay."""

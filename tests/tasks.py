@@ -154,7 +154,7 @@ def deliver_nothing() -> None:
     """From now on this worker ends chunks without having run anything."""
     from runtime.worker import Worker
 
-    Worker.deliver = lambda self, entry, *_: self.port.finish(entry, [], 0, False)
+    Worker.deliver = lambda self, entry, *_: self.port.finish(entry, [], 0)
 
 
 def break_relinking() -> None:

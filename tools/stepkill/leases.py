@@ -140,7 +140,7 @@ class LeaseWorld:
                 parts = _core.read_frame(self.port.frame(entry))
                 count = sum([max(1, part[4]) for part in parts])
                 del parts
-            self.port.finish(entry, [item()] * count, count, False)
+            self.port.finish(entry, [item()] * count, count)
             self.host.drain(self.port.index)
         self.collect()
 
@@ -191,7 +191,7 @@ class WorkerDies(LeaseWorld):
             exporter = self.port.frame(self.entry)
             self.view = memoryview(exporter)
             self.port.end_item(self.entry)
-            self.port.finish(self.entry, [item()], 1, exporter.keep())
+            self.port.finish(self.entry, [item()], 1)
 
     def take_lease(self) -> None:
         self.claim()
@@ -199,12 +199,12 @@ class WorkerDies(LeaseWorld):
     def answer(self) -> None:
         self.port.end_item(self.entry)
         with RAISED:
-            self.port.finish(self.entry, [item(self.result)], 1, False)
+            self.port.finish(self.entry, [item(self.result)], 1)
 
     def answer_all(self) -> None:
         with RAISED:
             while (entry := self.claim()) >= 0:
-                self.port.finish(entry, [item(self.result)], 1, False)
+                self.port.finish(entry, [item(self.result)], 1)
 
     def fetch(self) -> None:
         """The arguments come piece by piece."""
@@ -220,7 +220,7 @@ class WorkerDies(LeaseWorld):
                 return
             if i + 1 < self.items:
                 self.port.commit(self.entry, [item(self.result)], 1)
-        self.port.finish(self.entry, [item(self.result)], self.items, False)
+        self.port.finish(self.entry, [item(self.result)], self.items)
 
     def report(self) -> None:
         self.port.report(1, 2.0, "half of it")
@@ -277,7 +277,7 @@ class HostDies(LeaseWorld):
         super().__init__(act, **others)
         self.ran: dict[int, int] = defaultdict(int)
         for _ in range(answered):
-            self.port.finish(self.claim(), [item(self.result)], 1, False)
+            self.port.finish(self.claim(), [item(self.result)], 1)
         for _ in range(self.claims):
             entry = self.claim()
             self.port.begin_item(entry)
@@ -287,7 +287,7 @@ class HostDies(LeaseWorld):
                 if asks and self.args > 1000:
                     self.port.frame(entry)
                 elif asks:
-                    self.port.finish(entry, [item(self.result)], 1, False)
+                    self.port.finish(entry, [item(self.result)], 1)
         if self.how == "wild":  # it has written into words that were none of its leases
             for entry in range(LEASES):
                 self.memory[self.lease_at(entry)] = self.memory[self.lease_at(entry)] or 5
