@@ -268,7 +268,6 @@ def fork_an_orphan() -> int:
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
-        os.read(reading, 1)  # until the worker has noted which child this task has made
         grandchild = os.fork()
         if grandchild:
             os._exit(0)
@@ -276,7 +275,6 @@ def fork_an_orphan() -> int:
             time.sleep(0.001)
         os.write(writing, f"{os.getpid()}\n".encode())
         os._exit(0)
-    os.write(writing, b"\0")
     os.waitpid(child, 0)
     pid = int(os.read(reading, 32))
     os.close(reading)
