@@ -24,6 +24,7 @@ import time
 __all__ = ["Children", "children_of"]
 
 _SEARCH_EVERY = 1.0  # seconds between two searches behind a zombie that a task may still wait for
+_STARTERS = ("subprocess", "multiprocessing.popen_fork")  # whose Popen runs no handlers of a fork
 
 
 class _Thread(threading.local):
@@ -86,11 +87,13 @@ class Children:
         for pid, word in self._forked.copy().items():
             if (word is not None and word[0] not in (0, pid)) or not os.path.exists(f"/proc/{pid}"):
                 self._forked.pop(pid, None)
-        subprocess = sys.modules.get("subprocess")
-        if subprocess is None:
+        popens = (getattr(sys.modules.get(name), "Popen", None) for name in _STARTERS)
+        kinds = tuple(kind for kind in popens if kind is not None)  # none yet while a module is imported
+        if not kinds:
             return set(self._forked)
-        behind = {it.pid for it in gc.get_objects() if issubclass(type(it), subprocess.Popen)}
-        return behind.union(self._forked)
+        # One whose arguments were refused has no pid.
+        behind = {getattr(it, "pid", None) for it in gc.get_objects() if issubclass(type(it), kinds)}
+        return {pid for pid in behind if pid is not None}.union(self._forked)
 
 
 def _word() -> memoryview[int]:

@@ -6,6 +6,7 @@ import mmap
 import multiprocessing
 import os
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -179,11 +180,32 @@ _kept: list[multiprocessing.process.BaseProcess] = []
 
 
 def by_multiprocessing() -> tuple[dict[int, int], int]:
-    process = multiprocessing.get_context("fork").Process(target=os._exit, args=(3,))
+    return _by_multiprocessing("fork")
+
+
+def by_spawning() -> tuple[dict[int, int], int]:
+    return _by_multiprocessing("spawn")
+
+
+def _by_multiprocessing(how: str) -> tuple[dict[int, int], int]:
+    process = multiprocessing.get_context(how).Process(target=os._exit, args=(3,))
     process.start()
     assert process.pid is not None
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
     _kept.append(process)
     return {process.pid: 3}, orphan()
+
+
+_failed: list[TypeError] = []
+
+
+def beside_a_popen_that_failed() -> tuple[dict[int, int], int]:
+    """The error keeps an object that never came to a pid."""
+    try:
+        subprocess.Popen(["true"], bufsize="refused")  # type: ignore[call-overload]
+    except TypeError as error:
+        _failed.append(error)
+    return {fork(3): 3}, orphan()
 
 
 def exit_code(pid: int) -> int | None:

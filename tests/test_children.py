@@ -19,6 +19,8 @@ from watching import fields, until
         forked.while_a_thread_forks,
         forked.while_a_handler_forks,
         forked.by_multiprocessing,
+        forked.by_spawning,
+        forked.beside_a_popen_that_failed,
     ],
     ids=lambda task: task.__name__,
 )
