@@ -43,6 +43,7 @@ cdef class Arena:
 
     cdef attach(self, SharedRegion region)
     cdef read_geometry(self)
+    cdef uint64_t index_of(self, uint64_t offset) noexcept nogil
     cdef HostBlock block_at(self, uint64_t offset, uint64_t tag)
     cdef int64_t head_of(self, const char *data, uint64_t nbytes) noexcept nogil
     cdef slot_t *slot(self, uint32_t index) noexcept nogil

@@ -378,9 +378,13 @@ cdef class Arena:
         w = a64_load_acquire(&self.heap.words[at])
         return <int64_t>(x_field(w) if x_state(w) == X_TAIL else at)
 
+    cdef uint64_t index_of(self, uint64_t offset) noexcept nogil:
+        """The extent at an offset; beyond all extents if there is none."""
+        return (offset - self.extents_at) // EXTENT
+
     cdef HostBlock block_at(self, uint64_t offset, uint64_t tag):
         """The host's block at an offset; None: there is none with this tag."""
-        cdef uint64_t at = (offset - self.extents_at) // EXTENT
+        cdef uint64_t at = self.index_of(offset)
         cdef HostBlock block
         if offset < self.extents_at or (offset - self.extents_at) % EXTENT:
             return None

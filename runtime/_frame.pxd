@@ -97,6 +97,7 @@ cdef class Frame:
     cdef uint32_t buffer_count
     cdef bytes head
     cdef object keep
+    cdef list parts             # for its sender: the slices among its buffers
 
     cdef void add(self, const char *data, uint64_t nbytes) noexcept
     cdef void copy(self, char *dest, uint64_t offset, uint64_t nbytes) noexcept nogil

@@ -114,10 +114,10 @@ cdef class WorkerPort(Viewer):
     cdef fill(self, Frame frame, uint64_t at)
     cdef offer(self, uint32_t entry, Frame frame)
     cdef uint64_t offset_of(self, uint64_t at) noexcept
-    cdef int keep(self, BlockView view) except -1
     cdef Frame lay_out(self, list items)
-    cdef int hand_over(self, list items) except -1
-    cdef int close_views(self) except -1
+    cdef int hand_over(self, Frame frame) except -1
+    cdef int close_views(self, Frame frame) except -1
+    cdef int keep(self, BlockView view, list parts, int known) except -1
     cdef int put(self, record_t *record) except -1
     cdef int tell(self) except -1
     cdef int take_room(self, uint64_t nbytes, bint patient, uint64_t *at, uint64_t *tag) noexcept nogil

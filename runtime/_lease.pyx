@@ -18,8 +18,8 @@ from libc.string cimport memcpy
 from posix.time cimport nanosleep, timespec
 from posix.unistd cimport getpid
 
-from runtime._frame cimport B_FROZEN, B_SHARED, BlockSlice
-from runtime._views cimport BlockView
+from runtime._frame cimport BlockSlice
+from runtime._views cimport BlockView, seen
 
 
 cdef int64_t ROOM_PATIENCE = 50_000_000     # ns to look for room before a payload travels by value
@@ -186,7 +186,7 @@ cdef class WorkerPort(Viewer):
         if not self.take_room(frame.nbytes, False, &at, &tag):
             return False
         self.fill(frame, at)
-        self.hand_over(items)
+        self.hand_over(frame)
         record = record_t(R_PARTIAL, entry, a64_load_relaxed(&self.lease(entry).word), self.offset_of(at),
                           tag, frame.nbytes, count)
         heap_publish(&self.arena.heap, at, tag, self.index)
@@ -218,50 +218,49 @@ cdef class WorkerPort(Viewer):
             else:
                 self.offer(entry, frame)
                 lease.out_where = AT_BOUNCE
-        self.hand_over(items)
-        self.close_views()
+        self.hand_over(frame)
+        self.close_views(frame)
         return self.complete(entry, count)
 
     cdef Frame lay_out(self, list items):
         """Outcomes as a frame; by value what lies in arguments that something else in this worker sees."""
+        cdef Frame frame
+        cdef list parts = [one for item in items for one in <tuple>(<tuple>item)[2] if isinstance(one, BlockSlice)]
         cdef BlockSlice part
-        for item in items:
-            for buffer in <tuple>(<tuple>item)[2]:
-                if isinstance(buffer, BlockSlice):
-                    part = <BlockSlice>buffer
-                    part.by_value = (part.about.flags & (B_FROZEN | B_SHARED) == 0
-                                     and not (<BlockView>part.holder).own
-                                     and (<BlockView>part.holder).exports > 0)
-        return Frame(items)
+        cdef BlockView view
+        for part in parts:
+            view = <BlockView>part.holder
+            part.by_value = not (view.own or view.access) and (view.kept or seen(view, parts, self.opened, 1))
+        frame = Frame(items)
+        frame.parts = parts
+        return frame
 
-    cdef int hand_over(self, list items) except -1:
+    cdef int hand_over(self, Frame frame) except -1:
         """Blocks of this slot that outcomes lie in become the host's: PRIVATE -> PUBLISHING, before the
         record that leads to them is written. Killed here, the sweep frees them.
         """
-        cdef BlockView block
-        for item in items:
-            for buffer in <tuple>(<tuple>item)[2]:
-                if isinstance(buffer, BlockSlice):
-                    block = <BlockView>(<BlockSlice>buffer).holder
-                    if block.own:
-                        heap_publish(&self.arena.heap, (block.body - self.arena.extents_at) // EXTENT, block.tag,
-                                     self.index)
-                        block.own = False
-                        self.keep(block)
+        cdef BlockSlice part
+        cdef BlockView view
+        for part in frame.parts:
+            view = <BlockView>part.holder
+            if view.own:
+                heap_publish(&self.arena.heap, self.arena.index_of(view.body), view.tag, self.index)
+                view.own = False
+                self.keep(view, frame.parts, 1)
         return 0
 
-    cdef int close_views(self) except -1:
+    cdef int close_views(self, Frame frame) except -1:
         """The lease ends: tell the host what this worker still sees, before DONE."""
         cdef BlockView view
         while self.opened:
             view = <BlockView>self.opened.pop()
-            self.keep(view)
+            self.keep(view, frame.parts, 1)
         return 0
 
-    cdef int keep(self, BlockView view) except -1:
+    cdef int keep(self, BlockView view, list parts, int known) except -1:
         """If something in this worker still sees a block of the host's: tell it."""
         cdef record_t record = record_t(R_KEEP, 0, 0, view.body, view.tag, 0, 0)
-        if view.exports and not view.kept:
+        if not view.kept and seen(view, parts, None, known):
             view.kept = True                    # first: it may go while this waits for a place in the outbox
             self.put(&record)
         return 0

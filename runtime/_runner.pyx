@@ -202,6 +202,7 @@ cdef class Runner(WorkerPort):
         try:
             exporter = self.frame(entry)
             items = read_frame(exporter, self.resolve)
+            exporter = None                     # what holds it from now on are views
             fn_data = self.worker.function_data(entry, items)
         except BaseException as error:
             failure = self.worker.failed(error)

@@ -26,9 +26,11 @@ cdef class BlockView:
     cdef uint64_t body, tag     # offset and tag of the block
     cdef uint32_t access        # B_FROZEN, B_SHARED or neither
     cdef bint own               # a private block of this slot: freed with this object
-    cdef bint kept              # a view outlived its lease: the host was told, and is told when it is gone
-    cdef uint32_t exports       # views that live
+    cdef bint kept              # it outlived its lease: the host was told, and is told when it is gone
     cdef char *mapping          # start of the private mapping, NULL: the shared memory itself
     cdef bytes copy             # instead of a mapping, where the page size forbids one
 
     cdef int map_private(self) except -1
+
+
+cdef bint seen(BlockView view, list parts, list opened, int known) except -1

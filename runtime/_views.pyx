@@ -1,9 +1,9 @@
 # cython: language_level=3
 """What a worker's objects show of the region: arguments, what they refer to, and blocks of its own.
 
-A view is a BlockView's export; the arrays that a task sees hold one. What the views of a lease show is the
-host's, which frees it when the lease has ended. So a worker tells the host before that of each block that is
-still seen (R_KEEP), and once more when it no longer is (R_UNKEEP).
+Whatever sees a block holds its BlockView: by an export, or as its base, as numpy does with what it finds in a
+memoryview. What the views of a lease show is the host's, which frees it when the lease has ended. So a worker
+tells the host before that of each block whose view something holds (R_KEEP), and when that is gone (R_UNKEEP).
 
 A result that lies in a block goes back by reference (`locate`). Of arguments that were copied in for this
 lease only if nothing else in this worker sees them: what it writes later would show in the host.
@@ -12,6 +12,7 @@ cimport cython
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_FillInfo, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.object cimport PyObject
+from cpython.ref cimport Py_REFCNT
 from libc.stdint cimport uintptr_t
 from posix.mman cimport MAP_FAILED, MAP_PRIVATE, PROT_READ, PROT_WRITE, mmap, munmap
 from posix.unistd cimport getpid
@@ -66,7 +67,7 @@ cdef class Viewer:
     def resolve(self, uint64_t block, uint64_t tag, uint64_t nbytes, uint32_t flags):
         """For `read_frame`: a block that arguments refer to. Raises: ValueError when it is not there."""
         cdef BlockView view
-        cdef uint64_t at = (block - self.arena.extents_at) // EXTENT
+        cdef uint64_t at = self.arena.index_of(block)
         cdef uint64_t word
         if block < self.arena.extents_at or at >= self.arena.heap.count:
             raise ValueError(f"malformed frame: there is no block at offset {block}")
@@ -123,19 +124,28 @@ cdef class BlockView:
 
     def __getbuffer__(self, Py_buffer *view, int flags):
         PyBuffer_FillInfo(view, self, self.data, <Py_ssize_t>self.nbytes, self.access == B_FROZEN, flags)
-        self.exports += 1
-
-    def __releasebuffer__(self, Py_buffer *view):
-        self.exports -= 1
-        if self.kept and self.exports == 0 and self.port.arena.pid == getpid():
-            self.kept = False
-            self.port.unkeep(self.body, self.tag)
 
     def __dealloc__(self):
-        if self.port is not None and self.port.shown.get(self.body) == <uintptr_t><PyObject *>self:
+        if self.port is None:
+            return
+        if self.port.shown.get(self.body) == <uintptr_t><PyObject *>self:
             del self.port.shown[self.body]
+        if self.kept and self.port.arena.pid == getpid():
+            self.port.unkeep(self.body, self.tag)
         if self.own and self.port.arena.pid == getpid():
-            heap_free(&self.port.arena.heap, (self.body - self.port.arena.extents_at) // EXTENT, self.tag,
-                      X_PRIVATE, self.port.index)
+            heap_free(&self.port.arena.heap, self.port.arena.index_of(self.body), self.tag, X_PRIVATE,
+                      self.port.index)
         if self.mapping != NULL:
             munmap(self.mapping, self.nbytes)
+
+
+cdef bint seen(BlockView view, list parts, list opened, int known) except -1:
+    """Whether anything holds a view but the slices of it among `parts`, the list `opened`, and as many
+    references as the caller has.
+    """
+    cdef Py_ssize_t i
+    for i in range(len(parts)):
+        known += (<BlockSlice>parts[i]).holder is view
+    for i in range(len(opened) if opened is not None else 0):
+        known += opened[i] is view
+    return Py_REFCNT(view) > known

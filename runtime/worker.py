@@ -268,6 +268,7 @@ class Worker:
             self.port.begin_item(entry)
             item = self.run_call(entry, exporter)
             self.port.end_item(entry)
+        del exporter  # what still holds it now is the task's
         if not self.deliver(entry, [item], 1, 1):
             os._exit(EXIT_KILLED)
         self.port.ended()

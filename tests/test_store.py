@@ -1,0 +1,496 @@
+"""Objects and arrays that live in the region: `empty`, `alloc`, `put`, and what goes back and forth unnoticed.
+
+Where the bytes lie is seen from addresses and from the blocks in use; who may write where, from both sides.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import gc
+import os
+import pickle
+import signal
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from watching import alive, send, until
+
+import runtime
+from runtime import RegionFull, Runtime, StaleBlock, WorkerDied
+
+numpy = pytest.importorskip("numpy")
+
+KIB, MIB = 1 << 10, 1 << 20
+FUNCTION_BYTES = 128 * 4096  # more than the pickles of the functions of this file, less than any array here
+BIG = 256 * KIB  # items of 8 bytes: 2 MiB
+
+kept: dict[str, Any] = {}  # in a worker: what outlives a task
+
+
+@pytest.fixture(scope="module")
+def shared_options() -> dict[str, Any]:
+    return {"region_size": "64MiB", "region_max": "64MiB"}
+
+
+@pytest.fixture
+def pool(pool: Runtime) -> Iterator[Runtime]:
+    yield pool
+    assert_blocks_are_back(pool)
+
+
+def assert_blocks_are_back(rt: Runtime) -> None:
+    def back() -> bool:
+        gc.collect()
+        return set(rt._core.arena.owners()) <= {"host"} and used(rt) <= FUNCTION_BYTES
+
+    until(back, lambda: f"blocks are back: {rt._core.arena.owners()}, {rt.stats()}", 5.0)
+
+
+def used(rt: Runtime) -> int:
+    return rt.stats().used
+
+
+def where(array: Any) -> int:
+    return int(array.__array_interface__["data"][0])
+
+
+# ---- what runs in workers ------------------------------------------------------------------------------
+
+
+def add(array: Any, n: Any = 1) -> Any:
+    array += n
+    return float(array.ravel()[0])
+
+
+def same(value: Any) -> Any:
+    return value
+
+
+def writable(*arrays: Any) -> list[bool]:
+    return [array.flags.writeable for array in arrays]
+
+
+def keep(array: Any, name: str = "it") -> int:
+    kept[name] = array
+    return os.getpid()
+
+
+def kept_sum(name: str = "it") -> float:
+    return float(kept[name].sum())
+
+
+def drop() -> None:
+    kept.clear()
+
+
+def first(*values: Any) -> float:
+    return float(values[0].ravel()[0])
+
+
+def born(n: int, value: float, name: str | None = None) -> Any:
+    array = runtime.current().empty(n)
+    array[:] = value
+    if name is not None:
+        kept[name] = array
+    return array
+
+
+def halves(n: int) -> Any:
+    array = runtime.current().empty((2, n))
+    array[:] = [[1], [2]]
+    return {"low": array[0], "high": array[1, ::2], "text": "x" * 100}
+
+
+def keep_and_return(array: Any) -> Any:
+    kept["it"] = array
+    return array
+
+
+def poke(value: float) -> None:
+    kept["it"][0] = value
+
+
+def add_and_die(array: Any, log: str) -> float:
+    """Changes its argument and dies, the first time."""
+    seen = float(array[0])
+    array += 1
+    with open(log, "a") as file:
+        file.write(f"{seen}\n")
+    if runtime.current().attempt == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return seen
+
+
+class Scaler:
+    def __init__(self, factors: Any) -> None:
+        self.factors = factors
+
+    def scale(self, n: float) -> float:
+        return float(self.factors[0] * n)
+
+
+# ---- empty, alloc --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [1, 1000, BIG])
+def test_an_empty_array_is_one_memory_for_all(pool: Runtime, n: int) -> None:
+    array = pool.empty(n)
+    assert (array.shape, array.dtype, array.flags.writeable) == ((n,), numpy.float64, True)
+    array[:] = 1
+    assert pool.submit(add, array).result() == 2
+    assert array[0] == array[-1] == 2
+    assert list(pool.map(add, [array] * 4, chunksize=1))[-1] <= 6
+    assert pool.submit(writable, array).result() == [True]
+
+
+def test_parts_of_an_empty_array(pool: Runtime) -> None:
+    array = pool.empty((100, 100), "i4")
+    array[:] = 0
+    pool.submit(add, array[10:20, ::3]).result()
+    assert array.sum() == 10 * 34
+    pool.submit(add, array.T[::-1]).result()
+    assert array.sum() == 10 * 34 + 100 * 100
+    fixed = array[50]
+    fixed.flags.writeable = False
+    assert pool.submit(writable, fixed, array).result() == [False, True]
+    future = pool.submit(add, fixed)
+    with pytest.raises(ValueError, match="read-only"):
+        future.result()
+
+
+def test_parts_of_one_array_see_each_other(pool: Runtime) -> None:
+    """Also of one that a task may only change for itself."""
+
+    def both(whole: Any, part: Any) -> tuple[float, float]:
+        whole[5] = 70
+        part[1] = 80
+        return float(part[0]), float(whole[6])
+
+    shared, result = pool.empty(BIG), pool.submit(numpy.ones, BIG).result()
+    shared[:] = 1
+    assert pool.submit(both, shared, shared[5:]).result() == (70, 80)
+    assert shared[5] == 70
+    assert pool.submit(both, result, result[5:]).result() == (70, 80)
+    assert result[5] == 1
+
+
+def test_alloc(pool: Runtime) -> None:
+    def fill(view: memoryview) -> int:
+        view[:] = b"y" * len(view)
+        return len(view)
+
+    view = pool.alloc(100_000)
+    assert (view.nbytes, view.readonly, view.format) == (100_000, False, "B")
+    assert pool.submit(fill, view).result() == 100_000
+    assert bytes(view) == b"y" * 100_000
+    assert pool.alloc(0).nbytes == 0
+
+
+@pytest.mark.parametrize("shape", [0, (0, 5), (3, 0)])
+def test_an_empty_array_of_no_size(pool: Runtime, shape: Any) -> None:
+    assert pool.submit(same, pool.empty(shape)).result().shape == numpy.empty(shape).shape
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "error", "text"),
+    [
+        (-1, "f8", ValueError, "negative"),
+        ((5, -2), "f8", ValueError, "negative"),
+        (5, object, ValueError, "Python objects"),
+        (5, [("a", "i4"), ("b", object)], ValueError, "Python objects"),
+        (1.5, "f8", TypeError, "float"),
+        ("x", "f8", (TypeError, AttributeError), ""),
+        (5, "no such type", TypeError, ""),
+        (10**30, "f8", RegionFull, "bytes"),
+        ((1 << 40, 1 << 40), "f8", RegionFull, "bytes"),
+        (1 << 30, "f8", RegionFull, "64"),
+    ],
+)
+def test_bad_empty(pool: Runtime, shape: Any, dtype: Any, error: Any, text: str) -> None:
+    with pytest.raises(error, match=text):
+        pool.empty(shape, dtype)
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "error"), [(-1, ValueError), (1.5, TypeError), ("1MiB", TypeError), (True, TypeError), (1 << 62, RegionFull)]
+)  # fmt: skip
+def test_bad_alloc(pool: Runtime, nbytes: Any, error: type[Exception]) -> None:
+    with pytest.raises(error):
+        pool.alloc(nbytes)
+
+
+def test_arrays_live_past_the_runtime(factory: Callable[..., Runtime]) -> None:
+    rt = factory(1)
+    array, ref = rt.empty(BIG // 8), rt.put(numpy.arange(5000.0))
+    array[:] = 3
+    result = rt.submit(born, 10_000, 4.0).result()
+    rt.shutdown()
+    array += 1
+    assert (array.sum(), result.sum(), ref.get().sum()) == (4 * BIG // 8, 40_000, 12_497_500)
+    for call in (lambda: rt.empty(5), lambda: rt.alloc(5), lambda: rt.put(5)):
+        with pytest.raises(RuntimeError, match="shutdown"):
+            call()
+
+
+# ---- results -------------------------------------------------------------------------------------------
+
+
+def test_a_returned_argument_is_not_copied(pool: Runtime) -> None:
+    array = numpy.arange(float(BIG))
+    before = used(pool)
+    result = pool.submit(same, {"deep": [array]}).result()["deep"][0]
+    assert numpy.array_equal(result, array) and result.flags.writeable
+    assert used(pool) - before < 1.5 * array.nbytes
+    shared = pool.empty(BIG)
+    assert where(pool.submit(same, shared).result()) == where(shared)
+    assert where(pool.submit(same, shared[5:]).result()) == where(shared) + 40
+    assert where(pool.submit(same, shared[::2]).result()) == where(shared)
+
+
+def test_what_a_worker_keeps_is_not_what_it_returned(factory: Callable[..., Runtime]) -> None:
+    """Else it could change a result in the host."""
+    rt = factory(1)
+    result = rt.submit(keep_and_return, numpy.ones(BIG)).result()
+    rt.submit(poke, 9.0).result()
+    assert result[0] == 1
+    result[1] = 5
+    assert rt.submit(kept_sum).result() == BIG + 8
+    rt.submit(drop).result()
+    del result
+    assert_blocks_are_back(rt)
+
+
+def test_results_born_in_the_region(pool: Runtime) -> None:
+    before = used(pool)
+    result = pool.submit(born, BIG, 7.0).result()
+    assert result.sum() == 7 * BIG and result.flags.writeable
+    assert result.nbytes <= used(pool) - before < 1.5 * result.nbytes
+    parts = pool.submit(halves, BIG).result()
+    assert (parts["low"].sum(), parts["high"].sum()) == (BIG, BIG)
+    assert where(parts["high"]) == where(parts["low"]) + 8 * BIG, "they lie in one block"
+    assert [a.sum() for a in pool.map(born, [BIG // 8] * 9, range(9))] == [i * BIG // 8 for i in range(9)]
+
+
+def test_a_block_of_its_own_that_a_worker_still_sees(factory: Callable[..., Runtime]) -> None:
+    rt = factory(1, region_size="16MiB", region_max="16MiB")
+    for i in range(3):  # the second one frees what the first one kept
+        result = rt.submit(born, BIG, float(i), "it").result()
+        assert rt.stats().pinned >= result.nbytes
+        del result
+        others = [rt.submit(numpy.full, BIG // 4, 5.0) for _ in range(20)]
+        assert {other.result()[0] for other in others} == {5.0}
+        del others
+        assert rt.submit(kept_sum).result() == i * BIG
+    rt.submit(drop).result()
+    until(lambda: rt.stats().pinned == 0, "nothing is kept")
+    assert_blocks_are_back(rt)
+
+
+def test_blocks_that_never_leave_their_worker(factory: Callable[..., Runtime]) -> None:
+    rt = factory(1)
+
+    def waste(n: int) -> int:
+        for _ in range(n):
+            runtime.current().empty(BIG // 4)[:] = 1
+        kept["own"] = runtime.current().empty(BIG // 8)
+        return os.getpid()
+
+    pid = rt.submit(waste, 50).result()
+    assert rt._core.arena.owners().get("private") == 1
+    send(pid, signal.SIGKILL)
+    until(lambda: not alive(pid), "the worker is dead")
+    assert_blocks_are_back(rt)
+
+
+def test_no_room_for_a_block_of_a_worker(factory: Callable[..., Runtime]) -> None:
+    """Then its array lies in ordinary memory."""
+    rt = factory(1, region_size="1MiB", region_max="1MiB")
+    assert rt.submit(born, BIG, 3.0).result().sum() == 3 * BIG
+
+
+def test_committed_ahead_of_the_rest(factory: Callable[..., Runtime]) -> None:
+    """Results of a chunk that are delivered while it runs on, in blocks that the worker goes on seeing."""
+
+    def slow(i: int) -> Any:
+        until_ns = __import__("time").monotonic_ns() + 2_000_000
+        while __import__("time").monotonic_ns() < until_ns:
+            pass
+        return born(5000, float(i), f"of {i}")
+
+    rt = factory(1, region_size="16MiB", region_max="16MiB")
+    found = [float(array.sum()) for array in rt.map(slow, range(12), chunksize=6)]
+    assert found == [i * 5000.0 for i in range(12)]
+    others = [rt.submit(numpy.full, BIG // 8, -1.0).result().sum() for _ in range(30)]
+    assert set(others) == {-BIG / 8}
+    sums = rt.submit(lambda: [kept_sum(f"of {i}") for i in range(12)]).result()
+    assert sums == found
+    rt.submit(drop).result()
+    assert_blocks_are_back(rt)
+
+
+def test_a_result_as_an_argument(factory: Callable[..., Runtime], tmp_path: Any) -> None:
+    """It is not copied, and what tasks write into it stays with each; so a retry sees the original."""
+    rt = factory(1, retries=1)
+    result = rt.submit(numpy.ones, BIG).result()
+    before = used(rt)
+    assert [rt.submit(add, result).result() for _ in range(3)] == [2, 2, 2]
+    assert used(rt) - before < result.nbytes / 2 and result[0] == 1
+    log = tmp_path / "log"
+    assert rt.submit(add_and_die, result, str(log)).result() == 1
+    assert log.read_text() == "1.0\n1.0\n" and result[0] == 1
+    own = numpy.ones(BIG)
+    assert rt.submit(add_and_die, own, str(log)).result() == 1
+
+
+# ---- put -----------------------------------------------------------------------------------------------
+
+
+def test_a_ref_at_any_depth(pool: Runtime) -> None:
+    data = {"a": numpy.arange(float(BIG)), "text": "hello", "b": [1, 2, {"c": numpy.ones(3)}]}
+    before = used(pool)
+    ref = pool.put(data)
+    assert used(pool) - before < 1.1 * data["a"].nbytes and ref.nbytes > data["a"].nbytes
+
+    def look(it: Any) -> tuple[float, bool, str, float]:
+        return float(it["a"].sum()), it["a"].flags.writeable, it["text"], float(it["b"][2]["c"].sum())
+
+    expected = (float(data["a"].sum()), False, "hello", 3.0)
+    assert pool.submit(look, ref).result() == expected
+    assert pool.submit(lambda x: look(x[0]["deep"][1]), [{"deep": (0, ref)}]).result() == expected
+    assert pool.submit(lambda *, k: look(k), k=ref).result() == expected
+    assert pool.submit(functools.partial(look, ref)).result() == expected
+    assert list(pool.map(look, [ref] * 9)) == [expected] * 9
+    assert list(pool.map_unordered(lambda i, it: look(it), range(5), [ref] * 5)) == [expected] * 5
+    scaler = pool.put(numpy.full(10, 6.0))
+    assert pool.submit(Scaler(scaler).scale, 7).result() == 42.0
+    future = pool.submit(add, pool.put(numpy.ones(BIG)))
+    with pytest.raises(ValueError, match="read-only"):
+        future.result()
+
+
+def test_a_ref_in_the_host(pool: Runtime) -> None:
+    array = numpy.arange(1000.0)
+    ref = pool.put([array, "x"])
+    array[0] = 99  # it is a copy
+    one, two = ref.get(), ref.get()
+    assert one[0][0] == 0 and not one[0].flags.writeable and where(one[0]) == where(two[0])
+    assert one is not two
+    shared = pool.empty(1000)
+    shared[:] = 1
+    copied = pool.put(shared)
+    shared[:] = 2
+    assert copied.get()[0] == 1
+    inner = pool.put({"inner": ref, "again": [ref]})
+    del ref
+    found = inner.get()
+    assert where(found["inner"][0]) == where(found["again"][0][0]) == where(one[0])
+    assert pool.submit(lambda it: float(it["again"][0][0].sum()), inner).result() == one[0].sum()
+
+
+def test_a_returned_ref_stays_read_only(pool: Runtime) -> None:
+    ref = pool.put(numpy.arange(float(BIG)))
+    result = pool.submit(same, ref).result()
+    assert not result.flags.writeable and where(result) == where(ref.get())
+    ref.release()
+    assert result[5] == 5
+
+
+def test_a_ref_lives_as_long_as_it_is_needed(factory: Callable[..., Runtime], gate: Any) -> None:
+    import tasks
+
+    rt = factory(1)
+    ref = rt.put(numpy.ones(BIG))
+    held = rt.submit(tasks.pass_through, gate.path)
+    gate.arrived(1)
+    future = rt.submit(keep, ref)
+    ref.release()
+    ref.release()
+    assert repr(ref) == "<Ref, released>"
+    for use in (ref.get, lambda: ref.nbytes):
+        with pytest.raises(StaleBlock, match="released"):
+            use()
+    assert isinstance(rt.submit(same, ref).exception(), StaleBlock)
+    gate.open(1)
+    held.result()
+    pid = future.result()
+    assert rt.stats().pinned >= 8 * BIG
+    others = [rt.submit(numpy.zeros, BIG // 4).result().sum() for _ in range(10)]
+    assert set(others) == {0}
+    assert rt.submit(kept_sum).result() == BIG
+    send(pid, signal.SIGKILL)  # it keeps it no more
+    until(lambda: rt.stats().pinned == 0, "nothing is kept")
+    assert_blocks_are_back(rt)
+
+
+def test_a_ref_of_another_runtime(pool: Runtime, factory: Callable[..., Runtime]) -> None:
+    other = factory(1)
+    ref = other.put(numpy.ones(1000))
+    error = pool.submit(same, ref).exception()
+    assert isinstance(error, ValueError) and "another Runtime" in str(error)
+    with pytest.raises(ValueError, match="another Runtime"):
+        list(pool.map(same, [ref]))
+    with pytest.raises(ValueError, match="another Runtime"):
+        pool.put([ref])
+    assert pool.submit(same, other.empty(10)[:0]).result().size == 0
+    moved = other.empty(1000)
+    moved[:] = 8
+    assert pool.submit(numpy.sum, moved).result() == 8000  # an array is copied
+
+
+def test_a_ref_travels_in_no_other_way(pool: Runtime) -> None:
+    ref = pool.put([1])
+    for way in (pickle.dumps, copy.copy, copy.deepcopy):
+        with pytest.raises(TypeError, match=r"ref\.get\(\)"):
+            way(ref)
+    assert ref.get() == [1]
+
+
+def test_what_a_ref_cannot_hold(pool: Runtime) -> None:
+    with pytest.raises(RegionFull, match=r"\d+ bytes"):
+        pool.put(bytes(100 * MIB))
+    with pytest.raises((TypeError, AttributeError, pickle.PicklingError)):
+        pool.put(iter(open(os.devnull)))  # noqa: SIM115
+
+
+def test_code_in_a_ref(pool: Runtime) -> None:
+    """Each worker gets all that it needs, also one that has never heard of this code."""
+
+    class Local:
+        def __init__(self, n: int) -> None:
+            self.n = n
+
+    ref = pool.put({"fn": lambda x: x + 1, "object": Local(5)})
+
+    def use(it: Any, _: int) -> int:
+        return it["fn"](it["object"].n)  # type: ignore[no-any-return]
+
+    assert [pool.submit(use, ref, i).result() for i in range(6)] == [6] * 6
+    assert ref.get()["fn"](1) == 2
+
+
+def test_a_worker_dies_over_a_ref(factory: Callable[..., Runtime]) -> None:
+    rt = factory(1)
+
+    def die(array: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    ref = rt.put(numpy.ones(BIG))
+    for _ in range(3):
+        assert isinstance(rt.submit(die, ref).exception(), WorkerDied)
+    assert rt.submit(first, ref).result() == 1
+    del ref
+    assert_blocks_are_back(rt)
+
+
+def test_a_fork_reads_a_ref(pool: Runtime) -> None:
+    ref, shared = pool.put(numpy.arange(1000.0)), pool.empty(10)
+    shared[:] = 1
+    pid = os.fork()
+    if pid == 0:
+        ok = ref.get()[5] == 5 and shared[0] == 1
+        shared[:] = 2  # of its own
+        os._exit(0 if ok else 1)
+    assert os.waitpid(pid, 0)[1] == 0
+    assert shared[0] == 1
