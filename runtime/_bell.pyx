@@ -1,12 +1,13 @@
 # cython: language_level=3
-"""What any thread may do at any moment, also in a signal handler or a destructor: ring a bell, send a hint.
+"""What any thread may do at any moment, also in a signal handler or a destructor: ring a bell, send a hint,
+keep an account.
 
 A lock would not do. Python runs signal handlers in the main thread, between two bytecodes and inside of some
 C functions (zmq's send is one), also while that thread holds a lock; a handler that then waits for the
 runtime waits for threads that want the lock. So nothing is locked here: what may not be cut in two runs under
 the GIL without bytecode in between, and what another thread is busy with is left to it.
 """
-from collections import deque
+from collections import OrderedDict, deque
 
 from cpython.exc cimport PyErr_SetFromErrno
 from cpython.pythread cimport PyThread_get_thread_ident
@@ -112,3 +113,39 @@ def replaced(dict table, key, old, new):
         return False
     table[key] = new
     return True
+
+
+cdef class Recent:
+    """What was put here last, by key: so many things, of so many bytes altogether, but the
+    last one in any case.
+
+    Thread-safety: any thread, also in a signal handler. No bytecode runs between a thing's coming or going
+    and its entry in the account, so whatever strikes, Ctrl-C included, the account is right.
+    """
+    cdef readonly object things     # OrderedDict: key -> (thing, bytes), the least recently used first
+    cdef readonly Py_ssize_t nbytes  # of all things
+    cdef Py_ssize_t most
+    cdef Py_ssize_t limit           # bytes
+
+    def __init__(self, Py_ssize_t most, Py_ssize_t limit):
+        self.things = OrderedDict()
+        self.most = most
+        self.limit = limit
+
+    def find(self, key):
+        """The thing, which is now the one that was used last; None: it is not there."""
+        entry = self.things.get(key)
+        if entry is None:
+            return None
+        self.things.move_to_end(key)
+        return (<tuple>entry)[0]
+
+    def keep(self, key, thing, Py_ssize_t nbytes):
+        """Put it here, unless there is one of this key. The one that is there."""
+        cdef tuple entry = (thing, nbytes)
+        cdef tuple kept = self.things.setdefault(key, entry)
+        if kept is entry:
+            self.nbytes += nbytes
+            while len(self.things) > 1 and (len(self.things) > self.most or self.nbytes > self.limit):
+                self.nbytes -= (<tuple>(<tuple>self.things.popitem(False))[1])[1]
+        return kept[0]

@@ -19,12 +19,12 @@
     _dispatch  Dispatcher                            the door to the four above
     _submit    Submitter                             the short way of submit
     _stacks    next_question                         how a worker hears that its stacks are wanted
-    _bell      Bell, Outlet, replaced                what any thread may do, without a lock
+    _bell      Bell, Outlet, Recent, replaced        what any thread may do, without a lock
     _stdio     line_buffer_stdio, flush_stdio        what C keeps of a worker's output
     _stream    Stream                                the iterator of a map
 """
 
-from runtime._bell import Bell, Outlet, replaced
+from runtime._bell import Bell, Outlet, Recent, replaced
 from runtime._dispatch import CANCEL_DONE, CANCEL_KILLED, CANCEL_NO, Dispatcher
 from runtime._extent import Arena, HostBlock, in_region, note_losses
 from runtime._frame import BlockSlice, Frame, read_frame

@@ -10,7 +10,6 @@ whatever order the two arrive.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 import os
@@ -21,6 +20,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
+from runtime._core import Recent
 from runtime.byvalue import SHARED, Session, dumps_by_value, raise_if_inherited
 from runtime.guards import Guard, holds, watch
 from runtime.linking import Links, Record, load_logged, note_import, relink
@@ -61,8 +61,7 @@ class FunctionTable:
         # followed: if the name gives this very object, the entry is about it.
         self.plain: dict[int, tuple[FunctionRef, str, str]] = {}
         self._entries: dict[int, _Entry] = {}
-        self._by_digest: OrderedDict[bytes, FunctionRef] = OrderedDict()
-        self._size, self._limit, self._held = size, nbytes, 0
+        self._by_digest = Recent(size, nbytes)
 
     def ref(self, fn: Callable[..., Any]) -> FunctionRef:
         """The reference for any callable; bound methods, partials and instances are pickled whole.
@@ -127,22 +126,13 @@ class FunctionTable:
     def _intern(
         self, digest: bytes, make: Callable[[], bytes], by_value: bool, module: str, name: str
     ) -> FunctionRef:
-        # Each step is atomic by itself, so no lock: a signal handler may come in, or another thread.
-        ref = self._by_digest.get(digest)
+        ref: FunctionRef | None = self._by_digest.find(digest)
         if ref is not None:
-            with contextlib.suppress(KeyError):  # it was dropped meanwhile
-                self._by_digest.move_to_end(digest)
             return ref
         data = make()
-        nbytes = len(data)
         fresh = FunctionRef(next(_ref_ids), data, by_value, module, name)
-        ref = self._by_digest.setdefault(digest, fresh)
-        if ref is fresh:
-            self._held += nbytes
-        while len(self._by_digest) > self._size or (self._held > self._limit and len(self._by_digest) > 1):
-            nbytes = len(self._by_digest.popitem(last=False)[1].data)
-            self._held -= nbytes
-        return ref
+        kept: FunctionRef = self._by_digest.keep(digest, fresh, len(data))
+        return kept
 
 
 class _Entry:
