@@ -75,9 +75,13 @@ cdef class Outlet:
         self.left = deque()
 
     def send(self, message):
-        """Send it, or leave it to the thread that is inside. False: it is closed. Raises: as the socket."""
+        """Send it, or leave it to the thread that is inside. False: it is closed. Raises: as the socket, but
+        for this message alone; and what a signal handler raises. One that was left and fails is lost.
+        """
         cdef unsigned long me = PyThread_get_thread_ident()
         cdef unsigned long outer = self.holder
+        cdef bint mine = True
+        cdef object failure = None
         if self.closed:
             return False
         if outer != 0 and outer != me:
@@ -85,13 +89,22 @@ cdef class Outlet:
             return True
         self.holder = me
         try:
-            self.push(self.socket, message, self.flags)
-            while self.left and not self.closed:
-                self.push(self.socket, self.left.popleft(), self.flags)
+            while True:
+                try:
+                    self.push(self.socket, message, self.flags)
+                except BaseException as error:      # it keeps nobody's message from being sent
+                    if failure is None and (mine or not isinstance(error, Exception)):
+                        failure = error
+                if not self.left or self.closed:
+                    break
+                mine = False
+                message = self.left.popleft()
         finally:
             self.holder = outer
             if outer == 0 and self.closed:
                 self.socket.close(0)
+        if failure is not None:
+            raise failure
         return True
 
     @property

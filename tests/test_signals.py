@@ -285,6 +285,36 @@ def test_an_outlet_has_one_thread_inside_and_nobody_waits() -> None:
     assert socket.closed and not outlet.send(b"late")
 
 
+@pytest.mark.parametrize(
+    ("fails", "error", "raised"),
+    [
+        (b"mine", BlockingIOError, True),
+        (b"left first", BlockingIOError, False),  # a hint: its sender has gone on
+        (b"left first", KeyboardInterrupt, True),  # this thread's, whatever it was about
+    ],
+)
+def test_a_message_that_fails_holds_up_no_other(
+    fails: bytes, error: type[BaseException], raised: bool
+) -> None:
+    sent: list[bytes] = []
+
+    def push(it: Socket, message: bytes, flags: int) -> None:
+        if message == b"mine":
+            for other in (b"left first", b"left next"):
+                thread = threading.Thread(target=outlet.send, args=(other,))
+                thread.start()
+                thread.join()
+        if message == fails:
+            raise error
+        sent.append(message)
+
+    outlet = _core.Outlet(push, Socket(), 0)
+    with pytest.raises(error) if raised else contextlib.nullcontext():
+        assert outlet.send(b"mine")
+    assert sent == [it for it in (b"mine", b"left first", b"left next") if it != fails]
+    assert not outlet.held
+
+
 def test_an_outlet_that_is_closed_while_somebody_is_inside() -> None:
     socket = Socket()
 
