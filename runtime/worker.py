@@ -182,12 +182,11 @@ class Worker:
 
     def warn_of_size(self) -> None:
         """A limit that is exceeded before the first task costs a process for each."""
-        limit = self.orders.max_rss
-        if limit is not None and (memory.unshared() or 0) > limit:
+        if self.max_rss is not None and (memory.unshared() or 0) > self.max_rss:
             with contextlib.suppress(RuntimeWarning):  # under -W error
-                warnings.warn(
-                    f"max_worker_rss is {limit} bytes, and workers have more before their first task, "
-                    f"so each is replaced after every task; raise it",
+                warnings.warn(  # the same text from every worker: so it is shown once
+                    f"max_worker_rss is {self.orders.max_rss} bytes, and workers have more, or over 90 % of "
+                    f"that, before their first task, so they are replaced after every task; raise it",
                     RuntimeWarning,
                     stacklevel=1,
                 )
