@@ -2,6 +2,10 @@
 """What a Future is made of, without its lock. See _future.pyx."""
 
 
+cdef class Waiters(list):
+    cdef list hold(self)
+
+
 cdef class Promise:
     cdef public object _state       # as in concurrent.futures: PENDING, RUNNING, CANCELLED, ..., FINISHED
     cdef public object _result
@@ -11,10 +15,9 @@ cdef class Promise:
     cdef public object retry_on     # exceptions to run it again on
     cdef public object reported     # (done, total, note) that the call reported last; None: nothing
     cdef object condition           # threading.Condition, from the first time that somebody asks for it
-    cdef object waiters             # list, from then on
+    cdef Waiters waiters            # from then on
     cdef object callbacks           # list, from then on
 
     cdef bint watched(self) noexcept
-    cdef bint waiters_are_free(self) except -1
     cdef bint fulfil(self, value)
     cdef object expected(self, timeout)

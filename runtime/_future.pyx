@@ -9,7 +9,7 @@ Why no lock is needed to make it: everything here runs under the GIL without byt
 either finds a condition (and then leaves the outcome to who may lock and notify) or sets the outcome before
 anybody has one; whoever makes it afterwards looks at the state under it first, as the stdlib does.
 """
-from threading import Condition
+from threading import Condition, RLock
 from time import monotonic
 
 from concurrent.futures._base import (
@@ -19,12 +19,61 @@ from concurrent.futures._base import (
     PENDING,
     RUNNING,
     Future as _Future,
+    _Waiter,
 )
 
 cdef object _pending = PENDING
 cdef object _running = RUNNING
 cdef object _finished = FINISHED
 cdef object _cancelled = (CANCELLED, CANCELLED_AND_NOTIFIED)
+cdef type _Reentrant = type(RLock())
+
+
+cdef class Waiters(list):
+    """Who waits for a future, in `concurrent.futures.wait` and `as_completed`.
+
+    The stdlib puts a waiter here before anybody else knows it. So its locks can be exchanged for re-entrant
+    ones: who tells it holds them first, as telling takes them, too.
+    """
+
+    def append(self, waiter):
+        if isinstance(waiter, _Waiter):
+            event = waiter.event
+            if hasattr(event, "_cond") and not reentrant(event._cond):
+                event._cond = Condition()
+            if hasattr(waiter, "lock") and not reentrant(waiter.lock):
+                waiter.lock = RLock()
+        list.append(self, waiter)
+
+    cdef list hold(self):
+        """Take every lock of theirs that telling them takes. None: another thread has one.
+
+        A waiter that is not the stdlib's may have one that is not re-entrant: that is tried only.
+        """
+        cdef list held = []
+        for waiter in self:
+            event = getattr(waiter, "event", None)
+            for lock in (getattr(waiter, "lock", None), getattr(event, "_cond", None)):
+                if lock is not None:
+                    if not lock.acquire(False):
+                        release(held)
+                        return None
+                    if reentrant(lock):
+                        held.append(lock)
+                    else:
+                        lock.release()
+        return held
+
+
+cdef bint reentrant(lock) except -1:
+    """Whether it is an RLock, or a Condition with one."""
+    return isinstance(getattr(lock, "_lock", lock), _Reentrant)
+
+
+cdef int release(list locks) except -1:
+    for lock in locks:
+        lock.release()
+    return 0
 
 
 cdef class Promise:
@@ -49,12 +98,12 @@ cdef class Promise:
     @property
     def _waiters(self):
         if self.waiters is None:
-            self.waiters = []
+            self.waiters = Waiters()
         return self.waiters
 
     @_waiters.setter
     def _waiters(self, waiters):
-        self.waiters = waiters
+        self.waiters = Waiters(waiters)
 
     @property
     def _done_callbacks(self):
@@ -92,20 +141,6 @@ cdef class Promise:
         if not self.fulfil(result):
             _Future.set_result(self, result)
 
-    cdef bint waiters_are_free(self) except -1:
-        """Whether nobody has a lock of a waiter: of `concurrent.futures.wait` and `as_completed`.
-
-        As far as can be told: their locks can be tried, but not held while they are told.
-        """
-        for waiter in self._waiters:
-            event = getattr(waiter, "event", None)
-            for lock in (getattr(waiter, "lock", None), getattr(event, "_cond", None)):
-                if lock is not None:
-                    if not lock.acquire(False):
-                        return False
-                    lock.release()
-        return True
-
     def conclude(self, ok, value):
         """For the collector: the outcome is a value (ok is True), an exception (False), or cancelled (None).
 
@@ -114,6 +149,7 @@ cdef class Promise:
         that waits for another call: the collector must not wait for him. Raises: what a callback does.
         """
         cdef bint fresh
+        cdef list held = []
         if ok and self.fulfil(value):
             return True
         condition = self._condition
@@ -121,8 +157,10 @@ cdef class Promise:
             return False
         try:
             fresh = not self.done()
-            if fresh and not self.waiters_are_free():
-                return False
+            if fresh and self.waiters is not None:
+                held = self.waiters.hold()
+                if held is None:
+                    return False
             if fresh:                               # as the stdlib's set_result and its kin
                 if ok:
                     self._result = value
@@ -138,6 +176,8 @@ cdef class Promise:
                     else:
                         waiter.add_exception(self)
         finally:
+            if held is not None:
+                release(held)
             condition.release()
         if fresh:
             self._invoke_callbacks()

@@ -171,6 +171,59 @@ def test_a_shutdown_while_a_future_is_locked(factory: Factory) -> None:
     until(lambda: "runtime-late" not in {it.name for it in threading.enumerate()}, "its thread has ended")
 
 
+@pytest.mark.parametrize("how", ["ALL_COMPLETED", "FIRST_COMPLETED", "_AS_COMPLETED"])
+def test_the_locks_of_a_waiter_are_held_while_it_is_told(how: str) -> None:
+    """A thread that took one in between would stop the collector, and may be in a handler that needs it."""
+    futures: list[Future[int]] = [Future(), Future()]
+    with futures[0]._condition, futures[1]._condition:
+        waiter = concurrent.futures._base._create_and_install_waiters(futures, how)  # type: ignore[attr-defined]
+    locks = [waiter.event._cond, *([waiter.lock] if hasattr(waiter, "lock") else [])]
+    found: list[bool] = []
+
+    def come_in() -> None:
+        for lock in locks:
+            found.append(lock.acquire(blocking=False))
+            if found[-1]:
+                lock.release()
+
+    class Told(threading.Condition):
+        def notify_all(self) -> None:
+            thread = threading.Thread(target=come_in)
+            thread.start()
+            thread.join()
+            super().notify_all()
+
+    futures[0]._condition = Told()
+    assert futures[0].conclude(True, 1) and futures[1].conclude(False, ValueError())
+    assert found == [False] * len(locks)
+    come_in()
+    assert found[len(locks) :] == [True] * len(locks)
+    assert waiter.finished_futures == futures and waiter.event.is_set()
+
+
+@pytest.mark.parametrize("which", ["event", "lock"])
+def test_a_waiter_whose_lock_is_taken_is_told_later(which: str) -> None:
+    future: Future[int] = Future()
+    with future._condition:
+        waiter = concurrent.futures._base._create_and_install_waiters(  # type: ignore[attr-defined]
+            [future], "_AS_COMPLETED"
+        )
+    taken, go = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with waiter.lock if which == "lock" else waiter.event._cond:
+            taken.set()
+            go.wait(PATIENCE)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert taken.wait(PATIENCE)
+    assert not future.conclude(False, ValueError()) and not future.done()
+    go.set()
+    thread.join()
+    assert future.conclude(False, ValueError()) and waiter.finished_futures == [future]
+
+
 def test_many_futures_are_locked_at_the_end(factory: Factory) -> None:
     """One thread stays for all of them."""
     rt = factory(1)
