@@ -185,7 +185,8 @@ cdef class Promise:
 
     def result(self, timeout=None):
         """The outcome, when it is there. Raises: what the call raised; CancelledError; TimeoutError after
-        `timeout` seconds.
+        `timeout` seconds; RuntimeError at once, whatever the timeout, where there is something to wait for
+        and waiting would be in vain: in a destructor that runs in the middle of the runtime's own work.
         """
         if self._state is _finished and self._exception is None:
             return self._result
@@ -202,7 +203,7 @@ cdef class Promise:
 
     cdef object expected(self, timeout):
         """Let the thread look for the outcome by itself. What is left of its timeout then."""
-        if self._task is None or (timeout is not None and timeout <= 0):
+        if self._task is None or self.done() or (timeout is not None and timeout <= 0):
             return timeout
         if timeout is None:
             self._core.expect(self, None)

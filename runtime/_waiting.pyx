@@ -121,6 +121,9 @@ cdef class Waiting(Slots):
     def must_not_wait(self):
         """Raises: RuntimeError when this thread is in the middle of the bookkeeping, which nobody else can
         finish: in a destructor that ran there, or in a signal handler that ran in that.
+
+        For a wait with a timeout, too, as Thread.join of the thread itself: it would hold up the whole
+        runtime for that time, and what it is for could not come; a loop of such waits would never end.
         """
         if self.busy and self.inside == PyThread_get_thread_ident():
             raise RuntimeError(

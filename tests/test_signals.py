@@ -303,6 +303,37 @@ def test_a_destructor_in_the_middle_of_the_bookkeeping(factory: Factory) -> None
     assert rt.submit(abs, -4).result(PATIENCE) == 4
 
 
+def test_what_a_destructor_in_there_may_ask(factory: Factory) -> None:
+    """Whatever need not be waited for; a wait is refused at once, also one with a timeout."""
+    rt = factory(1)
+    called, go = threading.Event(), threading.Event()
+
+    def call_back(_: object) -> None:
+        called.set()
+        go.wait(PATIENCE)
+
+    done, failed = rt.submit(abs, -1), rt.submit(evil.misbehave, "raise")
+    assert done.result(PATIENCE) == 1
+    failed.add_done_callback(call_back)  # the collector stays in there: this thread takes results in
+    assert called.wait(PATIENCE)
+    told: list[object] = []
+
+    def forgotten() -> None:
+        never = rt.submit(abs, -2)
+        for future, timeout in ((done, 5), (failed, 5), (failed, None), (never, 0), (never, 5)):
+            try:
+                told.append(future.result(timeout))
+            except BaseException as error:
+                told.append(type(error))
+
+    weakref.finalize(rt.submit(abs, -3), forgotten)
+    until(
+        lambda: rt.submit(abs, -4).result(PATIENCE) == 4 and told, "it was dropped where its result came in"
+    )
+    go.set()
+    assert told == [1, evil.Refused, evil.Refused, TimeoutError, RuntimeError]
+
+
 # ---- what goes without a lock ------------------------------------------------------------------------
 
 
