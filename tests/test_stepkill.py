@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from runtime import _extent, _slab  # type: ignore[attr-defined]
-from tools.stepkill import engine, primitives, report, trace
+from tools.stepkill import cli, engine, primitives, report, trace
 from tools.stepkill.extents import HeapWorld
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -124,6 +124,55 @@ def test_the_end_of_a_process_is_told(capfd: pytest.CaptureFixture[str]) -> None
 
     assert trace.Stepper(fail, ()).finish() == 1
     assert "as it should" in capfd.readouterr().err
+
+
+@pytest.fixture
+def asleep(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], object]]:
+    """Sleeps for ever, in a process that has the alarm's signal blocked."""
+    monkeypatch.setattr(trace, "PATIENCE", 1)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
+    reading, writing = os.pipe()
+    yield lambda: os.read(reading, 1)
+    os.close(reading)
+    os.close(writing)
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+READ = 0  # the number of the system call
+
+
+def test_a_child_that_sleeps_is_given_up(machine: Machine, asleep: Callable[[], object]) -> None:
+    def run() -> None:
+        machine.call(machine.where, 1)
+        asleep()
+
+    stepper = trace.Stepper(run, machine.text())
+    stepper.enter([machine.at])
+    last = machine.at + len(LOOP) - 1
+    told = rf"no end after 1 s: asleep in system call {READ} at 0x\w+, after the instruction at {last:#x}"
+    with pytest.raises(trace.Strayed, match=told):
+        list(stepper.steps())
+    assert stepper.status == -signal.SIGKILL
+
+
+def test_a_child_that_runs_on_is_given_up(machine: Machine, asleep: Callable[[], object]) -> None:
+    stepper = trace.Stepper(lambda: machine.call(machine.where, -1), ())
+    with pytest.raises(trace.Strayed, match="no end after 1 s: running at 0x"):
+        stepper.finish()
+
+
+def test_a_child_that_sleeps_before_it_can_be_stepped(asleep: Callable[[], object]) -> None:
+    with pytest.raises(trace.Strayed, match="not prepared after 1 s"):
+        trace.Stepper(lambda: None, (), asleep)
+
+
+@pytest.mark.usefixtures("lossy")
+def test_the_primitive_of_a_child_that_sleeps_is_named(
+    monkeypatch: pytest.MonkeyPatch, asleep: Callable[[], object]
+) -> None:
+    monkeypatch.setattr(HeapWorld, "free", lambda self: asleep())
+    with pytest.raises(trace.Strayed, match=r"extent free, .+: no end after 1 s: asleep in system call"):
+        cli.measure("extent free", "1", engine.SHARE)
 
 
 def test_another_machine_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,7 +57,12 @@ def measure(name: str, seed: str, share: int) -> report.Line:
     table = (wrong.primitive(),) if name == wrong.NAME else primitives.PRIMITIVES
     primitive = next(p for p in table if p.name == name)
     started = time.monotonic()
-    parts = [(s.name, engine.run(s, primitive.modules(), seed, share)) for s in primitive.scenarios]
+    parts = []
+    for scenario in primitive.scenarios:
+        try:
+            parts.append((scenario.name, engine.run(scenario, primitive.modules(), seed, share)))
+        except trace.Strayed as error:
+            raise trace.Strayed(f"{name}, {scenario.name}: {error}") from None
     return report.line(primitive, parts, time.monotonic() - started)
 
 

@@ -175,7 +175,7 @@ def step_through(scenario: Scenario, modules: Sequence[Shipped]) -> Course:
             memory, last, case = world.memory, b"", -1
             for address in stepper.steps():
                 if len(course.addresses) == ENDLESS:
-                    raise Strayed(f"{scenario.name}: it does not end")
+                    raise Strayed("it does not end")
                 now = memory[:]
                 if now != last:
                     last, case = now, course.case(now)
@@ -188,13 +188,13 @@ def step_through(scenario: Scenario, modules: Sequence[Shipped]) -> Course:
                     last = b""
             course.case(memory[:])  # it may be killed after the last of them, too
             if stepper.finish() != 0:
-                raise Strayed(f"{scenario.name}: exit code {stepper.status}")
+                raise Strayed(f"exit code {stepper.status}")
         finally:
             stepper.kill()
     finally:
         world.close()
     if len(course.meddled) != len(scenario.meddling):
-        raise Strayed(f"{scenario.name}: a moment to meddle did not come")
+        raise Strayed("a moment to meddle did not come")
     return course
 
 

@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 TRACEME, PEEKUSER, POKEUSER, CONT, SINGLESTEP, SETOPTIONS = 0, 3, 6, 7, 9, 0x4200
 EXITKILL = 0x100000
-RIP, RSP = 16 * 8, 19 * 8  # struct user_regs_struct of x86-64
+ORIG_RAX, RIP, RSP = 15 * 8, 16 * 8, 19 * 8  # struct user_regs_struct of x86-64
 BREAK = b"\xcc"
 RETURNS = (b"\xc3", b"\xc2", b"\xf3\xc3", b"\xf2\xc3")  # ret, with the prefixes that compilers put before it
 
@@ -84,11 +84,14 @@ class Stepper:
         self.text = tuple(text)
         self.original: dict[int, bytes] = {}  # breakpoints that are in place: what was there
         self.status: int | None = None  # the exit status, once the child has ended
+        self.last = 0  # the instruction of the text that was stepped last; 0: none
         sys.stdout.flush()
         self.pid = os.fork()
         if self.pid == 0:
             self._child(run, prepare)
         self._wait()
+        if self.status == -signal.SIGALRM:
+            raise Strayed(f"not prepared after {PATIENCE} s")
         if self.status is not None:
             raise Refused("ptrace is not allowed here (seccomp, or a container's profile)")
         try:
@@ -104,8 +107,10 @@ class Stepper:
         code = 1
         try:
             gc.disable()  # or it would come in at another moment each time
+            # The watchdog: its parent sees it come, whatever the child sleeps in, and however that waits.
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
-            signal.alarm(PATIENCE)  # its parent sees it come
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
+            signal.alarm(PATIENCE)
             prepare()
             ptrace(TRACEME, 0)
             os.kill(os.getpid(), signal.SIGSTOP)
@@ -133,10 +138,18 @@ class Stepper:
         ptrace(request, self.pid)
         stopped = self._wait()
         if stopped not in (0, signal.SIGTRAP):
-            where = self.address()
+            what = f"{signal.Signals(stopped).name} at {self.address():#x}"
+            if stopped == signal.SIGALRM:
+                what = f"no end after {PATIENCE} s: {self._whereabouts()}"
             self.kill()
-            raise Strayed(f"{signal.Signals(stopped).name} at {where:#x}")
+            raise Strayed(what)
         return stopped != 0
+
+    def _whereabouts(self) -> str:
+        """What a child that hangs is doing."""
+        call = ptrace(PEEKUSER, self.pid, ORIG_RAX)
+        doing = f"asleep in system call {call}" if call >= 0 else "running"
+        return f"{doing} at {self.address():#x}, after the instruction at {self.last:#x}"
 
     def address(self) -> int:
         """The instruction that comes next."""
@@ -191,10 +204,11 @@ class Stepper:
             here = self.address()
             while self.inside(here):
                 yield here
+                self.last = here
                 if not self.step():
                     return
-                before, here = here, self.address()
-            self._expect_back(before)
+                here = self.address()
+            self._expect_back(self.last)
 
     def _expect_back(self, last: int) -> None:
         """The text was left, at its instruction `last`: by a call, which comes back, or by a return."""
