@@ -8,6 +8,8 @@ lacking a warning says so.
 from __future__ import annotations
 
 import contextlib
+import errno
+import functools
 import json
 import os
 import shutil
@@ -16,7 +18,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from watching import environment
+from watching import environment, until
 
 from runtime import limits
 
@@ -49,9 +51,20 @@ def group():
             (path / ("memory.max" if version == 2 else "memory.limit_in_bytes")).write_text(str(LIMIT))
             yield path / "cgroup.procs"
         finally:
-            path.rmdir()
+            until(functools.partial(removed, path), f"the last process has left {path}")
         return
     raise OSError("there is no memory cgroup")
+
+
+def removed(path):
+    """Whether a cgroup could be removed. For a moment after its last process was waited for it is busy."""
+    try:
+        path.rmdir()
+    except OSError as error:
+        if error.errno != errno.EBUSY:
+            raise
+        return False
+    return True
 
 
 def places():
@@ -77,6 +90,21 @@ def places():
 def in_group(seed):
     with group() as procs:
         return hoard("cgroup", seed, start=lambda: procs.write_text(str(os.getpid())))
+
+
+def test_a_group_that_is_busy_for_a_moment(monkeypatch, tmp_path):
+    refusals = [errno.EBUSY] * 3
+
+    def rmdir(path):
+        if refusals:
+            raise OSError(refusals.pop(), "Device or resource busy")
+        shutil.rmtree(path)
+
+    monkeypatch.setattr(limits, "memory_groups", lambda root: [(2, tmp_path)])
+    monkeypatch.setattr(Path, "rmdir", rmdir)
+    with group() as procs:
+        assert procs.parent.is_dir()
+    assert not refusals and not list(tmp_path.iterdir())
 
 
 def test_full_memory_is_an_exception(tally):
