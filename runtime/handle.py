@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import contextlib
 import errno
 import fcntl
@@ -90,9 +91,7 @@ class Zygote:
         found: list[Report] = []
         while True:
             try:
-                data, fds, _, _ = socket.recv_fds(
-                    self.socket, REPORT_BYTES, 1 + HostEnds.COUNT, socket.MSG_CMSG_CLOEXEC
-                )
+                data, fds = _receive(self.socket, 1 + HostEnds.COUNT)
             except BlockingIOError:
                 return found
             except ConnectionResetError:  # it died with orders unread; what it had reported comes next
@@ -106,7 +105,7 @@ class Zygote:
                 fields = decode_report(data)
             except WireError:
                 continue
-            found.append(Report(fields["what"], fields, list(fds)))
+            found.append(Report(fields["what"], fields, fds))
 
     def stack(self) -> str:
         """The Python stack that a slow import left."""
@@ -160,30 +159,52 @@ class Heir:
             return int(decode_report(data).get("pid", 0))
         return 0
 
-    def meet(self, patience: float) -> Zygote | None:
-        """Its handle, as soon as it says that it is there; so many seconds at most. None: it never was.
+    def meet(self) -> Zygote | None:
+        """Its handle, once it has said that it is there; what this owned is the handle's from then on.
 
-        To be called once; what this owned is the handle's from then on.
+        None: it has not yet. Raises: EOFError when it never will, and this is closed.
         """
-        self._connection.settimeout(patience)
         fds: list[int] = []
         try:
-            data, fds, _, _ = socket.recv_fds(self._connection, REPORT_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
+            data, fds = _receive(self._connection, 1)
             fields = decode_report(data) if data and fds else {}
+        except BlockingIOError:
+            return None
         except (OSError, WireError):
             fields = {}
         if fields.get("what") == "here":
             return Zygote(self._connection, fields["pid"], fds[0], self._stack_fd, Ending(fds[0]))
+        self._forget(fds)
+        raise EOFError("there is no heir")
+
+    def close(self, patience: float) -> None:
+        """End it, if it is there. Blocking: for so many seconds, if it says nothing; it ends when it does."""
+        select.select([self._connection], [], [], patience)
+        with contextlib.suppress(EOFError):
+            zygote = self.meet()
+            if zygote is not None:
+                zygote.close(0.0)
+            else:
+                self._forget([])
+
+    def _forget(self, fds: list[int]) -> None:
         for fd in (*fds, self._stack_fd):
             os.close(fd)
         self._connection.close()
-        return None
 
-    def close(self, patience: float) -> None:
-        """End it, if it is there. Blocking: for so many seconds, if it says nothing."""
-        zygote = self.meet(patience)
-        if zygote is not None:
-            zygote.close(0.0)
+
+def _receive(connection: socket.socket, most: int) -> tuple[bytes, list[int]]:
+    """A report, without waiting, and at most so many descriptors, which no program that is started inherits.
+
+    socket.recv_fds leaves its flags out in CPython 3.11. Raises: BlockingIOError when there is none; OSError.
+    """
+    flags = socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
+    fds = array.array("i")
+    data, ancillary, _, _ = connection.recvmsg(REPORT_BYTES, socket.CMSG_LEN(most * fds.itemsize), flags)
+    for level, kind, rights in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            fds.frombytes(rights[: len(rights) // fds.itemsize * fds.itemsize])
+    return data, list(fds)
 
 
 def exec_zygote(settings: dict[str, Any], arena: _core.Arena, environment: dict[str, str]) -> Zygote:

@@ -27,6 +27,7 @@ __all__ = ["Zygotes"]
 
 _ORPHAN_WAIT = 1.0  # seconds for a worker to see that it lost its zygote before it was ready
 _HEIR_WAIT = 5.0  # seconds for an heir whose fork is under way to say that it is there
+_HEIR_LOOK = 0.005  # seconds between two looks whether it has
 _SLOW_START = 10.0  # seconds until the first warning about a slow start
 _SLOW_AGAIN = 60.0  # seconds between the further ones
 
@@ -50,6 +51,7 @@ class Zygotes(Lives):
         self._zygote_failures = 0
         self._zygote_at = 0.0  # monotonic time of the next attempt to start one
         self._heir: Heir | None = None  # of a zygote that was forked from the host
+        self._heir_by = 0.0  # monotonic time by which it must have said that it is there; 0: it is not needed
         self._warn_at = time.monotonic() + _SLOW_START
 
     def _zygote_is_there(self) -> bool:
@@ -161,9 +163,22 @@ class Zygotes(Lives):
         self._heir = heir
 
     def _take_heir(self) -> bool:
-        """The zygote that was forked is gone, and cannot be forked again: its heir leads now."""
-        way, self._heir = self._heir, None
-        heir = way.meet(_HEIR_WAIT) if way is not None else None
+        """The zygote that was forked is gone, and cannot be forked again: its heir leads now.
+
+        False: it has not said yet that it is there, and is looked for again soon; or there is none.
+        """
+        now = time.monotonic()
+        self._heir_by = self._heir_by or now + _HEIR_WAIT
+        heir = None
+        if self._heir is not None:
+            with contextlib.suppress(EOFError):
+                heir = self._heir.meet()
+                if heir is None and now < self._heir_by:
+                    self._zygote_at = now + _HEIR_LOOK
+                    return False
+                if heir is None:
+                    self._heir.close(0.0)
+            self._heir = None
         if heir is None:
             self.fail(
                 BrokenRuntime(
@@ -173,6 +188,7 @@ class Zygotes(Lives):
                 )
             )
             return False
+        self._heir_by = 0.0
         settings = self._zygote_settings
         heir.order("lead", preload=settings["preload"], imports=settings["imports"])
         self._zygote = heir

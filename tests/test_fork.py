@@ -488,6 +488,37 @@ def test_a_zygote_that_is_killed_as_it_forks_its_heir(tmp_path: Path) -> None:
         one.gone()
 
 
+def test_an_heir_that_is_stopped_before_it_has_said_a_word() -> None:
+    """Nobody waits for it: what happens meanwhile is acted on."""
+    code = """if True:
+        import os, signal
+        import evil, runtime
+        from runtime import zygote, zygotes
+        from watching import all_ready, stopped, until
+        zygotes._HEIR_WAIT = 100.0
+        def stop(self, what, fds=(), **fields):
+            if what == "here":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            report(self, what, fds, **fields)
+        report, zygote._Process.report = zygote._Process.report, stop
+        rt = runtime.Runtime(2, start_method="fork")
+        all_ready(rt)
+        pid = rt._core._zygote.pid
+        def spare():
+            children = [int(p) for p in open(f"/proc/{pid}/task/{pid}/children").read().split()]
+            return next((pid for pid in children if stopped(pid)), 0)
+        heir = until(spare, "there is an heir")
+        until(lambda: rt._core._heir is not None, "the host knows the way to it")
+        os.kill(pid, signal.SIGKILL)
+        until(lambda: rt._core._zygote is None, "the zygote is missed")
+        print(type(rt.submit(evil.misbehave, "os._exit").exception(20.0)).__name__, stopped(heir))
+        os.kill(heir, signal.SIGCONT)
+        print(rt.submit(evil.square, 3).result(20.0))
+        rt.shutdown()
+    """
+    assert output(code) == ["WorkerDied True", "9"]
+
+
 def test_a_dead_heir_is_replaced() -> None:
     with host(LED) as one:
         zygote, *_ = one.pids()

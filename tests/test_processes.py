@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import gc
 import itertools
 import os
@@ -471,6 +472,17 @@ KINDS = {
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_start_from_every_kind_of_host(kind):
     hosts.result(run(["-c", hosts.text(KINDS[kind])]))
+
+
+def test_a_program_that_the_host_starts_inherits_nothing_of_ours(runtime_factory):
+    before = set(os.listdir("/proc/self/fd"))
+    all_ready(runtime_factory(2))
+    inherited = {}
+    for fd in set(os.listdir("/proc/self/fd")) - before:
+        with contextlib.suppress(OSError):  # it was closed meanwhile
+            if os.get_inheritable(int(fd)):
+                inherited[fd] = os.readlink(f"/proc/self/fd/{fd}")
+    assert inherited == {}
 
 
 def test_start_within_an_asyncio_loop():
