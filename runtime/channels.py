@@ -13,12 +13,23 @@ is the end of each stream, unless a child of a task lives on. The host bounds th
 from __future__ import annotations
 
 import os
+import select
 import socket
 import threading
 
 from runtime import _core
 
-__all__ = ["Channels", "HostEnds"]
+__all__ = ["Channels", "HostEnds", "readable"]
+
+
+def readable(fd: int, seconds: float | None) -> bool:
+    """Whether there is something to read, or an end; of a pidfd: whether the process has ended.
+
+    Blocking: so many seconds at most; None: until it is so. Unlike select(), for descriptors over 1023 too.
+    """
+    poller = select.poll()
+    poller.register(fd, select.POLLIN)
+    return bool(poller.poll(None if seconds is None else seconds * 1000))
 
 
 class Channels:

@@ -8,7 +8,6 @@ import errno
 import fcntl
 import os
 import pickle
-import select
 import signal
 import socket
 import sys
@@ -16,7 +15,7 @@ from collections import deque
 from typing import Any, NamedTuple, Protocol
 
 from runtime import _core
-from runtime.channels import HostEnds
+from runtime.channels import HostEnds, readable
 from runtime.wire import REPORT_BYTES, WireError, decode_report, encode_report
 
 __all__ = ["Ending", "Heir", "Report", "Zygote", "exec_zygote"]
@@ -47,7 +46,7 @@ class Ending:
 
     def wait(self) -> int | None:
         """Until it has ended. Its exit code; None: unknown."""
-        select.select([self._pidfd], [], [])
+        readable(self._pidfd, None)
         with contextlib.suppress(ChildProcessError):
             found = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED)
             assert found is not None
@@ -136,7 +135,7 @@ class Zygote:
     def close(self, patience: float) -> None:
         """Ask it to quit, wait, and kill it when it has not gone after `patience` seconds."""
         self.order("quit")
-        if not select.select([self.pidfd], [], [], patience)[0]:
+        if not readable(self.pidfd, patience):
             self.kill()
         self.wait()
         self.socket.close()
@@ -179,7 +178,7 @@ class Heir:
 
     def close(self, patience: float) -> None:
         """End it, if it is there. Blocking: for so many seconds, if it says nothing; it ends when it does."""
-        select.select([self._connection], [], [], patience)
+        readable(self._connection.fileno(), patience)
         with contextlib.suppress(EOFError):
             zygote = self.meet()
             if zygote is not None:

@@ -26,6 +26,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from runtime import _core
+from runtime.channels import readable
 from runtime.wire import REPORT_BYTES, decode_report
 
 __all__ = ["Heirs"]
@@ -120,7 +121,7 @@ class Heirs(abc.ABC):
             self.poller.register(self.host_pidfd, select.POLLIN)
             while True:
                 self.poller.poll()
-                if select.select([self.host_pidfd], [], [], 0)[0]:
+                if readable(self.host_pidfd, 0):
                     self.leave()
                 data = self.connection.recv(REPORT_BYTES)
                 order = decode_report(data) if data else {"what": "quit"}

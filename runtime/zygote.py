@@ -37,7 +37,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from runtime import _core, forwarding, serializer, worker
-from runtime.channels import Channels
+from runtime.channels import Channels, readable
 from runtime.children import children_of
 from runtime.handle import Ending, Zygote
 from runtime.heirs import Heirs
@@ -282,7 +282,7 @@ class _Process(Heirs):
         When the host is killed, its end of the connection is closed a moment before its pidfd says so.
         """
         _core.kill_descendants()
-        if select.select([self.host_pidfd], [], [], 0 if self.quitting else _HOST_END)[0]:
+        if readable(self.host_pidfd, 0 if self.quitting else _HOST_END):
             folder = self.settings["folder"]
             with contextlib.suppress(OSError):
                 for name in os.listdir(folder):

@@ -485,6 +485,22 @@ def test_a_program_that_the_host_starts_inherits_nothing_of_ours(runtime_factory
     assert inherited == {}
 
 
+@pytest.mark.parametrize("method", ["exec", "fork"])
+def test_a_host_that_has_a_thousand_files_open(method):
+    """The runtime's descriptors have higher numbers than select() knows."""
+    code = """if True:
+        import os, resource, sys
+        import runtime
+        resource.setrlimit(resource.RLIMIT_NOFILE, (4096, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+        files = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+        with runtime.Runtime(1, start_method=sys.argv[1]) as rt:
+            print(rt.submit(abs, -1).result())
+        print("end")
+    """
+    done = run(["-c", code, method])
+    assert (done.stdout.split(), done.stderr) == (["1", "end"], "")
+
+
 def test_start_within_an_asyncio_loop():
     code = """if True:
         import asyncio, evil, runtime
