@@ -104,10 +104,11 @@ def _encode(obj: object, freeze: bool, mode: str, locate=None) -> Payload:
     buffers = tuple([frozen(view) for view in taken]) if freeze else tuple(taken)
     return Payload(data, buffers, tuple(taken.readonly))
 
+
 def frozen(view):
     from runtime import _core
-    return view if isinstance(view, _core.BlockSlice) else memoryview(bytes(view))
 
+    return view if isinstance(view, _core.BlockSlice) else memoryview(bytes(view))
 
 
 def _carried(*_: object) -> None:

@@ -216,7 +216,7 @@ class Supervisor(Zygotes):
             while not self._drained or self._slots:
                 self._respawn()
                 ready = self._wait()
-                self._listen()
+                self._listen(ready)
                 self._reap(ready)
                 self._follow_phases()
                 self._resolve_killed()
@@ -240,6 +240,7 @@ class Supervisor(Zygotes):
             poller.register(
                 self._zygote.socket, select.POLLIN | (select.POLLOUT if self._zygote.unsent else 0)
             )
+            poller.register(self._zygote.pidfd, select.POLLIN)
         for worker in self._slots.values():
             if worker.pidfd >= 0 and not worker.died:
                 poller.register(worker.pidfd, select.POLLIN)

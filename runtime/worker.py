@@ -80,7 +80,18 @@ class Context:
     as long as the worker. log: a logger named after the worker.
     """
 
-    __slots__ = ("_report", "_take", "attempt", "generation", "local", "log", "number", "slot", "task", "thread")
+    __slots__ = (
+        "_report",
+        "_take",
+        "attempt",
+        "generation",
+        "local",
+        "log",
+        "number",
+        "slot",
+        "task",
+        "thread",
+    )
 
     def __init__(self, orders: Orders) -> None:
         self.number = orders.number

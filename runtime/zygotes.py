@@ -72,8 +72,8 @@ class Zygotes(Lives):
             return False
         return True
 
-    def _listen(self) -> None:
-        """Act on what the zygote reports."""
+    def _listen(self, ready: set[int]) -> None:
+        """Act on what the zygote reports, and on its end: a child of its may hold the connection open."""
         zygote = self._zygote
         for report in zygote.reports() if zygote is not None else ():
             assert zygote is not None
@@ -104,6 +104,8 @@ class Zygotes(Lives):
                 self._preload_failed(report.fields)
             elif report.what == "":
                 self._zygote_died(zygote)
+        if zygote is not None and zygote is self._zygote and zygote.pidfd in ready:
+            self._zygote_died(zygote)
 
     def _import_in_workers(self, module: str) -> None:
         """A fork would leave a module's threads behind, so each worker imports it for itself."""

@@ -213,6 +213,36 @@ def test_a_killed_zygote_is_replaced_and_nobody_notices(runtime_factory, tmp_pat
     settled(rt)
 
 
+def test_a_killed_zygote_whose_child_holds_its_connection(runtime_factory, tmp_path, monkeypatch):
+    """Its end is known from its pidfd, not from the end of the connection."""
+    path = tmp_path / "child"
+    text = (
+        "import os, signal\n"
+        "pid = os.fork()\n"
+        "if pid == 0:\n"
+        "    while True:\n"
+        "        signal.pause()\n"
+        f"open({str(path)!r}, 'w').write(str(pid))\n"
+    )
+    name = slow_module(tmp_path, monkeypatch, "forking_preload", text)
+    rt = runtime_factory(1, preload=name)
+    all_ready(rt)
+    child = int(path.read_text())
+    try:
+        before = rt.workers()[0].pid
+        send(rt._core._zygote.pid, signal.SIGKILL)
+        until(lambda: all_ready(rt) and rt.workers()[0].pid != before, "the worker was replaced")
+        assert rt.submit(abs, -1).result() == 1
+        last = int(path.read_text())
+    finally:
+        for pid in {child, int(path.read_text())}:
+            if alive(pid):
+                send(pid, signal.SIGKILL)
+    until(lambda: not alive(child), "the child is gone")
+    rt.shutdown()
+    until(lambda: not alive(last), "so is the other one")
+
+
 def test_zygotes_killed_again_and_again_under_load(rt):
     all_ready(rt)
     futures = [rt.submit(time.sleep, 0.002) for _ in range(500)]
