@@ -97,17 +97,15 @@ cdef class _Window:
     """A part of a region that a memoryview shows. The region stays mapped while one is alive."""
     cdef SharedRegion region
     cdef size_t offset, length
+    cdef bint held
 
     def __getbuffer__(self, Py_buffer *buffer, int flags):
-        self.region.hold()
-        try:
-            PyBuffer_FillInfo(buffer, self, self.region.base + self.offset, <Py_ssize_t>self.length, 0, flags)
-        except BaseException:
-            self.region.drop()
-            raise
+        PyBuffer_FillInfo(buffer, self, self.region.base + self.offset, <Py_ssize_t>self.length, 0, flags)
 
-    def __releasebuffer__(self, Py_buffer *buffer):
-        self.region.drop()
+    def __dealloc__(self):
+        # Not when an export ends: numpy keeps what it finds behind a memoryview, not the memoryview.
+        if self.held:
+            self.region.drop()
 
 
 # ---- the region ------------------------------------------------------------------------------------
@@ -355,6 +353,8 @@ cdef class SharedRegion:
         window.region = self
         window.offset = at
         window.length = n
+        self.hold()
+        window.held = True
         return memoryview(window)
 
     # ---- atomic words ----

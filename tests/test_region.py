@@ -173,6 +173,21 @@ def test_write_takes_any_contiguous_buffer(region: SharedRegion) -> None:
     assert region.read_at(8, 3) == b"abc"
 
 
+def test_what_numpy_sees_keeps_the_region() -> None:
+    """It drops the memoryview, and keeps what is behind it."""
+    numpy = pytest.importorskip("numpy")
+    region = SharedRegion.create(100)
+    array = numpy.ndarray(100, "u1", region.view(0, 100))
+    with pytest.raises(BufferError):
+        region.close()
+    array[:] = 7
+    assert region.read_at(0, 100) == b"\x07" * 100
+    del array
+    view = region.view(0, 10)
+    view.release()
+    region.close()
+
+
 def test_overlapping_copy_within_a_region(region: SharedRegion) -> None:
     region.write_at(0, bytes(range(10)))
     region.write_at(2, region.view(0, 10))
