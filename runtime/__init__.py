@@ -38,10 +38,12 @@ if TYPE_CHECKING:
     from runtime.figures import Stats, WorkerInfo
     from runtime.future import Future
     from runtime.lifecycle import WorkerStatus
+    from runtime.refs import Ref
 
 # The host's side, imported when it is asked for: a zygote and its workers start sooner without it.
 _HOST = {
     "Future": "future",
+    "Ref": "refs",
     "Runtime": "executor",
     "Stats": "figures",
     "WorkerInfo": "figures",
@@ -71,6 +73,7 @@ __all__ = [
     "KernelFailed",
     "LockTimeout",
     "MemoryPool",
+    "Ref",
     "RegionFull",
     "ReloadFailed",
     "RemoteError",

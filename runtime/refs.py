@@ -11,10 +11,8 @@ import pickle
 from collections.abc import Callable, Mapping
 from typing import Any, Generic, TypeVar
 
-from runtime import _core
-from runtime.arrays import register
+from runtime import _core, serializer
 from runtime.errors import StaleBlock
-from runtime.payload import Payload, loads
 
 __all__ = ["Ref", "load_ref", "resolve_with", "resolver", "stored"]
 
@@ -68,7 +66,7 @@ class Ref(Generic[T]):
         return "<Ref, released>" if block is None else f"<Ref of {block.nbytes} bytes>"
 
 
-def stored(payload: Payload, take: Callable[[int], _core.HostBlock]) -> _core.HostBlock:
+def stored(payload: serializer.Payload, take: Callable[[int], _core.HostBlock]) -> _core.HostBlock:
     """A new block, frozen, that holds a payload. Raises: RegionFull, as `take`."""
     frame = _core.Frame([(_core.S_VALUE, payload.data, payload.buffers, payload.readonly)])
     block = take(frame.nbytes)
@@ -104,11 +102,11 @@ def resolver(blocks: Mapping[tuple[int, int], Any] | None) -> Resolve | None:
 
 def _read(exporter: Any, resolve: Resolve | None) -> Any:
     ((_, data, views, _, _),) = _core.read_frame(exporter, resolve)
-    return loads(data, views)
+    return serializer.loads(data, views)
 
 
 def _reduce(ref: Ref[Any]) -> Any:
     return load_ref, (pickle.PickleBuffer(ref._held()),)
 
 
-register(Ref, _reduce)
+serializer.register(Ref, _reduce)

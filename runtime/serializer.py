@@ -38,6 +38,7 @@ import types
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from runtime.arrays import register
 from runtime.byvalue import PORTABLE, RESULT, SHARED, dumps_by_value
 from runtime.errors import RemoteError
 from runtime.functions import CODE_TYPES, FunctionCache, FunctionRef, FunctionTable, name_of
@@ -62,6 +63,7 @@ __all__ = [
     "loads",
     "pack_call",
     "pack_function",
+    "register",
     "split_callable",
     "unpack_call",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import math
+import operator
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -81,8 +82,7 @@ def new_array(take: Callable[[int], Any], shape: Any, dtype: Any) -> numpy.ndarr
     kind = numpy.dtype(dtype)
     if kind.hasobject:
         raise ValueError(f"an array in shared memory cannot hold Python objects, as dtype {kind} does")
-    sizes = (shape,) if hasattr(shape, "__index__") else tuple(shape)
-    sizes = tuple(size.__index__() for size in sizes)
+    sizes = tuple(map(operator.index, (shape,) if hasattr(shape, "__index__") else tuple(shape)))
     if any(size < 0 for size in sizes):
         raise ValueError(f"an array cannot have a negative size: {sizes}")
     nbytes = math.prod(sizes) * kind.itemsize

@@ -27,6 +27,13 @@ def executor() -> None:
         assert_type(rt.cancel(future, running=True), bool)
         assert_type(rt.stats().done, int)
         assert_type(rt.scale(2), None)
+        ref = rt.put([1, 2])
+        assert_type(ref, runtime.Ref[list[int]])
+        assert_type(ref.get(), list[int])
+        assert_type(ref.nbytes, int)
+        ref.release()
+        assert_type(rt.alloc(100), memoryview)
+        rt.empty((3, 4), "i4")[0] = 1
         assert_type(rt.workers()[0].status, runtime.WorkerStatus)
         assert_type(rt.dump_stacks(0), dict[int, str])
         concurrent.futures.wait([future])
@@ -44,6 +51,7 @@ async def loop(rt: runtime.Runtime) -> int:
 
 def in_a_worker() -> None:
     runtime.current().report(1, total=3.5, note="one")
+    runtime.current().empty(5)[:] = 1
 
 
 def memory() -> None:
