@@ -20,6 +20,7 @@
     _submit    Submitter                             the short way of submit
     _stacks    next_question                         how a worker hears that its stacks are wanted
     _bell      Bell, Outlet, Recent, replaced        what any thread may do, without a lock
+    _shaped    Shaped                                a flat buffer with a format and a shape
     _stdio     line_buffer_stdio, flush_stdio        what C keeps of a worker's output
     _stream    Stream                                the iterator of a map
 """
@@ -45,6 +46,7 @@ from runtime._records import Batch, Span, Task
 from runtime._region import SharedRegion
 from runtime._runner import LEASE_LOST, Runner
 from runtime._series import read_series
+from runtime._shaped import Shaped
 from runtime._stacks import next_question
 from runtime._stdio import flush_stdio, line_buffer_stdio
 from runtime._stream import Stream

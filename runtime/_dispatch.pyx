@@ -117,7 +117,7 @@ cdef class Dispatcher(Waiting):
         """Queue a call; it is leased at once if a worker has credit. False: the runtime has ended."""
         return self.enter(task)
 
-    def place(self, Task task not None, bytes data, tuple buffers, tuple readonly):
+    def place(self, Task task not None, data, tuple buffers, tuple readonly):
         """Lay the arguments of a new task out in the region at once: one copy, made without the GIL.
 
         False: nothing was done. Only up to half of the region is taken by what waits; the rest is for what

@@ -100,7 +100,11 @@ cdef class Frame:
     cdef list parts             # for its sender: the slices among its buffers
 
     cdef void add(self, const char *data, uint64_t nbytes) noexcept
+    cdef Py_buffer *hold(self, source) except NULL
+    cdef uint64_t add_stream(self, data) except? 0xFFFFFFFFFFFFFFFFULL
     cdef void copy(self, char *dest, uint64_t offset, uint64_t nbytes) noexcept nogil
 
 
+# Bytes of a pickle: of bytes, or of a tuple of pieces.
+cdef uint64_t stream_bytes(data) except? 0xFFFFFFFFFFFFFFFFULL
 cdef dict frame_refs(const char *data, uint64_t total)

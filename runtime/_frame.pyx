@@ -2,8 +2,8 @@
 """Frames: how items lie in a block, inline, or in a stream of pieces. The format stands in _frame.pxd.
 
 An item is a tuple (status, data, buffers, readonly): a pickle and its out-of-band buffers; for a part of a
-list of values or calls two numbers more: (..., start, count). A buffer that is a BlockSlice is not copied: the
-frame says where it lies.
+list of values or calls two numbers more: (..., start, count). A buffer that is a BlockSlice is not copied:
+the frame says where it lies. The pickle is bytes, or a tuple of buffers that follow each other.
 """
 cimport cython
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_FillInfo, PyBuffer_Release, PyObject_GetBuffer
@@ -30,6 +30,11 @@ cdef class BlockSlice:
         self.data = data
         self.about = about
         return self
+
+    @property
+    def shared(self):
+        """Whether it shows what its block shows, to whoever looks when: by its name, or for good."""
+        return (self.about.flags & (B_FROZEN | B_SHARED)) != 0
 
     @property
     def key(self):
@@ -61,13 +66,15 @@ cdef class Frame:
         cdef frame_head_t *head
         cdef frame_item_t *item
         cdef frame_buffer_t *buffer
-        cdef bytes data
+        cdef Py_ssize_t pieces = 0
+        cdef Py_buffer *source
         cdef tuple buffers, readonly
         for entry in items:
             total += <uint32_t>len(<tuple>entry[2])
+            pieces += len(<tuple>entry[1]) if type(entry[1]) is tuple else 0
         self.keep = items
-        self.segments = <segment_t *>PyMem_Calloc(1 + n + 2 * total, sizeof(segment_t))
-        self.buffers = <Py_buffer *>PyMem_Calloc(total + 1, sizeof(Py_buffer))
+        self.segments = <segment_t *>PyMem_Calloc(1 + n + pieces + 2 * total, sizeof(segment_t))
+        self.buffers = <Py_buffer *>PyMem_Calloc(pieces + total + 1, sizeof(Py_buffer))
         if self.segments == NULL or self.buffers == NULL:
             raise MemoryError("no memory to lay out a frame")
         at = sizeof(frame_head_t) + n * sizeof(frame_item_t) + total * sizeof(frame_buffer_t)
@@ -80,29 +87,45 @@ cdef class Frame:
         self.add(<char *>head, at)
         for i in range(n):
             entry = items[i]
-            data = entry[1]
-            item[i].data_bytes = <uint64_t>len(data)
+            item[i].data_bytes = self.add_stream(entry[1])
             item[i].buffers = <uint32_t>len(<tuple>entry[2])
             item[i].status = entry[0]
             item[i].start = entry[4] if len(<tuple>entry) == 6 else 0
             item[i].count = entry[5] if len(<tuple>entry) == 6 else 0
-            self.add(PyBytes_AS_STRING(data), <uint64_t>len(data))
         for i in range(n):
             entry = items[i]
             buffers = entry[2]
             readonly = entry[3]
             for k in range(<uint32_t>len(buffers)):
-                PyObject_GetBuffer(buffers[k], &self.buffers[b], PyBUF_SIMPLE)
-                self.buffer_count = b + 1
+                source = self.hold(buffers[k])
                 if isinstance(buffers[k], BlockSlice) and not (<BlockSlice>buffers[k]).by_value:
                     buffer[b] = (<BlockSlice>buffers[k]).about
                     b += 1
                     continue
                 buffer[b] = frame_buffer_t(
-                    <uint64_t>self.buffers[b].len, B_READONLY if readonly[k] else 0, 0, 0, 0, 0, 0)
+                    <uint64_t>source.len, B_READONLY if readonly[k] else 0, 0, 0, 0, 0, 0)
                 self.add(NULL, aligned(self.nbytes) - self.nbytes)
-                self.add(<char *>self.buffers[b].buf, buffer[b].nbytes)
+                self.add(<char *>source.buf, buffer[b].nbytes)
                 b += 1
+
+    cdef Py_buffer *hold(self, source) except NULL:
+        """Memory of an object, held as long as the frame lives."""
+        cdef Py_buffer *view = &self.buffers[self.buffer_count]
+        PyObject_GetBuffer(source, view, PyBUF_SIMPLE)
+        self.buffer_count += 1
+        return view
+
+    cdef uint64_t add_stream(self, data) except? 0xFFFFFFFFFFFFFFFFULL:
+        """Add a pickle; its bytes."""
+        cdef uint64_t before = self.nbytes
+        cdef Py_buffer *view
+        if type(data) is tuple:
+            for piece in <tuple>data:
+                view = self.hold(piece)
+                self.add(<char *>view.buf, <uint64_t>view.len)
+        else:
+            self.add(PyBytes_AS_STRING(<bytes?>data), <uint64_t>len(<bytes>data))
+        return self.nbytes - before
 
     cdef void add(self, const char *data, uint64_t nbytes) noexcept:
         self.segments[self.count].data = data
@@ -141,6 +164,10 @@ cdef class Frame:
                 PyBuffer_Release(&self.buffers[i])
             PyMem_Free(self.buffers)
         PyMem_Free(self.segments)
+
+
+cdef uint64_t stream_bytes(data) except? 0xFFFFFFFFFFFFFFFFULL:
+    return sum([<object>len(piece) for piece in <tuple>data]) if type(data) is tuple else len(data)
 
 
 cdef int frame_error(str what) except -1:

@@ -325,7 +325,7 @@ cdef class Leasing:
         cdef uint32_t status = S_VALUE
         if task.fn_block is None:
             task.fn_block = self.function_block(task.fn)
-        if block is None and task.data is not None and not task.buffers and task.fn_block is not None:
+        if block is None and type(task.data) is bytes and not task.buffers and task.fn_block is not None:
             status = S_PLAIN if task.plain else S_VALUE
             nbytes = SINGLE_HEAD + <uint64_t>PyBytes_GET_SIZE(task.data)
             if nbytes <= INLINE_BYTES:

@@ -16,11 +16,15 @@ cdef bytes plain_dumps(object value)
 cdef object plain_loads(const char *data, Py_ssize_t nbytes)
 
 
+cdef enum:
+    PLAIN_MAX = 64 << 10    # bytes: larger values are pickled, which copies large strings of bytes once less
+
 # Bytes that the pickle of a value takes, about; -1: it is not plain, or too much to look at.
 cdef int64_t plain_bytes(object value)
 # The same of a value that is plain and fixed.
 cdef int64_t fixed_bytes(object value)
-# How many values of a list, from `start` on, are plain and fixed, and stay below `limit` bytes in all.
+# How many values of a list, from `start` on, are plain and fixed, and stay below `limit` bytes in all; a
+# first one that is larger by itself counts up to PLAIN_MAX.
 cdef Py_ssize_t fixed_run(list values, Py_ssize_t start, int64_t limit)
 
 

@@ -165,7 +165,7 @@ cdef Py_ssize_t fixed_run(list values, Py_ssize_t start, int64_t limit):
         if each < 0:
             break
         total += each
-        if total > limit and i > start:
+        if total > limit and (i > start or total > PLAIN_MAX):
             break
         i += 1
     return i - start

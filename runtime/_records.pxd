@@ -61,7 +61,7 @@ cdef class Task:
     cdef readonly int priority
     cdef public uint32_t retries            # further attempts that are allowed
     cdef readonly int64_t timeout
-    cdef bytes data                         # of a call: its pickle; None: it is in `block`
+    cdef object data                        # of a call: its pickle, see Frame; None: it is in `block`
     cdef bint plain                         # `data` is no pickle, see _plain
     cdef tuple buffers, readonly            # out-of-band buffers of it, frozen
     cdef HostBlock block                    # the frame, if it is in the region already

@@ -3,7 +3,7 @@
 cimport cython
 from collections import deque
 
-from runtime._frame cimport S_CALLS, S_VALUE
+from runtime._frame cimport S_CALLS, S_VALUE, stream_bytes
 from runtime._plain cimport fixed_run
 from runtime._series cimport number_run, pack_series, series_part, unpack_series
 
@@ -70,7 +70,7 @@ cdef class Span:
         """Bytes of its pickle and buffers."""
         if self.data is not None:
             return len(self.data)
-        return len(self.item[1]) + sum([(<object>b).nbytes for b in <tuple>self.item[2]])
+        return stream_bytes(self.item[1]) + sum([(<object>b).nbytes for b in <tuple>self.item[2]])
 
     cdef Span part(self, uint32_t offset, uint32_t count):
         cdef Span other = Span.__new__(Span)
@@ -146,7 +146,7 @@ cdef class Task:
         self.count = 1
         self.reason = ""
 
-    def hold(self, bytes data, tuple buffers, tuple readonly):
+    def hold(self, data, tuple buffers, tuple readonly):
         """The arguments of a call, in private memory until there is a lease for them."""
         self.data = data
         self.buffers = buffers

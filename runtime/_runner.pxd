@@ -20,6 +20,7 @@ cdef class Answers:
     cdef list fixed             # results behind them that will share a pickle
     cdef int64_t nbytes         # of these, about
     cdef uint64_t count         # outcomes in all
+    cdef bint borrowed          # the last one is made of memory that the next item may change
 
     cdef int add(self, item) except -1
     cdef int close(self) except -1

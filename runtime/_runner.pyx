@@ -16,7 +16,7 @@ from runtime._atomics cimport *
 from runtime._frame cimport S_CALLS, S_PLAIN, SINGLE_HEAD, read_single, write_single
 from runtime._frame import read_frame
 from runtime._layout cimport *
-from runtime._plain cimport fixed_bytes, plain_bytes, plain_dumps, plain_loads, weigh_int
+from runtime._plain cimport PLAIN_MAX, fixed_bytes, plain_bytes, plain_dumps, plain_loads, weigh_int
 from runtime._report cimport fill_report, write_report
 from runtime._series cimport is_series, pack_series, unpack_series
 
@@ -166,7 +166,7 @@ cdef class Runner(WorkerPort):
         except BaseException as error:
             item = self.worker.failed(error)
         else:
-            if not self.arena.private and plain_bytes(result) >= 0:
+            if not self.arena.private and 0 <= plain_bytes(result) <= PLAIN_MAX:
                 try:
                     out = plain_dumps(result)
                 except Exception:               # no memory for it: the outcome says so
@@ -244,8 +244,8 @@ cdef class Runner(WorkerPort):
                         self.ended_at = self.stop(lease)
                     items.clear()
                     break
-                if (clock.took >= SLOW_ITEM or clock.since >= COMMIT or answers.nbytes >= COMMIT_BYTES) and (
-                        items or k + 1 < count):
+                if (clock.took >= SLOW_ITEM or clock.since >= COMMIT or answers.nbytes >= COMMIT_BYTES
+                        or answers.borrowed) and (items or k + 1 < count):
                     clock.since = clock.took = 0
                     self.commit_answers(entry, answers)
                     if now_ns() >= self.check_at:       # it may have grown too large to stay
@@ -270,11 +270,9 @@ cdef class Runner(WorkerPort):
             nbytes = weigh_int(outcome)
         else:
             nbytes = fixed_bytes(outcome)
-        if nbytes < 0:
+        if nbytes < 0 or nbytes > PLAIN_MAX:
             answers.add(self.worker.succeeded(outcome))
-        elif nbytes > COMMIT_BYTES:             # by itself: there may be no memory for its pickle
-            answers.add((S_PLAIN, plain_dumps(outcome), (), ()))
-            answers.nbytes += nbytes
+            answers.nbytes += max(0, nbytes)
         else:
             answers.fixed.append(outcome)
             answers.count += 1
@@ -301,7 +299,9 @@ cdef class Runner(WorkerPort):
         return 0
 
     cdef int commit_answers(self, uint32_t entry, Answers answers) except -1:
-        """Deliver outcomes ahead of the rest, if there is room; else they go with the last ones."""
+        """Deliver outcomes ahead of the rest, if there is room; else they go with the last ones, as they are
+        now.
+        """
         cdef list items = answers.items()
         try:
             if self.commit(entry, items, answers.count):
@@ -309,6 +309,13 @@ cdef class Runner(WorkerPort):
                 answers.count = 0
         except (BufferError, MemoryError):
             pass
+        if answers.borrowed:
+            answers.borrowed = False
+            if answers.done:                        # the last one
+                try:
+                    answers.done.append(self.worker.frozen(answers.done.pop()))
+                except MemoryError as error:
+                    answers.done.append(self.worker.failed(error))
         return 0
 
 
@@ -320,6 +327,7 @@ cdef class Answers:
         self.close()
         self.done.append(item)
         self.count += 1
+        self.borrowed = len(<tuple>(<tuple>item)[2]) > 0 or type((<tuple>item)[1]) is tuple
         return 0
 
     cdef int close(self) except -1:

@@ -11,7 +11,7 @@ from cpython.object cimport PyObject
 from runtime._dispatch cimport Dispatcher
 from runtime._future cimport Promise
 from runtime._records cimport Task
-from runtime._plain cimport plain_bytes, plain_dumps
+from runtime._plain cimport PLAIN_MAX, plain_bytes, plain_dumps
 
 cdef extern from "Python.h":
     ctypedef struct PyTypeObject:
@@ -51,7 +51,7 @@ cdef class Submitter:
         found = PyDict_GetItem(modules, entry[1])
         if found == NULL or getattr(<object>found, entry[2], None) is not fn:
             return None
-        if plain_bytes(args) < 0 or (kwargs and plain_bytes(kwargs) < 0):
+        if not (0 <= plain_bytes(args) <= PLAIN_MAX and (not kwargs or 0 <= plain_bytes(kwargs) <= PLAIN_MAX)):
             return None
         try:
             data = plain_dumps((args, kwargs or None))

@@ -8,7 +8,6 @@ explains what cannot be sent at all.
 
 from __future__ import annotations
 
-import io
 import os
 import pickle
 import types
@@ -19,7 +18,7 @@ from typing import Any
 from runtime.guards import holds, watch
 from runtime.linking import Record, foreign_classes, link
 from runtime.lookup import MISSING, cloudpickle, global_names, modules
-from runtime.payload import Taken, digest_of
+from runtime.payload import Payload, Pieces, Stream, Taken, digest_of
 from runtime.reducers import new_pickler
 from runtime.versions import Origin, Scope, next_class_version, next_version, out_space, serial
 
@@ -37,14 +36,15 @@ _LOCK_CURE = (
 )
 
 
-def dumps_by_value(obj: object, mode: str, taken: Taken | None, first: BaseException | None) -> bytes:
-    """The pickle of `obj` by value; `first` is what C pickle said, if it failed."""
+def dumps_by_value(obj: object, mode: str, taken: Taken | None, first: BaseException | None) -> Payload:
+    """`obj` by value; taken: what to put outside, None: nothing; `first` is what C pickle said, if it failed."""
     if first is not None:
         if not isinstance(first, Exception) or isinstance(first, MemoryError | RecursionError):
             raise first
         raise_if_inherited(first)
     try:
-        return Session(mode).stream(obj, taken)
+        data = Session(mode).stream(obj, taken)
+        return Payload(data) if taken is None else taken.payload(data)
     except Exception as second:
         raise_if_inherited(second)
         error = second if first is None or _is_lookup_failure(first) else first
@@ -108,18 +108,21 @@ class Session:
         self._queue: list[tuple[Scope, str]] = []
         self._message = "" if self.shared else f"~{next(serial)}"
 
-    def stream(self, obj: object, taken: Taken | None) -> bytes:
+    def stream(self, obj: object, taken: Taken | None) -> Stream:
         """The finished message for a piece of data."""
-        return self.assemble(self.collect(obj, taken), taken)
+        pieces = self.write(obj, None, None if taken is None else taken.keep, code=False)
+        self.ship_wanted()
+        return self.assemble(b"".join(pieces), taken) if self.records else pieces.stream()
 
-    def collect(
-        self, obj: object, taken: Taken | None, scope: Scope | None = None, code: bool = False
-    ) -> bytes:
-        """Makes the records, returns the root. scope, code: see `blob`."""
-        root = self.blob(obj, scope, None if taken is None else taken.keep, code=code)
+    def collect(self, code: object, scope: Scope | None = None) -> bytes:
+        """Makes the records of a function or class, returns the root. scope: see `write`."""
+        root = self.blob(code, scope)
+        self.ship_wanted()
+        return root
+
+    def ship_wanted(self) -> None:
         while self._queue:
             self.ship(*self._queue.pop())
-        return root
 
     def assemble(self, root: bytes, taken: Taken | None) -> bytes:
         """The message. Buffers of the root may stay outside; those of globals never do: globals outlive
@@ -127,12 +130,12 @@ class Session:
         """
         if not self.records:
             return root
-        views = [pickle.PickleBuffer(view) for view in taken or ()]
         if taken is None:
-            return _c_dumps(_Linked((tuple(self.records), root, views)), 5)
-        taken.clear()
+            return _c_dumps(_Linked((tuple(self.records), root, [])), 5)
         records = [(*r[:5], tuple(map(_copied, r[5]))) if r[0] == "G" else r for r in self.records]
-        return _c_dumps(_Linked((tuple(records), root, views)), 5, buffer_callback=taken.keep)
+        # Stand for what the root's pickler has put outside, which goes outside once more, in the same order.
+        views = [pickle.PickleBuffer(b"" if readonly else bytearray()) for readonly in taken.readonly]
+        return _c_dumps(_Linked((tuple(records), root, views)), 5, buffer_callback=lambda view: False)
 
     def digest(self, root: bytes) -> bytes:
         """Of what `assemble` would make; versions stand for contents."""
@@ -140,24 +143,28 @@ class Session:
         parts = [repr(r[: upto[r[0]]]).encode("utf-8", "surrogatepass") for r in self.records]
         return digest_of(root, *parts)
 
-    def blob(
+    def write(
         self,
         obj: object,
         scope: Scope | None,
         callback: Callable[[pickle.PickleBuffer], bool] | None = None,
         target: tuple[str, str] | None = None,
         code: bool = True,
-    ) -> bytes:
-        """The pickle of one piece. code: it is code or a global; then objects in it that are globals of
-        `scope` keep their identity (an argument must be a fresh copy each time). target: the global it is.
+    ) -> Pieces:
+        """Pickle one part. code: it is code or a global; then objects in it that are globals of `scope`
+        keep their identity (an argument must be a fresh copy each time). target: the global it is.
         """
-        file = io.BytesIO()
-        new_pickler(file, callback, self, scope, target, code).dump(obj)
-        return file.getvalue()
+        pieces = Pieces()
+        new_pickler(pieces, callback, self, scope, target, code).dump(obj)
+        return pieces
+
+    def blob(self, obj: object, scope: Scope | None) -> bytes:
+        """A part by itself, buffers inside."""
+        return b"".join(self.write(obj, scope))
 
     def piece(self, obj: object, scope: Scope, target: tuple[str, str]) -> tuple[bytes, Sequence[memoryview]]:
         taken = Taken()
-        return self.blob(obj, scope, taken.keep, target), taken
+        return b"".join(self.write(obj, scope, taken.keep, target)), taken.buffers
 
     def scope(self, globals_: dict[str, Any]) -> Scope:
         scope = self._scopes.get(id(globals_))
@@ -237,7 +244,7 @@ class Session:
         if bundle is None or not holds(bundle[0]):
             guards = watch(cls)
             session = Session(SHARED)
-            session.collect(cls, None, code=True)
+            session.collect(cls)
             bundle = (guards or (), session.records)
             if guards is not None:
                 _class_bundles[cls] = bundle

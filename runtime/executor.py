@@ -138,11 +138,10 @@ class Runtime(Front, Store):
                 ref, future, options.timeout_ns, options.priority, options.retries, options.retries_timeouts
             )
             if not (
-                payload.buffers
-                and core.dispatcher.place(task, payload.data, payload.buffers, payload.readonly)
+                payload.large and core.dispatcher.place(task, payload.data, payload.buffers, payload.readonly)
             ):
-                frozen = tuple([serializer.frozen(view) for view in payload.buffers])
-                task.hold(payload.data, frozen, payload.readonly)
+                payload.freeze()
+                task.hold(payload.data, payload.buffers, payload.readonly)
             del payload
         except KeyboardInterrupt:
             raise  # Ctrl-C, in all likelihood, not the argument's doing

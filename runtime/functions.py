@@ -104,7 +104,7 @@ class FunctionTable:
         session = Session(SHARED)
         scope = session.scope(inner.__globals__) if type(inner) is types.FunctionType else None
         try:
-            root = session.collect(fn, None, scope, code=True)
+            root = session.collect(fn, scope)
         except Exception as error:
             raise_if_inherited(error)
             error.add_note(f"So {name_of(fn)} cannot be sent to a worker.")
@@ -117,10 +117,10 @@ class FunctionTable:
             data = _c_dumps(obj, 5)
             by_value = names_by_value_module(data)
         except BaseException as error:
-            data, by_value = dumps_by_value(obj, SHARED, None, error), True
+            data, by_value = dumps_by_value(obj, SHARED, None, error).joined(), True
         else:
             if by_value:
-                data = dumps_by_value(obj, SHARED, None, None)
+                data = dumps_by_value(obj, SHARED, None, None).joined()
         return self._intern(digest_of(data), lambda: data, by_value, "", name_of(obj))
 
     def _intern(

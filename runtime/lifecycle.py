@@ -169,7 +169,7 @@ def zygote_settings(settings: config.Settings, table: serializer.FunctionTable) 
     if settings.initializer is not None:
         ref, payload = serializer.pack_call(table, settings.initializer, settings.initargs, {})
         buffers = tuple(bytes(buffer) for buffer in payload.buffers)
-        initializer = (ref.id, ref.data, payload.data, buffers, tuple(payload.readonly))
+        initializer = (ref.id, ref.data, payload.joined(), buffers, tuple(payload.readonly))
     return {
         "path": [entry or os.getcwd() for entry in sys.path],
         "argv": list(sys.argv),

@@ -1,60 +1,161 @@
 """What a pickle travels as: the stream, and the large buffers that stayed outside of it.
 
-Buffers of OUT_OF_BAND_MIN bytes and more stay outside. `loads` reads a pickle back, and gives advice where
-an import fails; `digest_of` recognises equal pickles.
+Buffers of OUT_OF_BAND_MIN bytes and more stay outside. Bytes and bytearrays cannot; large ones (of 64 KiB and
+more) become pieces of the stream that are the objects themselves, so nothing is copied before the stream is
+laid out. `loads` reads a pickle back, and gives advice where an import fails; `digest_of` recognises equal
+pickles.
 """
 
 from __future__ import annotations
 
+import copyreg
 import os
 import pickle
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable
 from typing import Any
 
+from runtime import arrays
+
 OUT_OF_BAND_MIN = 16 * 1024  # bytes: smaller buffers stay inside the pickle
+Locate = Callable[[memoryview], Any]  # the slice of a block that a view is part of, or None
+Stream = bytes | tuple[bytes | memoryview, ...]  # of a pickle: whole, or in pieces that follow each other
 _c_loads = pickle.loads
+_modules, _registered = sys.modules, copyreg.dispatch_table
 
 
 class Payload:
     """A pickle and the large buffers that stayed outside of it.
 
-    data: the pickle stream. buffers: flat contiguous views of OUT_OF_BAND_MIN bytes or more each.
-    readonly: per buffer, whether the original was read-only. nbytes: data and buffers together.
+    data: the pickle stream. buffers: flat contiguous views of OUT_OF_BAND_MIN bytes or more each, and
+    slices of blocks, of any size. readonly: per buffer, whether the original was read-only.
     """
 
-    __slots__ = ("buffers", "data", "nbytes", "readonly")
+    __slots__ = ("buffers", "data", "readonly")
 
-    def __init__(
-        self, data: bytes, buffers: tuple[memoryview, ...] = (), readonly: tuple[bool, ...] = ()
-    ) -> None:
+    def __init__(self, data: Stream, buffers: tuple[Any, ...] = (), readonly: tuple[bool, ...] = ()) -> None:
         self.data = data
         self.buffers = buffers
         self.readonly = readonly
-        self.nbytes = len(data) + sum([b.nbytes for b in buffers]) if buffers else len(data)
+
+    @property
+    def nbytes(self) -> int:
+        """What is copied when it is laid out: the stream and the views."""
+        pieces = [self.data] if isinstance(self.data, bytes) else self.data
+        nbytes: int = sum([len(piece) for piece in pieces]) + sum([b.nbytes for b in self.buffers])
+        return nbytes
+
+    @property
+    def large(self) -> bool:
+        """Whether it is worth while to lay it out at once."""
+        return bool(self.buffers) or type(self.data) is tuple
+
+    def joined(self) -> bytes:
+        """The stream in one piece."""
+        return self.data if isinstance(self.data, bytes) else b"".join(self.data)
+
+    def freeze(self) -> None:
+        """Copy what its owner may change, or give back; slices of blocks do not move."""
+        if type(self.data) is tuple:
+            self.data = tuple([piece if type(piece) is bytes else bytes(piece) for piece in self.data])
+        self.buffers = tuple([memoryview(bytes(b)) if type(b) is memoryview else b for b in self.buffers])
 
     def __repr__(self) -> str:
-        return f"Payload({len(self.data)} bytes, {len(self.buffers)} buffers, {self.nbytes} bytes in all)"
+        return f"Payload({len(self.buffers)} buffers, {self.nbytes} bytes in all)"
 
 
-class Taken(list[memoryview]):
-    """The buffers that a pickler put outside; `keep` is its buffer_callback (true: inside)."""
+class Taken:
+    """What a pickler put outside; `keep` is its buffer_callback (true: inside)."""
 
-    def __init__(self, locate=None):
-        super().__init__()
+    __slots__ = ("buffers", "locate", "readonly")
+
+    def __init__(self, locate: Locate | None = None) -> None:
         self.locate = locate
-        self.readonly = []
+        self.buffers: list[Any] = []
+        self.readonly: list[bool] = []
 
     def keep(self, buffer: pickle.PickleBuffer) -> bool:
         try:
             view = buffer.raw()
         except BufferError:  # not contiguous: pickle says so in its own words
             return True
-        found = self.locate(view) if self.locate is not None else None
-        if found is None and view.nbytes < OUT_OF_BAND_MIN:
+        part = None if self.locate is None else self.locate(view)
+        if part is None and view.nbytes < OUT_OF_BAND_MIN:
             return True
-        self.append(view if found is None else found)
+        self.buffers.append(view if part is None else part)
         self.readonly.append(view.readonly)
         return False
+
+    def payload(self, data: Stream) -> Payload:
+        return Payload(data, tuple(self.buffers), tuple(self.readonly))
+
+
+class Pieces(list[Any]):
+    """The file of a pickler, to which C pickle gives large bytes and bytearrays as they are."""
+
+    __slots__ = ()
+    write = list.append
+
+    def stream(self) -> Stream:
+        """Raises: BufferError if a bytearray has changed its length since it was pickled."""
+        for i, piece in enumerate(self):
+            if type(piece) is not bytes:
+                self[i] = memoryview(piece)  # from now on it keeps its length
+                if not _is_content(self[i - 1], piece):
+                    raise BufferError("a bytearray was resized while it was being pickled")
+        return tuple(self) if len(self) > 1 else self[0]
+
+
+def _is_content(before: bytes, piece: Any) -> bool:
+    """Whether the opcode at the end of the piece before announces this one: an object of the user's."""
+    return (before[-9:-8] in (b"\x8e", b"\x96") and before[-8:] == len(piece).to_bytes(8, "little")) or (
+        before[-5:-4] in (b"B", b"X") and before[-4:] == len(piece).to_bytes(8, "little")[:4]
+    )
+
+
+def pickled_by_us(data: Stream) -> list[bytes]:
+    """The parts of a stream that are not the content of large bytes and bytearrays."""
+    if type(data) is bytes:
+        return [data]
+    pairs = zip((b"", *data), data, strict=False)
+    return [piece for before, piece in pairs if type(piece) is bytes and not _is_content(before, piece)]
+
+
+_REUSED = 4096  # bytes of a stream: the memo of a pickler that has made a longer one is cheaper made anew
+_IDLE_MAX = 4
+_idle: list[
+    tuple[Any, Pieces, Taken]
+] = []  # picklers for the next ones: making one takes longer than using it
+
+
+def dump(obj: object, locate: Locate | None) -> Payload:
+    """Pickle by reference. Raises what pickling raises."""
+    if len(_modules) != arrays.seen.modules or len(_registered) != arrays.seen.registered:
+        arrays.refresh()
+    try:
+        tool = _idle.pop()
+    except IndexError:
+        tool = _new_tool()
+    pickler, pieces, taken = tool
+    taken.locate = locate
+    pickler.dump(obj)
+    data = pieces.pop() if len(pieces) == 1 else pieces.stream()
+    payload = Payload(data)
+    if taken.buffers:
+        payload = taken.payload(data)
+        taken.buffers, taken.readonly = [], []
+    if not pieces and len(data) <= _REUSED and len(_idle) < _IDLE_MAX:
+        pickler.clear_memo()
+        taken.locate = None
+        _idle.append(tool)
+    return payload
+
+
+def _new_tool() -> tuple[Any, Pieces, Taken]:
+    pieces, taken = Pieces(), Taken()
+    pickler = pickle.Pickler(pieces, 5, buffer_callback=taken.keep)
+    pickler.dispatch_table = arrays.table
+    return pickler, pieces, taken
 
 
 def loads(data: bytes | memoryview, buffers: Iterable[Any] = ()) -> Any:

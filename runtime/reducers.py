@@ -7,15 +7,15 @@ the pickle says in their place (a global's value, a class, a function) is a call
 
 from __future__ import annotations
 
+import collections
 import functools
-import io
 import pickle
 import types
 import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from runtime import linking
+from runtime import arrays, linking
 from runtime.lookup import (
     ATOMS,
     IN_MARK,
@@ -28,6 +28,7 @@ from runtime.lookup import (
     locate,
     modules,
 )
+from runtime.payload import Pieces
 from runtime.versions import Scope
 
 
@@ -43,7 +44,7 @@ class Message(Protocol):
 
 
 def new_pickler(
-    file: io.BytesIO,
+    file: Pieces,
     callback: Callable[[pickle.PickleBuffer], bool] | None,
     session: Message,
     scope: Scope | None,
@@ -53,6 +54,7 @@ def new_pickler(
     """A pickler for one piece of a message. code: it is code or a global; then objects in it that are
     globals of `scope` keep their identity. target: the global it is.
     """
+    arrays.refresh()
     pickler = _pickler_class()(file, 5, callback)
     pickler.session, pickler.cells = session, set()
     pickler.scope, pickler.target, pickler.code = scope, target, code
@@ -61,7 +63,9 @@ def new_pickler(
 
 @functools.cache
 def _pickler_class() -> type[Any]:
-    return type("_Pickler", (cloudpickle().Pickler,), {"reducer_override": _reduce})
+    base = cloudpickle().Pickler
+    tables = collections.ChainMap(arrays.own, *base.dispatch_table.maps)
+    return type("_Pickler", (base,), {"reducer_override": _reduce, "dispatch_table": tables})
 
 
 def _reduce(self: Any, obj: Any) -> Any:

@@ -10,7 +10,8 @@
 
 This is the door: the rest of the package imports nothing else of these files.
 
-    payload     the pickle and its buffers outside; reading it
+    arrays      how arrays and their kin travel
+    payload     the pickle and its buffers outside; making and reading it
     lookup      what another process finds by import; what code refers to
     linking     receiver by value: records into spaces and classes, then the root
     guards      is a function or class still the same as when it was pickled?
@@ -43,8 +44,9 @@ from runtime.byvalue import PORTABLE, RESULT, SHARED, dumps_by_value
 from runtime.errors import RemoteError
 from runtime.functions import CODE_TYPES, FunctionCache, FunctionRef, FunctionTable, name_of
 from runtime.linking import adopt_main, keep_main
-from runtime.lookup import locate, names_by_value_module
-from runtime.payload import OUT_OF_BAND_MIN, Payload, Taken, loads
+from runtime.lookup import locate as find_name
+from runtime.lookup import names_by_value_module
+from runtime.payload import OUT_OF_BAND_MIN, Locate, Payload, Stream, Taken, dump, loads, pickled_by_us
 
 __all__ = [
     "OUT_OF_BAND_MIN",
@@ -72,45 +74,40 @@ _c_dumps = pickle.dumps
 _modules = sys.modules  # not imported: the compiler calls methods of an imported name the slower way
 
 
-def dumps(obj: object, locate=None) -> Payload:
-    """Pickle a result. A class that came by value from the process that asked goes back as its id.
+def dumps(obj: object, locate: Locate | None = None) -> Payload:
+    """Pickle a result. A class that came by value from the process that asked goes back as its id. locate:
+    gives the slice of a block that goes in place of a buffer, or None.
     Raises whatever makes pickling impossible, BaseExceptions of the object included.
     """
     return _encode(obj, False, RESULT, locate)
 
 
-def dumps_portable(obj: object, locate=None) -> Payload:
+def dumps_portable(obj: object, locate: Locate | None = None) -> Payload:
     """Like `dumps`, for any process, not only the one that asked: classes by value are complete."""
     return _encode(obj, False, PORTABLE, locate)
 
 
-def dumps_frozen(obj: object) -> Payload:
+def dumps_frozen(obj: object, locate: Locate | None = None) -> Payload:
     """Pickle arguments: buffers are copied (once), so later changes to the caller's arrays do not show."""
-    return _encode(obj, True, SHARED)
+    return _encode(obj, True, SHARED, locate)
 
 
-def _encode(obj: object, freeze: bool, mode: str, locate=None) -> Payload:
-    taken = Taken(locate)
+def _encode(obj: object, freeze: bool, mode: str, locate: Locate | None) -> Payload:
     try:
-        data = _c_dumps(obj, 5, buffer_callback=taken.keep)
+        payload = dump(obj, locate)
     except BaseException as error:
-        taken.clear()
-        data = dumps_by_value(obj, mode, taken, error)
+        payload = dumps_by_value(obj, mode, Taken(locate), error)
     else:
+        data = payload.data
         # The shortest stream that can name a class or function of __main__ is longer than 24 bytes.
-        if len(data) > 24 and names_by_value_module(data):
-            taken.clear()
-            data = dumps_by_value(obj, mode, taken, None)
-    if not taken:
-        return Payload(data)
-    buffers = tuple([frozen(view) for view in taken]) if freeze else tuple(taken)
-    return Payload(data, buffers, tuple(taken.readonly))
+        if len(data) > 24 and names_by_value_module(data) if type(data) is bytes else _names_any(data):
+            payload = dumps_by_value(obj, mode, Taken(locate), None)
+    if freeze and (payload.buffers or type(payload.data) is tuple):
+        payload.freeze()
+    return payload
 
-
-def frozen(view):
-    from runtime import _core
-
-    return view if isinstance(view, _core.BlockSlice) else memoryview(bytes(view))
+def _names_any(data: Stream) -> bool:
+    return any(names_by_value_module(part) for part in pickled_by_us(data))
 
 
 def _carried(*_: object) -> None:
@@ -142,11 +139,11 @@ def pack_call(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any] | None = None,
     freeze: bool = True,
-    locate=None,
+    locate: Locate | None = None,
 ) -> tuple[FunctionRef, Payload]:
     """A call as it travels. Only the function is cached: `self` of a method, bound arguments of a partial
     and callable instances are pickled with each call. freeze=False: buffers are views of the caller's
-    memory, for a caller that copies them at once. Raises what pickling raises.
+    memory, for a caller that copies them at once. locate: see `dumps`. Raises what pickling raises.
     """
     plain = table.plain.get(id(fn))
     if plain is not None and getattr(_modules.get(plain[1]), plain[2], None) is fn:
@@ -172,7 +169,7 @@ def pack_function(table: FunctionTable, fn: Callable[..., Any]) -> FunctionRef |
 
 
 def _is_bound_builtin(fn: Any) -> bool:
-    return isinstance(fn, types.BuiltinFunctionType) and locate(fn) is None
+    return isinstance(fn, types.BuiltinFunctionType) and find_name(fn) is None
 
 
 def unpack_call(
@@ -216,13 +213,13 @@ def dump_exception(exc: BaseException) -> Payload:
     try:
         inner = dumps(exc)
         if not _is_plain(exc):
-            again = loads(inner.data, inner.buffers)
+            again = loads(inner.joined(), inner.buffers)
             if not isinstance(again, BaseException):
                 raise TypeError(f"the pickle of a {name} is a {type(again).__name__}")
         text = text[:_TEXT_MAX]
     except BaseException:
         inner = Payload(b"")
-    return Payload(_c_dumps((inner.data, name, text, trace), 5), inner.buffers, inner.readonly)
+    return Payload(_c_dumps((inner.joined(), name, text, trace), 5), inner.buffers, inner.readonly)
 
 
 def load_exception(data: bytes | memoryview, buffers: Iterable[Any] = ()) -> BaseException:

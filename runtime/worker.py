@@ -331,6 +331,14 @@ class Worker:
             error.add_note(f"The result of the task, a {type(result).__qualname__}, could not be pickled.")
             return self.failed(error)
 
+    def frozen(self, item: tuple[Any, ...]) -> tuple[Any, ...]:
+        """An outcome that no longer changes when the objects change that it was made of."""
+        status, data, buffers, readonly = item
+        mine = tuple([memoryview(b) if isinstance(b, _core.BlockSlice) and not b.shared else b for b in buffers])
+        payload = serializer.Payload(data, mine, readonly)
+        payload.freeze()
+        return _item(status, payload)
+
     def failed(self, error: BaseException) -> tuple[Any, ...]:
         """An exception as an item."""
         if _forked:

@@ -28,7 +28,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("_frame", "_plain", "_future", "_stream"),
     ("_extent",),
     ("_views",),
-    ("_pool", "_lease", "_series", "_report", "_stdio", "_stacks", "_bell"),
+    ("_pool", "_lease", "_series", "_report", "_shaped", "_stdio", "_stacks", "_bell"),
     ("_state", "_threads", "_runner", "_records"),
     ("_leasing",),
     ("_harvest",),
@@ -37,10 +37,9 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("_dispatch",),
     ("_submit",),
     ("_core",),  # the compiled door
-    ("wire", "lookup", "payload", "locks"),
+    ("wire", "lookup", "arrays", "payload", "locks"),
     ("linking", "guards"),
     ("versions",),
-    ("arrays",),
     ("reducers",),
     ("byvalue",),
     ("functions",),
@@ -301,7 +300,17 @@ def test_package_is_read() -> None:
 
 
 def test_serializer_is_the_door_to_its_files() -> None:
-    family = {"arrays", "payload", "lookup", "linking", "guards", "versions", "reducers", "byvalue", "functions"}
+    family = {
+        "arrays",
+        "payload",
+        "lookup",
+        "linking",
+        "guards",
+        "versions",
+        "reducers",
+        "byvalue",
+        "functions",
+    }
     modules = read_package(PACKAGE)
     inside = {*family, "serializer"}
     assert family <= modules.keys()

@@ -56,7 +56,7 @@ while head := sys.stdin.buffer.read(8):
         fn = args = kwargs = None
     except BaseException as error:
         answer = False, serializer.dump_exception(error)
-    raw = pickle.dumps((answer[0], answer[1].data, [bytearray(b) for b in answer[1].buffers]))
+    raw = pickle.dumps((answer[0], answer[1].joined(), [bytearray(b) for b in answer[1].buffers]))
     out.write(struct.pack("<Q", len(raw)) + raw)
     out.flush()
 """
@@ -83,7 +83,7 @@ class Peer:
         ref, payload = call
         data = None if ref.id in self._known else ref.data
         self._known.add(ref.id)
-        raw = pickle.dumps((ref.id, data, payload.data, [bytearray(b) for b in payload.buffers]))
+        raw = pickle.dumps((ref.id, data, payload.joined(), [bytearray(b) for b in payload.buffers]))
         self._process.stdin.write(struct.pack("<Q", len(raw)) + raw)
         self._process.stdin.flush()
         (size,) = struct.unpack("<Q", self._process.stdout.read(8))
@@ -138,7 +138,7 @@ def script():
 
 def there_and_back(obj):
     payload = serializer.dumps(obj)
-    return serializer.loads(payload.data, [bytearray(b) for b in payload.buffers])
+    return serializer.loads(payload.joined(), [bytearray(b) for b in payload.buffers])
 
 
 # importable things of this module
@@ -191,7 +191,7 @@ def test_ordinary_objects_survive(obj):
     assert there_and_back(obj) == obj
     payload = serializer.dumps(obj)
     assert payload.buffers == payload.readonly == ()
-    assert payload.nbytes == len(payload.data)
+    assert payload.nbytes == len(payload.joined())
 
 
 def test_import_is_cheap():
@@ -217,7 +217,7 @@ def test_large_buffers_stay_outside():
     assert payload.readonly == (False,)
     assert payload.nbytes == len(payload.data) + BIG
     assert len(payload.data) < 1000
-    again = serializer.loads(payload.data, payload.buffers)
+    again = serializer.loads(payload.joined(), payload.buffers)
     assert (again["a"] == array).all()
     assert np.shares_memory(again["a"], array)
 
@@ -227,7 +227,7 @@ def test_threshold(nbytes, outside):
     array = np.zeros(nbytes, "u1")
     payload = serializer.dumps(array)
     assert len(payload.buffers) == outside
-    assert (serializer.loads(payload.data, payload.buffers) == array).all()
+    assert (serializer.loads(payload.joined(), payload.buffers) == array).all()
 
 
 @pytest.mark.parametrize("order, outside", [("C", 1), ("F", 1), ("strided", 0)])
@@ -235,7 +235,7 @@ def test_memory_layouts(order, outside):
     array = np.arange(2 * BIG, dtype="f8").reshape(4, -1)
     array = array[:, ::2] if order == "strided" else np.asarray(array, order=order)
     payload = serializer.dumps(array)
-    again = serializer.loads(payload.data, payload.buffers)
+    again = serializer.loads(payload.joined(), payload.buffers)
     assert (again == array).all()
     assert len(payload.buffers) == outside or order == "strided"  # numpy copies a strided one first
     assert again.flags.f_contiguous == array.flags.f_contiguous or order == "strided"
@@ -244,8 +244,8 @@ def test_memory_layouts(order, outside):
 def test_writable_follows_the_buffer_given():
     array = np.zeros(BIG, "u1")
     payload = serializer.dumps(array)
-    assert serializer.loads(payload.data, [bytearray(BIG)]).flags.writeable
-    assert not serializer.loads(payload.data, [memoryview(bytearray(BIG)).toreadonly()]).flags.writeable
+    assert serializer.loads(payload.joined(), [bytearray(BIG)]).flags.writeable
+    assert not serializer.loads(payload.joined(), [memoryview(bytearray(BIG)).toreadonly()]).flags.writeable
 
 
 def test_readonly_is_told():
@@ -253,7 +253,7 @@ def test_readonly_is_told():
     array.flags.writeable = False
     payload = serializer.dumps([array, np.ones(BIG)])
     assert payload.readonly == (True, False)
-    locked, free = serializer.loads(payload.data, [bytearray(b) for b in payload.buffers])
+    locked, free = serializer.loads(payload.joined(), [bytearray(b) for b in payload.buffers])
     assert not locked.flags.writeable
     assert free.flags.writeable
 
