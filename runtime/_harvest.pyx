@@ -274,7 +274,7 @@ cdef class Harvest(Leasing):
         table.ready = False
         while 0 < waiting <= self.arena.outbox:
             outbox_take(slot, self.arena.records(index), &table.outbox_head, self.arena.outbox - 1, &record)
-            if record.kind == R_DONE or record.kind == R_PARTIAL:
+            if record.kind != R_ASK and record.kind != R_OFFER:     # nobody waits for a piece any more
                 self.process(index, table, &record)
             waiting -= 1
         held = [pair[1] for pair in sorted([(<Task>t).number, t] for t in table.tasks if t is not None)]

@@ -1,0 +1,99 @@
+"""What a worker still sees of the region: a host and a worker in one thread, so that each step comes in its turn.
+
+The worker dies as by SIGKILL: it does nothing more, and the host sweeps its slot.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from runtime import _core
+
+FN = SimpleNamespace(id=1, data=b"a function")
+PAGE = 4096
+
+
+class World:
+    """A host with one worker, whose leases are run by hand."""
+
+    def __init__(self, outbox: int = 16) -> None:
+        self.arena = _core.Arena.create(64 * PAGE, 1, 8, outbox, PAGE)
+        self.bell = os.eventfd(0)
+        self.host = _core.Dispatcher(self.arena, _core.DeadlineKeeper(self.arena, self.bell))
+        self.slot = self.host.open_slot(0, 1)
+        self.port = _core.Runner(self.arena, self.slot, lambda: None)
+        self.port.attend(None, SimpleNamespace(), {}, self.bell, -1, 1)
+        self.host.make_ready(self.slot)
+
+    def submit(self, *buffers: Any, data: bytes = b"x") -> Any:
+        task = _core.Task(FN, _core.Promise())
+        task.hold(data, buffers, (False,) * len(buffers))
+        assert self.host.submit(task)
+        return task
+
+    def shared(self, pages: int = 1) -> _core.HostBlock:
+        """As of rt.empty."""
+        block = self.arena.take(pages * PAGE)
+        block.share()
+        return block
+
+    def claim(self) -> tuple[int, list[Any]]:
+        """The next lease, and the views of its arguments."""
+        entry = self.port.serve()
+        assert entry >= 0
+        ((_, _, views, _, _),) = _core.read_frame(self.port.frame(entry), self.port.resolve)
+        return entry, views
+
+    def finish(self, entry: int, *views: Any) -> None:
+        """The result: that these buffers of the region are returned."""
+        parts = [self.port.locate(view) for view in views]
+        assert None not in parts
+        assert self.port.finish(entry, [(_core.S_VALUE, b"y", tuple(parts), (False,) * len(parts))], 1)
+
+    def die(self) -> None:
+        self.host.vacate(self.slot)
+        self.host.settle(self.slot, "it was killed")
+
+    def results(self) -> list[Any]:
+        """Of each outcome, the buffers that lie elsewhere."""
+        found = []
+        for kind, _, _, _, exporter, blocks in self.host.take_outcomes():
+            assert kind == _core.OUTCOME_FRAME
+            ((_, _, views, _, _),) = _core.read_frame(exporter, lambda *key, blocks=blocks: blocks[key[:2]])
+            found.append([bytes(view[:8]) for view in views])
+        return found
+
+    def end(self) -> None:
+        self.host.close()
+        self.arena.release()
+        os.close(self.bell)
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    world = World()
+    yield world
+    assert world.host.malformed == 0
+    world.end()
+
+
+def test_a_result_in_a_block_that_only_a_view_keeps_outlives_its_worker(world: World) -> None:
+    """What the worker has said of its views before it died counts for the results that came after it."""
+    block = world.shared()
+    memoryview(block)[:8] = b"the data"
+    world.submit(world.arena.locate(memoryview(block)))
+    world.submit()
+    del block  # the host needs it for the first call only
+    entry, views = world.claim()
+    world.finish(entry)
+    again, _ = world.claim()
+    world.finish(again, *views)
+    world.die()
+    assert world.results() == [[], [b"the data"]]
+    views.clear()
+    assert world.arena.used_bytes <= PAGE  # the function
