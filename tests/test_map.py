@@ -20,6 +20,7 @@ import tasks
 from tasks import Gate, pass_through
 from watching import idle, until
 
+import runtime
 from runtime import BrokenRuntime, Runtime, TaskTimeout, WorkerDied
 
 
@@ -492,6 +493,21 @@ def test_large_arrays_as_items(pool: Runtime, nbytes: int) -> None:
     for i, (total, back) in enumerate(pool.map(lambda a: (int(a.sum()), a), arrays)):
         assert total == (i % 251) * nbytes
         assert back.shape == (nbytes,) and int(back[0]) == int(back[-1]) == i % 251
+
+
+@pytest.mark.parametrize("region_size", ["1MiB", "16MiB"])
+def test_an_array_that_each_item_fills_anew(factory: Callable[..., Runtime], region_size: str) -> None:
+    """What an item has returned is not what the next one writes there, with room for it and without."""
+    numpy = pytest.importorskip("numpy")
+
+    def fill(i: int, kept: dict[str, Any]) -> Any:
+        scratch = kept.setdefault("scratch", numpy.empty(10_000))
+        scratch[:] = i
+        return scratch, float(i)
+
+    rt = factory(1, region_size=region_size, region_max=region_size)
+    found = list(rt.map(lambda i: fill(i, runtime.current().local), range(60), chunksize=20))
+    assert [(array[0], array[-1]) for array, _ in found] == [(i, i) for i in range(60)]
 
 
 def test_no_reference_to_yielded_items(pool: Runtime) -> None:
