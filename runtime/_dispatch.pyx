@@ -143,7 +143,8 @@ cdef class Dispatcher(Waiting):
             frame.copy(block.data + first, first, frame.nbytes - first)
         task.block = block
         task.data = None
-        task.buffers = tuple([part for part in buffers if isinstance(part, BlockSlice)])    # it refers to them
+        # What the frame refers to stays as long as the task.
+        task.buffers = tuple([part for part in buffers if isinstance(part, BlockSlice)])
         return True
 
     cdef int rouse(self) except -1:

@@ -3,7 +3,7 @@
 
     u32 items, u32 buffers
     items   x {u64 bytes of the pickle, u32 buffers of this item, u32 status, u32 start, u32 count}
-    buffers x {u64 bytes, u32 B_*, u32 0, of one by reference: u64 block, u64 its bytes, u64 its tag, u64 start}
+    buffers x {u64 bytes, u32 B_*, u32 0; of one by reference: u64 block, its bytes, its tag, start; else 0}
     the pickles, one behind the other
     the buffers, each at a multiple of 64 from the start of the frame; not those by reference
 """

@@ -11,7 +11,7 @@ One lease, step by step (the words are in _layout.pxd; each step may be the last
     finish()   the last results: block or inline or bounce; RUNNING -> DONE by CAS; then the record.
                Lost: killed, claim nothing more and exit.
 """
-from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from cpython.bytes cimport PyBytes_FromStringAndSize
 from cpython.bytearray cimport PyByteArray_AS_STRING
 from cpython.exc cimport PyErr_CheckSignals
 from libc.string cimport memcpy
@@ -19,7 +19,7 @@ from posix.time cimport nanosleep, timespec
 from posix.unistd cimport getpid
 
 from runtime._frame cimport BlockSlice
-from runtime._views cimport BlockView, seen
+from runtime._views cimport BlockView, is_seen
 
 
 cdef int64_t ROOM_PATIENCE = 50_000_000     # ns to look for room before a payload travels by value
@@ -225,12 +225,13 @@ cdef class WorkerPort(Viewer):
     cdef Frame lay_out(self, list items):
         """Outcomes as a frame; by value what lies in arguments that something else in this worker sees."""
         cdef Frame frame
-        cdef list parts = [one for item in items for one in <tuple>(<tuple>item)[2] if isinstance(one, BlockSlice)]
+        cdef list parts = [
+            one for item in items for one in <tuple>(<tuple>item)[2] if isinstance(one, BlockSlice)]
         cdef BlockSlice part
         cdef BlockView view
         for part in parts:
             view = <BlockView>part.holder
-            part.by_value = not (view.own or view.access) and (view.kept or seen(view, parts, self.opened, 1))
+            part.by_value = not (view.own or view.access) and (view.kept or is_seen(view, parts, self.opened, 1))
         frame = Frame(items)
         frame.parts = parts
         return frame
@@ -260,7 +261,7 @@ cdef class WorkerPort(Viewer):
     cdef int keep(self, BlockView view, list parts, int known) except -1:
         """If something in this worker still sees a block of the host's: tell it."""
         cdef record_t record = record_t(R_KEEP, 0, 0, view.body, view.tag, 0, 0)
-        if not view.kept and seen(view, parts, None, known):
+        if not view.kept and is_seen(view, parts, None, known):
             view.kept = True                    # first: it may go while this waits for a place in the outbox
             self.put(&record)
         return 0

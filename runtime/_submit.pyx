@@ -51,7 +51,7 @@ cdef class Submitter:
         found = PyDict_GetItem(modules, entry[1])
         if found == NULL or getattr(<object>found, entry[2], None) is not fn:
             return None
-        if not (0 <= plain_bytes(args) <= PLAIN_MAX and (not kwargs or 0 <= plain_bytes(kwargs) <= PLAIN_MAX)):
+        if not 0 <= plain_bytes(args) <= PLAIN_MAX or (kwargs and not 0 <= plain_bytes(kwargs) <= PLAIN_MAX):
             return None
         try:
             data = plain_dumps((args, kwargs or None))

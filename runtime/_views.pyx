@@ -3,7 +3,7 @@
 
 Whatever sees a block holds its BlockView: by an export, or as its base, as numpy does with what it finds in a
 memoryview. What the views of a lease show is the host's, which frees it when the lease has ended. So a worker
-tells the host before that of each block whose view something holds (R_KEEP), and when that is gone (R_UNKEEP).
+tells the host before that of each block whose view something holds (R_KEEP), and when it is gone (R_UNKEEP).
 
 A result that lies in a block goes back by reference (`locate`). Of arguments that were copied in for this
 lease only if nothing else in this worker sees them: what it writes later would show in the host.
@@ -115,7 +115,7 @@ cdef class BlockView:
         """Copy on write, page by page: what this lease writes, nobody else sees."""
         cdef void *at = mmap(NULL, self.nbytes, PROT_READ | PROT_WRITE, MAP_PRIVATE,
                              self.port.arena.region.fd, <int64_t>(PAGE + self.body))
-        if at == MAP_FAILED:                    # a page size that our offsets are no multiple of: a plain copy
+        if at == MAP_FAILED:            # a page size that our offsets are no multiple of: a plain copy
             self.copy = PyBytes_FromStringAndSize(self.data, <Py_ssize_t>self.nbytes)
             self.data = PyBytes_AS_STRING(self.copy)
         else:
@@ -139,7 +139,7 @@ cdef class BlockView:
             munmap(self.mapping, self.nbytes)
 
 
-cdef bint seen(BlockView view, list parts, list opened, int known) except -1:
+cdef bint is_seen(BlockView view, list parts, list opened, int known) except -1:
     """Whether anything holds a view but the slices of it among `parts`, the list `opened`, and as many
     references as the caller has.
     """

@@ -106,6 +106,7 @@ def _encode(obj: object, freeze: bool, mode: str, locate: Locate | None) -> Payl
         payload.freeze()
     return payload
 
+
 def _names_any(data: Stream) -> bool:
     return any(names_by_value_module(part) for part in pickled_by_us(data))
 

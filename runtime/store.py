@@ -40,7 +40,12 @@ class Store(abc.ABC):
         fork.
         """
         arena = self._usable().arena
-        payload = serializer.dumps_portable(obj, arena.locate_frozen)
+
+        def locate(view: memoryview) -> Any:
+            found = arena.locate_frozen(view)
+            return view if found is None else found  # small ones, too: what is in the block is read-only
+
+        payload = serializer.dumps_portable(obj, locate)
         return Ref(stored(payload, arena.take))
 
     def empty(self, shape: int | tuple[int, ...], dtype: Any = float) -> numpy.ndarray[Any, Any]:
@@ -64,7 +69,7 @@ class Store(abc.ABC):
         ValueError, TypeError for what is no size; RegionFull when it does not fit; as `put`.
         """
         arena = self._usable().arena
-        if not isinstance(nbytes, int) or isinstance(nbytes, bool):
+        if type(nbytes) is not int:
             raise TypeError(f"alloc() needs a number of bytes, not {type(nbytes).__name__}")
         if nbytes < 0:
             raise ValueError(f"alloc() needs a number of bytes that is not negative, not {nbytes}")

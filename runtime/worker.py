@@ -334,8 +334,8 @@ class Worker:
     def frozen(self, item: tuple[Any, ...]) -> tuple[Any, ...]:
         """An outcome that no longer changes when the objects change that it was made of."""
         status, data, buffers, readonly = item
-        mine = tuple([memoryview(b) if isinstance(b, _core.BlockSlice) and not b.shared else b for b in buffers])
-        payload = serializer.Payload(data, mine, readonly)
+        mine = [memoryview(b) if isinstance(b, _core.BlockSlice) and not b.shared else b for b in buffers]
+        payload = serializer.Payload(data, tuple(mine), readonly)
         payload.freeze()
         return _item(status, payload)
 

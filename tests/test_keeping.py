@@ -1,4 +1,4 @@
-"""What a worker still sees of the region: a host and a worker in one thread, so that each step comes in its turn.
+"""What a worker still sees of the region: host and worker in one thread, so that each step comes in its turn.
 
 The worker dies as by SIGKILL: it does nothing more, and the host sweeps its slot.
 """

@@ -11,6 +11,7 @@ import gc
 import os
 import pickle
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -201,7 +202,7 @@ def test_an_empty_array_of_no_size(pool: Runtime, shape: Any) -> None:
         (5, object, ValueError, "Python objects"),
         (5, [("a", "i4"), ("b", object)], ValueError, "Python objects"),
         (1.5, "f8", TypeError, "float"),
-        ("x", "f8", (TypeError, AttributeError), "index"),
+        ("x", "f8", TypeError, "integer"),
         (5, "no such type", TypeError, "not understood"),
         (10**30, "f8", RegionFull, "bytes"),
         ((1 << 40, 1 << 40), "f8", RegionFull, "bytes"),
@@ -452,7 +453,7 @@ def test_what_a_ref_cannot_hold(pool: Runtime) -> None:
     with pytest.raises(RegionFull, match=r"\d+ bytes"):
         pool.put(bytes(100 * MIB))
     with pytest.raises((TypeError, AttributeError, pickle.PicklingError)):
-        pool.put(iter(open(os.devnull)))  # noqa: SIM115
+        pool.put(threading.Lock())
 
 
 def test_code_in_a_ref(pool: Runtime) -> None:
