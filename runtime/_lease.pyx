@@ -231,7 +231,8 @@ cdef class WorkerPort(Viewer):
         cdef BlockView view
         for part in parts:
             view = <BlockView>part.holder
-            part.by_value = not (view.own or view.access) and (view.kept or is_seen(view, parts, self.opened, 1))
+            part.by_value = (not (view.own or view.access)
+                             and (view.kept or is_seen(view, parts, self.opened, 1)))
         frame = Frame(items)
         frame.parts = parts
         return frame

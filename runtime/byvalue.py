@@ -37,7 +37,7 @@ _LOCK_CURE = (
 
 
 def dumps_by_value(obj: object, mode: str, taken: Taken | None, first: BaseException | None) -> Payload:
-    """`obj` by value; taken: what to put outside, None: nothing; `first` is what C pickle said, if it failed."""
+    """`obj` by value; taken: what to put outside, None: nothing; first: what C pickle said, if it failed."""
     if first is not None:
         if not isinstance(first, Exception) or isinstance(first, MemoryError | RecursionError):
             raise first
