@@ -4,6 +4,7 @@
     _region    SharedRegion                          a mapped file, bounds-checked, atomic words at offsets
     _pool      MemoryPool, Block                     equal blocks with one owner each
     _extent    Arena, HostBlock                      a runtime's region: tables, and blocks of any size
+    _growth    GrowingArena                          one that gets memory as it is needed, and gives it back
     _frame     Frame, BlockSlice, read_frame         how pickles and their buffers lie in a block
     _lease, _runner  Runner                          a worker's end of its slot, and its inner loop
     _report                                          reports of progress in a lease
@@ -31,6 +32,7 @@ from runtime._extent import Arena, HostBlock, in_region, note_losses
 from runtime._frame import BlockSlice, Frame, read_frame
 from runtime._frame cimport S_ERROR as _S_ERROR, S_PLAIN as _S_PLAIN, S_VALUE as _S_VALUE
 from runtime._future import Promise
+from runtime._growth import GrowingArena
 from runtime._layout cimport P_FAILED as _FAILED, P_LEAVING as _LEAVING, P_READY as _READY
 from runtime._identity import memfd_create, pidfd_open, pidfd_send_signal
 from runtime._leasing import (

@@ -14,7 +14,7 @@ from runtime._region cimport SharedRegion
 ctypedef struct heap_t:
     a64_t *words            # the extent words, in the region
     char *extents           # extent 0, in the region
-    uint64_t count          # how many extents
+    uint64_t count          # how many extents there are by now
     a64_t *frees            # arena_t.frees, in the region
     uint64_t hint           # process-private: where a run was freed last, to reuse warm pages
 
@@ -31,7 +31,12 @@ cdef class Arena:
     cdef readonly bint lanes  # parked words are heeded
     cdef readonly uint32_t room  # slots that are laid out; those from `slots` on have no memory yet
     cdef readonly uint32_t spin  # ns that a waiter watches the memory before it sleeps
-    cdef uint64_t slots_at, slot_stride, extents_at
+    cdef uint64_t slots_at, slot_stride, words_at, extents_at
+    cdef uint64_t capacity  # extents that are laid out; heap.count of them are there
+    cdef uint64_t holes     # of these, HOLE; host-private
+    cdef bint host          # this process decides how many there are
+    cdef bint growing       # memory is being reserved or given back
+    cdef readonly uint32_t growths  # times that the region grew
     cdef readonly uint64_t held  # bytes of blocks that the host owns; host-private, under the GIL
     cdef dict living        # of the host's blocks: index of the head -> its HostBlock, borrowed
     cdef int frozen         # forks under way: blocks that are dropped meanwhile are freed after them
@@ -44,6 +49,8 @@ cdef class Arena:
     cdef attach(self, SharedRegion region)
     cdef read_geometry(self)
     cdef uint64_t index_of(self, uint64_t offset) noexcept nogil
+    cdef uint64_t counted(self) noexcept nogil
+    cdef bint hopeful(self, uint64_t nbytes) noexcept
     cdef HostBlock block_at(self, uint64_t offset, uint64_t tag)
     cdef int64_t head_of(self, const char *data, uint64_t nbytes) noexcept nogil
     cdef slot_t *slot(self, uint32_t index) noexcept nogil
@@ -70,9 +77,11 @@ cdef class HostBlock:
 
 # Algorithms. A "ref" is {index of the head, tag}. `owner` is a slot, or NO_SLOT for the host.
 cdef int64_t heap_take(heap_t *heap, uint64_t nbytes, uint64_t owner, uint64_t *tag) noexcept nogil
+cdef int64_t try_run(heap_t *heap, uint64_t at, uint64_t run, uint64_t owner, uint64_t *tag) noexcept nogil
 cdef bint heap_free(heap_t *heap, uint64_t at, uint64_t tag, uint64_t state, uint64_t owner) noexcept nogil
 cdef bint heap_publish(heap_t *heap, uint64_t at, uint64_t tag, uint64_t slot) noexcept nogil
 cdef bint heap_adopt(heap_t *heap, uint64_t at, uint64_t tag, uint64_t slot) noexcept nogil
 cdef uint64_t heap_sweep(heap_t *heap, uint64_t slot) noexcept nogil
 cdef uint64_t heap_run(heap_t *heap, uint64_t at) noexcept nogil
 cdef uint64_t heap_used(heap_t *heap) noexcept nogil
+cdef uint64_t round_up(uint64_t n, uint64_t to) noexcept nogil

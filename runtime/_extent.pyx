@@ -152,18 +152,23 @@ cdef uint64_t heap_sweep(heap_t *heap, uint64_t slot) noexcept nogil:
     return n
 
 
+cdef inline bint vacant(uint64_t w) noexcept nogil:
+    """Nobody owns it: FREE or HOLE."""
+    return x_state(w) == X_FREE or x_state(w) == X_HOLE
+
+
 cdef uint64_t heap_used(heap_t *heap) noexcept nogil:
-    """Extents that are not free: a snapshot."""
+    """Extents that somebody owns: a snapshot."""
     cdef uint64_t i, n = 0
     for i in range(heap.count):
-        n += x_state(a64_load_relaxed(&heap.words[i])) != X_FREE
+        n += not vacant(a64_load_relaxed(&heap.words[i]))
     return n
 
 
 cdef uint64_t largest_free(heap_t *heap) noexcept nogil:
     cdef uint64_t i, run = 0, best = 0
     for i in range(heap.count):
-        run = run + 1 if x_state(a64_load_relaxed(&heap.words[i])) == X_FREE else 0
+        run = run + 1 if vacant(a64_load_relaxed(&heap.words[i])) else 0
         if run > best:
             best = run
     return best
@@ -216,7 +221,7 @@ cdef class Arena:
 
     def __cinit__(self):
         assert sizeof(lease_t) == 640 and sizeof(slot_t) == 512 and sizeof(record_t) == 48
-        assert sizeof(arena_t) == PAGE + 128
+        assert sizeof(arena_t) == PAGE + 192
 
     @staticmethod
     def footprint(uint32_t slots, uint32_t leases, uint32_t outbox, uint64_t bounce_bytes):
@@ -224,26 +229,29 @@ cdef class Arena:
         return round_up(sizeof(slot_t) + 4 * leases + sizeof(record_t) * outbox
                         + sizeof(lease_t) * leases, PAGE) + round_up(bounce_bytes, PAGE)
 
-    @staticmethod
-    def create(uint64_t size, uint32_t slots, uint32_t leases, uint32_t outbox, uint64_t bounce_bytes,
-               bint lanes=True, uint32_t spin=50_000, uint32_t room=0):
+    @classmethod
+    def create(cls, uint64_t size, uint32_t slots, uint32_t leases, uint32_t outbox, uint64_t bounce_bytes,
+               bint lanes=True, uint32_t spin=50_000, uint32_t room=0, uint64_t most=0):
         """A fresh region with `size` bytes for blocks beside the tables.
 
-        `room`: slots that are laid out, if more than `slots`. The others are a hole in the file: address
-        space, no memory, until `add_slots`.
+        `room`: slots that are laid out, if more than `slots`; `most`: bytes for blocks, if more than `size`.
+        The others are a hole in the file: address space, no memory, until `add_slots` and `grow`.
         """
-        cdef Arena self = Arena.__new__(Arena)
+        cdef Arena self = <Arena>cls.__new__(cls)
         cdef uint64_t stride = Arena.footprint(slots, leases, outbox, bounce_bytes)
         cdef uint64_t slots_at = round_up(sizeof(arena_t), PAGE)
         cdef uint64_t later = slots_at + stride * slots
         cdef uint64_t words_at = slots_at + stride * max(room, slots)
         cdef uint64_t extents = (size + EXTENT - 1) // EXTENT
-        cdef uint64_t extents_at = round_up(words_at + 8 * extents, PAGE)
+        cdef uint64_t capacity = max(extents, (most + EXTENT - 1) // EXTENT)
+        cdef uint64_t extents_at = round_up(words_at + 8 * capacity, PAGE)
         assert leases <= MAX_LEASES and leases & (leases - 1) == 0 and outbox & (outbox - 1) == 0
-        if extents >= NO_SLOT:
-            most = <uint64_t>NO_SLOT * EXTENT
-            raise ValueError(f"region_size of {size} bytes is over the limit of {most} bytes")
-        region = SharedRegion.create(extents_at + extents * EXTENT, _later=(later, words_at))
+        if capacity >= NO_SLOT:
+            limit = <uint64_t>NO_SLOT * EXTENT
+            raise ValueError(f"a region of {max(size, most)} bytes is over the limit of {limit} bytes")
+        region = SharedRegion.create(extents_at + capacity * EXTENT, _later=(
+            (later, words_at), (round_up(words_at + 8 * extents, PAGE), extents_at),
+            (extents_at + extents * EXTENT, extents_at + capacity * EXTENT)))
         self.attach(region)
         self.head.version = LAYOUT_VERSION
         self.head.slots = max(room, slots)
@@ -254,12 +262,14 @@ cdef class Arena:
         self.head.slot_stride = stride
         self.head.words_at = words_at
         self.head.extents_at = extents_at
-        self.head.extents = extents
+        self.head.capacity = capacity
+        a64_store_relaxed(&self.head.extents, extents)
         self.head.lanes = lanes
         self.head.spin = spin
         self.head.magic = MAGIC
         self.read_geometry()
         self.slots = slots
+        self.host = True
         return self
 
     @staticmethod
@@ -271,7 +281,7 @@ cdef class Arena:
         head = self.head
         if self.region.length < sizeof(arena_t) or head.magic != MAGIC or head.version != LAYOUT_VERSION:
             raise ValueError("the region holds no arena of this version of the runtime")
-        if head.extents_at + head.extents * EXTENT > self.region.length:
+        if head.capacity >= NO_SLOT or head.extents_at + head.capacity * EXTENT > self.region.length:
             raise ValueError("the arena's tables do not fit into the region")
         self.read_geometry()
         return self
@@ -294,10 +304,12 @@ cdef class Arena:
         self.spin = self.head.spin if self.lanes else 0
         self.slots_at = self.head.slots_at
         self.slot_stride = self.head.slot_stride
+        self.words_at = self.head.words_at
         self.extents_at = self.head.extents_at
-        self.heap.words = <a64_t *>(self.base + self.head.words_at)
+        self.capacity = self.head.capacity
+        self.heap.words = <a64_t *>(self.base + self.words_at)
         self.heap.extents = self.base + self.extents_at
-        self.heap.count = self.head.extents
+        self.counted()
         self.heap.frees = &self.head.frees
         self.heap.hint = 0
 
@@ -317,6 +329,26 @@ cdef class Arena:
     def adopt_process(self):
         """A worker calls this right after it was forked: the mapping serves this process from now on."""
         self.pid = getpid()
+        self.host = False
+
+    cdef uint64_t counted(self) noexcept nogil:
+        """How many extents there are. The host decides that; for the others it may have risen."""
+        if not self.host and self.head != NULL:
+            # X3 pairs with X4 in _growth: who sees the new count sees words and memory.
+            self.heap.count = min(a64_load_acquire(&self.head.extents), self.capacity)
+        return self.heap.count
+
+    cdef bint hopeful(self, uint64_t nbytes) noexcept:
+        """Whether `grow` may succeed."""
+        return False
+
+    def grow(self, uint64_t nbytes):
+        """Make room for so many bytes; see GrowingArena. Whether there is some: here never."""
+        return False
+
+    def trim(self, int64_t every=0):
+        """Give back what has not been used for a while; see GrowingArena. How many bytes."""
+        return 0
 
     def make_private(self):
         """In a user's fork: the same memory, copy on write, so that nothing done here reaches the runtime."""
@@ -362,7 +394,7 @@ cdef class Arena:
                 if lost:
                     losses.append(lost)
             self.slots = 0
-            self.heap.count = 0
+            self.heap.count = self.capacity = 0
             self.base = NULL
             self.head = NULL
             self.region.close()
@@ -373,7 +405,7 @@ cdef class Arena:
         if self.base == NULL or nbytes == 0 or self.private or data < self.heap.extents:
             return -1
         at = <uint64_t>(data - self.heap.extents) // EXTENT
-        if at >= self.heap.count:
+        if at >= self.counted():
             return -1
         w = a64_load_acquire(&self.heap.words[at])
         return <int64_t>(x_field(w) if x_state(w) == X_TAIL else at)
@@ -434,15 +466,27 @@ cdef class Arena:
 
     @property
     def data_bytes(self):
-        """Bytes for blocks."""
-        return self.heap.count * EXTENT
+        """Bytes for blocks, those included that have no memory at the moment."""
+        return self.counted() * EXTENT
+
+    @property
+    def max_bytes(self):
+        """Bytes for blocks that there may ever be."""
+        return self.capacity * EXTENT
+
+    @property
+    def frees(self):
+        """Blocks freed so far, and times that the region grew; it goes round at 2^64."""
+        return a64_load_relaxed(self.heap.frees) if self.base != NULL else 0
 
     @property
     def reserved_bytes(self):
-        """Bytes of the whole region, without slots that have no memory yet."""
+        """Bytes of the whole region that have memory."""
         if self.base == NULL:
             return 0
-        return self.region.length - self.slot_stride * (self.room - self.slots)
+        return (self.region.length - self.slot_stride * (self.room - self.slots)
+                - (self.extents_at - round_up(self.words_at + 8 * self.heap.count, PAGE))
+                - (self.capacity - self.heap.count + self.holes) * EXTENT)
 
     @property
     def used_bytes(self):
@@ -461,7 +505,7 @@ cdef class Arena:
         found = {}
         for i in range(self.heap.count):
             w = a64_load_acquire(&self.heap.words[i])
-            if x_state(w) not in (X_FREE, X_TAIL):
+            if not vacant(w) and x_state(w) != X_TAIL:
                 key = names[x_state(w)]
                 found[key] = found.get(key, 0) + 1
         return found

@@ -6,6 +6,9 @@
     words      one a64_t per extent: the only truth about who owns it
     extents    EXTENT bytes each: where blocks live
 
+Words and extents are laid out for all that the region may ever hold; the first arena_t.extents have memory,
+the others are a hole in the file, as are slots that were not needed yet. See _growth.pyx.
+
 Offsets count from the start of the region's data. Nothing here is a pointer, so every process may map
 the region where it likes. A word that two processes write has its protocol written beside it.
 """
@@ -15,7 +18,7 @@ from runtime._atomics cimport a32_t, a64_t
 
 
 cdef enum:
-    LAYOUT_VERSION = 3
+    LAYOUT_VERSION = 4
     PAGE = 4096
     EXTENT = 4096           # bytes of one extent: a page, so that a block can be mapped by itself
     INLINE_BYTES = 320      # bytes of payload that fit into the lease entry itself
@@ -36,6 +39,8 @@ cdef enum:
 #   PUBLISHING(s) -> HOST      the host only, with the record's tag
 #   PRIVATE, HOST -> FREEING   the owner; then tails -> FREE in descending order, the head -> FREE last
 #   CLAIM(s), PRIVATE(s), PUBLISHING(s), FREEING(s) -> FREE   the host's sweep of a dead slot s
+#   HOST, TAIL -> HOLE         the host's trim, when it has given the memory of a run that it took back
+#   HOLE    -> FREE            the host's growth, when it has memory again
 #
 # Killed at any instruction, the head says whose run it is, and the tails are a prefix of the run.
 cdef enum:
@@ -46,6 +51,7 @@ cdef enum:
     X_HOST = 4
     X_FREEING = 5
     X_TAIL = 6
+    X_HOLE = 7              # no memory behind it: to those who take, not free
 
 
 # ---- lease words: {state 3 | item 21 | tag 40} -------------------------------------------------------
@@ -237,14 +243,17 @@ ctypedef struct arena_t:
     uint64_t slot_stride    # bytes from one slot to the next
     uint64_t words_at       # offset of the extent words
     uint64_t extents_at     # offset of extent 0
-    uint64_t extents        # how many
+    a64_t extents           # how many there are by now. Host, which goes by its own count; it only rises
     uint32_t lanes          # 1: parked words are heeded; 0: every put is announced by a message
     uint32_t spin           # ns that a waiter watches the memory before it sleeps
-    char pad0[PAGE - 80]
+    uint64_t capacity       # extents that are laid out
+    char pad0[PAGE - 88]
     a64_t frees             # blocks freed so far, by anyone: who found no room waits for it to move
     char pad1[56]
     a32_t parked            # the host's; see "Parking" above
     char pad2[60]
+    a64_t wanted            # bytes that a worker finds no room for. Workers; the host answers with 0
+    char pad3[56]
 
 
 cdef inline uint64_t word_of(uint64_t state, uint64_t field, uint64_t tag) noexcept nogil:

@@ -15,6 +15,7 @@ from posix.mman cimport (
     MAP_FAILED, MAP_FIXED, MAP_NORESERVE, MAP_PRIVATE, MAP_SHARED, MS_SYNC, PROT_READ, PROT_WRITE,
     mmap, msync, munmap,
 )
+from posix.types cimport off_t
 from posix.unistd cimport close as c_close
 from posix.unistd cimport getpid
 
@@ -29,12 +30,17 @@ import os
 
 from runtime import segment
 from runtime.errors import RegionFull
-from runtime.memory import reserve
+from runtime.memory import extend, reserve
 
 
 cdef extern from *:
     void _Static_assert(bint holds) nogil           # C11: checked by the compiler, no code
     Py_ssize_t PyNumber_AsSsize_t(object value, PyObject *error) except? -1
+
+
+cdef extern from "<fcntl.h>" nogil:
+    int FALLOC_FL_PUNCH_HOLE, FALLOC_FL_KEEP_SIZE
+    int fallocate(int fd, int mode, off_t offset, off_t length)
 
 
 cdef enum:
@@ -137,13 +143,13 @@ cdef class SharedRegion:
         raise TypeError("use SharedRegion.create(size), SharedRegion.open(name) or SharedRegion.from_fd(fd)")
 
     @classmethod
-    def create(cls, size, *, name=None, max_size=None, _later=(0, 0)):
+    def create(cls, size, *, name=None, max_size=None, _later=()):
         """A new region of `size` bytes, all zero.
 
         Without a name it is a memory file that vanishes with its last user. With one it is
         /dev/shm/<name>, for this user only (mode 0600), seen by others when it is complete, there until
         unlink(). `max_size` (bytes, at least `size`) reserves address space for growing; no memory.
-        `_later` (for the runtime itself): from here to there the file is a hole until `_supply`.
+        `_later` (for the runtime itself): (from, to) of parts, in order, that are holes until `_supply`.
 
         Raises: FileExistsError when the name is taken; RegionFull when the memory is not there;
         ValueError, TypeError for wrong sizes and names.
@@ -163,11 +169,12 @@ cdef class SharedRegion:
                 self._fd = open_memfd()
             else:
                 self._fd, temporary = segment.open_unnamed()
-            if _later[0] < _later[1]:
-                reserve(self._fd, HEADER_BYTES + _later[0])
-                reserve(self._fd, segment.file_bytes(data), HEADER_BYTES + _later[1])
-            else:
-                reserve(self._fd, segment.file_bytes(data))
+            extend(self._fd, segment.file_bytes(data))
+            begin = 0
+            for hole, end in _later:
+                reserve(self._fd, HEADER_BYTES + hole, begin)
+                begin = HEADER_BYTES + end
+            reserve(self._fd, segment.file_bytes(data), begin)
             self.map_file(data, largest)
             write_header(self, data, largest)
             self._file = segment.examine(self._fd, "the new file").file
@@ -188,6 +195,15 @@ cdef class SharedRegion:
     def _supply(self, begin, end):
         """Give memory to a part that was left for later. Raises: RegionFull; nobody may touch it then."""
         reserve(self._fd, HEADER_BYTES + end, HEADER_BYTES + begin)
+
+    def _discard(self, size_t begin, size_t end):
+        """Take the memory of a part away; what is read there from now on is 0. False: it cannot be done."""
+        cdef int fd = self._fd
+        cdef int rc
+        with nogil:
+            rc = fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, <off_t>(HEADER_BYTES + begin),
+                           <off_t>(end - begin))
+        return rc == 0
 
     @classmethod
     def open(cls, name):

@@ -69,7 +69,7 @@ cdef class Viewer:
         cdef BlockView view
         cdef uint64_t at = self.arena.index_of(block)
         cdef uint64_t word
-        if block < self.arena.extents_at or at >= self.arena.heap.count:
+        if block < self.arena.extents_at or at >= self.arena.counted():
             raise ValueError(f"malformed frame: there is no block at offset {block}")
         word = a64_load_acquire(&self.arena.heap.words[at])
         if x_state(word) != X_HOST or x_tag(word) != tag:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from runtime.errors import RegionFull
 from runtime.limits import UNLIMITED, memory_groups, read
 
-__all__ = ["available_memory", "memory_room", "reserve", "resident", "unshared"]
+__all__ = ["available_memory", "extend", "memory_room", "reserve", "resident", "unshared"]
 
 STEP = 16 << 20  # bytes reserved by one fallocate
 SPARED = 4 << 20  # bytes of memory that are left to the process itself
@@ -55,12 +55,7 @@ def reserve(fd: int, total: int, begin: int = 0) -> None:
             os.posix_fallocate(fd, done, step)
         except OSError as error:
             if error.errno == errno.EFBIG:
-                signal.sigtimedwait([signal.SIGXFSZ], 0)  # it came with the error, and would end the process
-                most = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
-                raise RegionFull(
-                    f"the region needs a file of {total} bytes, and files of this process may have {most} "
-                    f"(RLIMIT_FSIZE, ulimit -f); use a smaller region or raise the limit"
-                ) from None
+                raise _over_file_size(total) from None
             if error.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EDQUOT):
                 raise
             files = os.fstatvfs(fd)
@@ -73,6 +68,29 @@ def reserve(fd: int, total: int, begin: int = 0) -> None:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         done += step
+
+
+def extend(fd: int, total: int) -> None:
+    """Give the file this size, and no memory: a hole. Raises: RegionFull when files may not be so large."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGXFSZ])
+    try:
+        os.ftruncate(fd, total)
+    except OSError as error:
+        if error.errno != errno.EFBIG:
+            raise
+        raise _over_file_size(total) from None
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _over_file_size(total: int) -> RegionFull:
+    """The error for EFBIG. Takes the signal, blocked by now, that came with it and would end the process."""
+    signal.sigtimedwait([signal.SIGXFSZ], 0)
+    most = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    return RegionFull(
+        f"the region needs a file of {total} bytes, and files of this process may have {most} "
+        f"(RLIMIT_FSIZE, ulimit -f); use a smaller region or raise the limit"
+    )
 
 
 def resident(pid: int) -> int | None:
