@@ -1,7 +1,8 @@
 # cython: language_level=3
 """The door to queue, leases, harvest, slots and waiting. See _dispatch.pyx."""
-from libc.stdint cimport int64_t, uint32_t
+from libc.stdint cimport int64_t, uint32_t, uint64_t
 
+from runtime._extent cimport HostBlock
 from runtime._records cimport Batch, Span, Task
 from runtime._waiting cimport Waiting
 
@@ -9,8 +10,8 @@ from runtime._waiting cimport Waiting
 cdef class Dispatcher(Waiting):
     cdef public bint refusing   # users may submit nothing more
 
-    cdef int work(self) except -1
     cdef int take_in(self, entry) except -1
+    cdef HostBlock room_for(self, Task task, uint64_t nbytes)
     cdef int rouse(self) except -1
     cdef bint enter(self, Task task) except -1
     cdef int retry_now(self, Task task, int64_t delay) except -1

@@ -9,10 +9,10 @@
 
 Everything here runs under the GIL, and calls no Python code but C containers: so a method is atomic to
 every other Python thread, and a signal handler cannot cut it in two. (Two parts let the GIL go, where no
-bookkeeping is half done: `place` while it copies, and the waiting in _waiting.) What can still come in
-between is a destructor, run by the garbage collector at an allocation, that submits or cancels: it finds
-`busy` set and leaves its wish in the inbox, which whoever is inside empties before leaving. The only other
-thread is the deadline keeper (_threads), ordered by the guards.
+bookkeeping is half done: `place`, while the region grows and while it copies, and the waiting in _waiting.)
+What can still come in between is a destructor, run by the garbage collector at an allocation, that submits or
+cancels: it finds `busy` set and leaves its wish in the inbox, which whoever is inside empties before leaving.
+The only other thread is the deadline keeper (_threads), ordered by the guards.
 
 Should a destructor let another thread in, that one defers to the inbox in the same way, so no method
 here ever waits. Outcomes collect in a list of tuples; unpickling and futures are the collector's business.
@@ -53,6 +53,7 @@ cdef enum:
 
 # Bytes that are copied while the worker that will read them is waking up.
 cdef uint64_t ROUSE_BYTES = 1 << 20
+cdef int TRIES = 4          # times that others may be quicker to take the room that was made
 cdef int CHASE = 100        # looks at a chunk that is to be killed and goes on from item to item
 
 
@@ -120,18 +121,16 @@ cdef class Dispatcher(Waiting):
     def place(self, Task task not None, data, tuple buffers, tuple readonly):
         """Lay the arguments of a new task out in the region at once: one copy, made without the GIL.
 
+        The region grows for them.
         False: nothing was done. Only up to half of the region is taken by what waits; the rest is for what
         runs, and what it gives back.
         """
         cdef Frame frame = Frame([(S_VALUE, data, buffers, readonly)])
         cdef HostBlock block
         cdef uint64_t first = 0
-        if self.closed or self.arena.held + frame.nbytes > self.arena.data_bytes // 2:
+        if self.closed or self.arena.held + frame.nbytes > self.arena.capacity * EXTENT // 2:
             return False
-        task.fn_block = self.function_block(task.fn)
-        if task.fn_block is None:
-            return False
-        block = HostBlock.take(self.arena, frame.nbytes)
+        block = self.room_for(task, frame.nbytes)
         if block is None:
             return False
         if frame.nbytes >= 4 * ROUSE_BYTES:
@@ -146,6 +145,20 @@ cdef class Dispatcher(Waiting):
         # What the frame refers to stays as long as the task.
         task.buffers = tuple([part for part in buffers if isinstance(part, BlockSlice)])
         return True
+
+    cdef HostBlock room_for(self, Task task, uint64_t nbytes):
+        """A block for the arguments of a task, whose function has one; None: there is no room."""
+        cdef HostBlock block = None
+        cdef int _k
+        for _k in range(TRIES):
+            if task.fn_block is None:
+                task.fn_block = self.function_block(task.fn)
+            if task.fn_block is not None:
+                block = HostBlock.take(self.arena, nbytes)
+            # Growing takes time: not in a destructor that runs in the middle of the bookkeeping.
+            if block is not None or self.within() or not self.arena.grow(nbytes):
+                break
+        return block
 
     cdef int rouse(self) except -1:
         """Wake a worker that has nothing to do, for a lease that is about to come."""

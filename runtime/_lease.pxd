@@ -120,5 +120,7 @@ cdef class WorkerPort(Viewer):
     cdef int keep(self, BlockView view, list parts, int known) except -1
     cdef int put(self, record_t *record) except -1
     cdef int tell(self) except -1
-    cdef int take_room(self, uint64_t nbytes, bint patient, uint64_t *at, uint64_t *tag) noexcept nogil
+    cdef int take_room(self, uint64_t nbytes, bint patient, uint64_t *at, uint64_t *tag) except -1
+    cdef int wish(self, uint64_t nbytes) except -1
+    cdef bint await_room(self, uint64_t frees, int64_t until, int64_t last) noexcept nogil
     cdef int wait_turn(self, uint32_t seen) except -1

@@ -23,6 +23,8 @@ from runtime._views cimport BlockView, is_seen
 
 
 cdef int64_t ROOM_PATIENCE = 50_000_000     # ns to look for room before a payload travels by value
+cdef int64_t GROWTH_PATIENCE = 2_000_000_000    # the same, while the host has not answered the wish for it
+cdef int64_t NAP = 500_000                  # ns between two looks whether there is room, or a place
 cdef int64_t WAKING = 4                     # times as long that one watches who has woken a thread
 cdef int64_t BACKSTOP = 50_000_000          # ns: futex waits are bounded, so a lost wake-up only costs time
 
@@ -201,15 +203,12 @@ cdef class WorkerPort(Viewer):
         cdef lease_t *lease = self.lease(entry)
         cdef Frame frame = self.lay_out(items)
         cdef uint64_t at = 0, tag = 0
-        cdef bint room
         lease.out_bytes = frame.nbytes
         if frame.nbytes <= INLINE_BYTES:
             frame.copy(lease.inline_, 0, frame.nbytes)
             lease.out_where = AT_INLINE
         else:
-            with nogil:
-                room = self.take_room(frame.nbytes, True, &at, &tag)
-            if room:
+            if self.take_room(frame.nbytes, True, &at, &tag):
                 self.fill(frame, at)
                 heap_publish(&self.arena.heap, at, tag, self.index)
                 lease.out_body = self.offset_of(at)
@@ -270,10 +269,7 @@ cdef class WorkerPort(Viewer):
     def empty(self, uint64_t nbytes):
         """A block of this worker's own, uninitialised; None: there is no room, for 50 ms."""
         cdef uint64_t at = 0, tag = 0
-        cdef bint room
-        with nogil:
-            room = self.take_room(nbytes, True, &at, &tag)
-        return self.create(at, tag, nbytes) if room else None
+        return self.create(at, tag, nbytes) if self.take_room(nbytes, True, &at, &tag) else None
 
     cdef bint complete(self, uint32_t entry, uint64_t count) except -1:
         """RUNNING(i) -> DONE(count), and the record of it. False: the host has killed this lease."""
@@ -329,29 +325,51 @@ cdef class WorkerPort(Viewer):
             PyErr_CheckSignals()
         return 0
 
-    cdef int take_room(self, uint64_t nbytes, bint patient, uint64_t *at, uint64_t *tag) noexcept nogil:
-        """A private block of this slot. False: no room, for up to 50 ms if patient."""
-        cdef int64_t found, until
+    cdef int take_room(self, uint64_t nbytes, bint patient, uint64_t *at, uint64_t *tag) except -1:
+        """A private block of this slot. False: no room, for up to 50 ms if patient, or while the host sees to
+        it that there is some.
+        """
+        cdef int64_t found, until, now = 0
         cdef uint64_t frees
-        if nbytes > self.arena.heap.count * EXTENT:
+        if nbytes > self.arena.capacity * EXTENT:
             return False
         frees = a64_load_relaxed(self.arena.heap.frees)
         if self.was_full and frees == self.full_at:
             return False                        # searched in vain, and nothing was freed since
         until = now_ns() + ROOM_PATIENCE
         while True:
-            found = heap_take(&self.arena.heap, nbytes, self.index, tag)
+            self.arena.counted()
+            with nogil:
+                found = heap_take(&self.arena.heap, nbytes, self.index, tag)
             if found >= 0:
                 at[0] = <uint64_t>found
                 self.was_full = False
                 return True
-            if not patient or now_ns() >= until:
-                self.was_full = True
-                self.full_at = frees
-                return False
-            while a64_load_relaxed(self.arena.heap.frees) == frees and now_ns() < until:
-                nap(500_000)
+            if now < until:
+                self.wish(nbytes)
+            with nogil:
+                if not patient or not self.await_room(frees, until, until + GROWTH_PATIENCE):
+                    self.was_full = True
+                    self.full_at = frees
+                    return False
             frees = a64_load_relaxed(self.arena.heap.frees)
+            now = now_ns()
+
+    cdef int wish(self, uint64_t nbytes) except -1:
+        """Tell the host that there is no room for so many bytes: the region may grow."""
+        if a64_load_relaxed(&self.arena.head.wanted) < nbytes:  # of two that cross one is lost: a hint
+            a64_store_relaxed(&self.arena.head.wanted, nbytes)
+        return self.tell()
+
+    cdef bint await_room(self, uint64_t frees, int64_t until, int64_t last) noexcept nogil:
+        """Until something was freed. False: not until then, or until the host has answered the wish."""
+        cdef int64_t now
+        while a64_load_relaxed(self.arena.heap.frees) == frees:
+            now = now_ns()
+            if now >= last or (now >= until and a64_load_relaxed(&self.arena.head.wanted) == 0):
+                return False
+            nap(NAP)
+        return now_ns() < last
 
     # ---- the outbox ----
 
@@ -361,7 +379,7 @@ cdef class WorkerPort(Viewer):
             self.clock = 0
             self.notify()
             with nogil:
-                nap(500_000)
+                nap(NAP)
             PyErr_CheckSignals()
         self.tell()
         return 0

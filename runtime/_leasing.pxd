@@ -25,6 +25,7 @@ cdef class Leasing:
     cdef set repeat                         # slots to be told once more
     cdef int64_t starved_since              # monotonic ns: a task at the head found no room; 0: none does
     cdef uint64_t full_at                   # arena.frees when patience ran out last
+    cdef uint64_t wanted                    # bytes that a task at the head finds no room for; 0: none
     cdef bint was_full
     cdef uint64_t numbers
     cdef readonly uint64_t waiting          # tasks and items not leased
@@ -56,6 +57,7 @@ cdef class Leasing:
     cdef uint32_t depth(self) noexcept
     cdef bint drain_all(self) except -1
     cdef bint starved(self)
+    cdef bint hopes(self, uint64_t nbytes) noexcept
     cdef bint lease(self, Task task, uint32_t index) except -1
     cdef int balance(self) except -1
     cdef list take_back(self, uint32_t index, uint32_t most)

@@ -22,11 +22,13 @@ from runtime._lease cimport must_tell, ring_place, ring_put, ring_room
 from runtime._records cimport T_CANCELLED, T_LEASED, T_OVER, T_WAITING, SlotTable, Span
 
 cdef int64_t ROOM_PATIENCE = 50_000_000     # ns a task waits for room before it travels by value
+cdef int64_t GROWTH_PATIENCE = 2_000_000_000    # the same, while the region may grow
 cdef uint64_t CHUNK_BYTES = 256 << 10       # bytes of a chunk, unless a single item is larger
 cdef double AHEAD_NS = 2_000_000            # ns of work ahead of a worker, if that is two calls or more
 cdef uint32_t DEPTH = 64                    # leases ahead while it is unknown how long a call takes
 cdef uint32_t CHUNK_DEPTH = 2               # chunks ahead per worker: one runs, one waits
 cdef uint32_t FUNCTIONS = 256               # function pickles kept in the region
+cdef int64_t FUNCTION_BYTES = 256 << 10     # bytes of one, at most
 
 # what an outcome tuple begins with
 OUTCOME_FRAME = 0           # (.., task, first item, items, exporter of the frame, what it refers to)
@@ -270,7 +272,7 @@ cdef class Leasing:
             if len(self.functions) >= FUNCTIONS:
                 self.functions.pop(next(iter(self.functions)))
             data = fn.data
-            if len(data) * 16 > self.arena.data_bytes:
+            if len(data) > FUNCTION_BYTES or len(data) * 16 > self.arena.data_bytes:
                 return None                         # it would crowd out the arguments: leads the frame
             block = HostBlock.take(self.arena, <uint64_t>len(data))
             if block is None:
@@ -278,6 +280,20 @@ cdef class Leasing:
             memcpy(block.data, <char *>data, <size_t>len(data))
         self.functions[fn.id] = block               # last in the order of use
         return block
+
+    cdef bint hopes(self, uint64_t nbytes) noexcept:
+        """Whether a frame that found no room waits for the region to grow. That is the collector's, since it
+        takes time; see Waiting.make_room.
+        """
+        cdef int64_t now = now_ns()
+        if not self.arena.hopeful(nbytes):
+            return False
+        if self.starved_since == 0:
+            self.starved_since = now
+        if now - self.starved_since >= GROWTH_PATIENCE:
+            return False
+        self.wanted = max(self.wanted, nbytes)
+        return True
 
     cdef bint starved(self):
         """Whether a frame that found no room shall wait for some: then nothing is leased now."""
@@ -341,7 +357,8 @@ cdef class Leasing:
                     block = HostBlock.take(self.arena, frame.nbytes)
                 if block is not None:
                     frame.copy(block.data, 0, frame.nbytes)
-                elif frame.nbytes <= self.arena.data_bytes and self.starved():
+                elif (frame.nbytes <= self.arena.capacity * EXTENT
+                        and (self.hopes(frame.nbytes) or self.starved())):
                     return False
                 else:
                     where = AT_BOUNCE

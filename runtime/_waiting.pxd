@@ -8,8 +8,11 @@ from runtime._slots cimport Slots
 cdef class Waiting(Slots):
     cdef bint asleep            # the collector sleeps, or is about to
     cdef public object tell     # called when somebody must be told of leases or outcomes
-    cdef bint nudged            # it was told of outcomes
+    cdef bint nudged            # it was told of outcomes, or of a wish for room
 
+    cdef int work(self) except -1
+    cdef bint within(self) noexcept
+    cdef bint wishes(self) noexcept
     cdef int drain_out(self) except -1
     cdef int look_until(self, int64_t until) except -1
     cdef int sleep_here(self, int64_t ns) except -1

@@ -81,7 +81,7 @@ cdef class Waiting(Slots):
         self.asleep = True
         if self.sleeping_for is None:
             park(&self.arena.head.parked, PARKED)
-        if self.outcomes or self.unread():
+        if self.outcomes or self.unread() or self.wishes():
             self.unpark()
             return False
         return True
@@ -118,6 +118,48 @@ cdef class Waiting(Slots):
         self.stop_looking()
         return 0
 
+    # ---- who finds no room ----
+
+    cdef bint wishes(self) noexcept:
+        """Whether somebody has found no room, and the region can be seen to."""
+        return (self.wanted or (self.arena.head != NULL and a64_load_relaxed(&self.arena.head.wanted))
+                ) and not self.arena.growing
+
+    @property
+    def cramped(self):
+        """Whether somebody waits for the region to grow."""
+        return self.wishes() or self.arena.growing
+
+    def make_room(self):
+        """For the collector: grow the region for those who have found no room: a task that is to be leased,
+        workers with results. What they want is a hint: they look again.
+        """
+        cdef uint64_t wish, nbytes
+        if not self.wishes():
+            return
+        wish = a64_load_relaxed(&self.arena.head.wanted) if self.arena.head != NULL else 0
+        nbytes = max(self.wanted, min(wish, self.arena.capacity * EXTENT))
+        try:
+            self.arena.grow(nbytes)
+        finally:
+            self.wanted = 0
+            if self.arena.head != NULL and wish:
+                a64_cas_acq_rel(&self.arena.head.wanted, wish, 0)
+        self.work()
+
+    cdef int work(self) except -1:
+        """Lease what can be leased; at once, or leave it to who is inside; see Dispatcher."""
+        return 0
+
+    cdef bint within(self) noexcept:
+        """Whether this thread is in the middle of the bookkeeping: in a destructor that runs there."""
+        return self.busy and self.inside == PyThread_get_thread_ident()
+
+    @property
+    def entered(self):
+        """Whether this thread is in the middle of the bookkeeping, and so must not wait."""
+        return self.within()
+
     def must_not_wait(self):
         """Raises: RuntimeError when this thread is in the middle of the bookkeeping, which nobody else can
         finish: in a destructor that ran there, or in a signal handler that ran in that.
@@ -125,7 +167,7 @@ cdef class Waiting(Slots):
         For a wait with a timeout, too, as Thread.join of the thread itself: it would hold up the whole
         runtime for that time, and what it is for could not come; a loop of such waits would never end.
         """
-        if self.busy and self.inside == PyThread_get_thread_ident():
+        if self.within():
             raise RuntimeError(
                 "waiting here would never end: this is a destructor (or a signal handler that interrupted "
                 "one) that Python runs in the middle of the runtime's own work; that goes on when it "
@@ -181,7 +223,7 @@ cdef class Waiting(Slots):
         """Until a worker has put something into its outbox, or the task that is slept for is over."""
         cdef bint late = False
         park(&self.arena.head.parked, PARKED_HERE)
-        if not self.unread():
+        if not self.unread() and (self.nudged or not self.wishes()):
             late = self.wait_here(ns)
             # A worker may be about to wake us: what is lost is what it does not tell in all that time.
             if late and ns == BACKSTOP and self.unread() and self.wait_here(BACKSTOP):
@@ -284,8 +326,8 @@ cdef class Waiting(Slots):
         return len(self.outcomes) > 0
 
     def take_news(self):
-        """Whether the collector must be told of outcomes; True once until it has taken them."""
-        if self.nudged or not self.outcomes:
+        """Whether the collector must be told of something; True once until it has taken outcomes."""
+        if self.nudged or not (self.outcomes or self.wishes()):
             return False
         self.nudged = True
         return True
@@ -297,4 +339,4 @@ cdef class Waiting(Slots):
 
     cdef bint noisy(self) except -1:
         return (len(self.announce) > 0 or len(self.repeat) > 0
-                or (not self.nudged and len(self.outcomes) > 0))
+                or (not self.nudged and (len(self.outcomes) > 0 or self.wishes())))

@@ -29,7 +29,7 @@ __all__ = ["Collector", "Death", "Sink", "again"]
 _RESCAN = 0.1  # seconds between two looks at everything while work is out
 _ROOM = 0.05  # the same, while a task waits for room in the region
 _IDLE = 2.0  # the same, while nothing is out
-_GREETING = 0.001  # the same, while a worker waits for its welcome
+_GREETING = 0.001  # the same, while a worker waits for its welcome, or somebody for the region to grow
 _LOOK = HintKind.LOOK  # an enum's member takes its time to be looked up
 _TICK = 0.001  # what a wait may fall short of: zmq counts in milliseconds
 _LOCKED = 0.001  # the same, while somebody else has the lock of a future whose outcome is there
@@ -113,7 +113,7 @@ class Collector:
         self._worth = 0
         self._polled = 0.0
         self._busy = 0.0  # when something was last seen to be out
-        self._half = dispatcher.arena.data_bytes // 2
+        self._half = dispatcher.arena.max_bytes // 2
         self._hello: dict[int, set[int]] = {}  # slot -> kinds of greeting that came
         self._welcome: set[int] = set()  # slots whose welcome could not be sent yet
         # (future, ok, value): outcomes of futures whose lock somebody else has; see Promise.conclude
@@ -128,6 +128,8 @@ class Collector:
             self.wait()
             dispatcher.drain_everything()
             dispatcher.take_retries()
+            dispatcher.make_room()
+            dispatcher.arena.trim()
             now = time.monotonic()
             if now - looked >= (_ROOM if dispatcher.urgent else _RESCAN):
                 looked = now
@@ -177,7 +179,7 @@ class Collector:
         """Seconds to wait for a hint."""
         if self.dispatcher.has_outcomes:
             return 0.0
-        if self._welcome:
+        if self._welcome or self.dispatcher.cramped:
             return _GREETING
         if self._late:
             return _LOCKED
@@ -357,6 +359,7 @@ class Collector:
                 _noted(error, "The task ended, but its result could not be unpickled in the host."),
             )
         self.finish(task, item, ok, value)
+        value = None  # a traceback knows this frame: the two would keep each other, and the result's block
         return 1
 
     def fail_or_retry(self, task: _core.Task, item: int, error: BaseException) -> None:

@@ -21,6 +21,7 @@ from runtime.limits import available_cpus, cpu_quota, memory_limit, memory_total
 
 __all__ = [
     "INHERIT",
+    "MAX_REGION",
     "MAX_THREADS",
     "MAX_WORKERS",
     "Inherit",
@@ -44,6 +45,7 @@ MAX_WORKERS: Final = 2000
 MAX_THREADS: Final = 256  # as many as a worker has lease entries: more could never be busy
 _MAX_COUNT: Final = 2**31 - 1
 _MAX_SECONDS: Final = 1e9  # 31 years: a deadline in nanoseconds stays far from 2^63
+MAX_REGION: Final = (2**28 - 2) << 12  # bytes that extent words can tell apart, see _layout.pxd
 _MAX_BYTES: Final = 2**46  # half of the address space of a process
 
 
@@ -150,6 +152,9 @@ def settings(
     most = None if region_max is None else _size("region_max", region_max)
     if most is not None and most < first:
         raise ValueError(f"region_max ({most:,} bytes) must not be less than region_size ({first:,} bytes)")
+    if (most or first) > MAX_REGION:
+        what, size = ("region_size", first) if most is None else ("region_max", most)
+        raise ValueError(f"{what} must be at most {MAX_REGION:,} bytes, not {size:,}")
     return Settings(
         max_workers=_workers(max_workers),
         threads=_count("threads", threads, 1, MAX_THREADS),

@@ -21,6 +21,7 @@ from runtime.future import Future
 from runtime.lifecycle import WorkerStatus
 from runtime.mapping import Results, Run, check_sizes, total_of
 from runtime.memory import resident
+from runtime.pressure import Pressure
 from runtime.progress import open_bar
 from runtime.store import Store
 from runtime.supervisor import Supervisor
@@ -34,7 +35,9 @@ class Runtime(Front, Store):
     """A pool of worker processes that may crash, hang or leak without losing a task.
 
     Thread-safety: every method, from any thread. Fork-safety: in a fork of its process it is inert: `submit`
-    raises. Blocking: the constructor returns at once; `submit` does not wait. At the end of the interpreter,
+    raises. Blocking: the constructor returns at once; `submit` waits only with arguments of 16 KiB and more,
+    for room in the region while tasks end that free some, and not in a callback or where an event loop runs:
+    what finds none waits in the host's own memory. At the end of the interpreter,
     or when it is garbage-collected, pending tasks are finished, as the stdlib's executors do; but Ctrl-C that
     nobody catches ends running tasks after a second, and so it does when it leaves a `with` block.
 
@@ -43,7 +46,10 @@ class Runtime(Front, Store):
     worker is replaced. preload: modules to import before workers are forked. start_method: "exec", from a
     fresh interpreter; or "fork", from this process as it is now (its modules and data by copy-on-write, but
     no open file), while it has one thread. region_size: bytes of shared
-    memory for arguments and results, or a text like "64MiB". retries: further attempts for a task whose
+    memory for arguments and results, or a text like "64MiB": these are reserved at once and kept. region_max:
+    bytes to which that grows when it is needed, as far as there is memory; what is beyond region_size and has
+    not been used for some seconds is given back. By default half of the machine's memory, or of the cgroup's
+    limit. What finds no room travels by value, which is slower. retries: further attempts for a task whose
     worker died, or that raised one of retry_on: the first at once, the others after 50 ms and more, at most
     5 s; the time is drawn anew for each. timeout: seconds that one attempt of a task, or one item of
     a map, may run. drain_timeout: seconds that workers have to leave at shutdown. max_worker_rss: bytes of
@@ -96,6 +102,7 @@ class Runtime(Front, Store):
         self._shutdown = False
         self._core = Supervisor(self._settings, self._table)
         self._core.start()
+        self._pressure = Pressure(self._core)
         forking.watch(self._core)
         self._submitter = _core.Submitter(self._core.dispatcher, Future, self._core, self._table.plain)
         self._finalizer = weakref.finalize(self, _stop, self._core)
@@ -137,9 +144,7 @@ class Runtime(Front, Store):
             task = _core.Task(
                 ref, future, options.timeout_ns, options.priority, options.retries, options.retries_timeouts
             )
-            if not (
-                payload.large and core.dispatcher.place(task, payload.data, payload.buffers, payload.readonly)
-            ):
+            if not (payload.large and self._pressure.place(task, payload)):
                 payload.freeze()
                 task.hold(payload.data, payload.buffers, payload.readonly)
             del payload
@@ -279,7 +284,7 @@ class Runtime(Front, Store):
             used=arena.used_bytes,
             pinned=dispatcher.pinned_bytes,
             largest_free=arena.largest_free_bytes,
-            growths=0,
+            growths=arena.growths,
             workers=ready,
         )
 

@@ -37,8 +37,10 @@ class Stats:
 
     queued: waiting in the host. leased: handed to a worker and not started. running: started. done, failed,
     cancelled: ended. lane, message: leases announced through shared memory alone, and by a zmq message.
-    rescued: found by the backstop's rescan. reserved, used, pinned, largest_free: bytes of the region; pinned
-    are arguments that a view in a worker keeps. growths: times the region grew. workers: that are ready.
+    rescued: found by the backstop's rescan. reserved, used, pinned, largest_free: bytes of the region;
+    reserved is what takes memory, tables included, pinned are arguments that a view in a worker keeps,
+    largest_free is what one object could have before the region is extended. growths: times it got memory.
+    workers: that are ready.
     """
 
     queued: int

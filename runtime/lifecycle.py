@@ -13,9 +13,10 @@ import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
-from runtime import config, serializer, stacks
+from runtime import _core, config, serializer, stacks
 from runtime.channels import HostEnds
 from runtime.collector import Death
+from runtime.errors import RegionFull
 from runtime.handle import Zygote
 from runtime.oom import Reading
 from runtime.restarts import Restarts
@@ -29,6 +30,7 @@ __all__ = [
     "fill_standard_descriptors",
     "geometry",
     "how_it_ended",
+    "new_arena",
     "raise_descriptor_limit",
     "room_for",
     "slots_for",
@@ -39,6 +41,7 @@ __all__ = [
 REPORT_WAIT = 0.5  # seconds to wait for the zygote's word on how a worker ended
 _ROOM = 64  # workers that any runtime may be scaled to; a larger one to …
 _ROOM_FACTOR = 4  # … so many times the number that it was made with
+_SHARE = 4  # of a limited address space a region takes a fourth at most
 _FDS_PER_WORKER = 13  # descriptors of the host for a worker: listeners, connections, pidfd, channels
 _FDS_TAKEN = 12  # of them a worker that is ready has
 _FDS_RESERVE = 24  # for zmq's own, the zygote, and what comes and goes
@@ -102,6 +105,30 @@ def geometry(workers: int) -> tuple[int, int, int, int]:
         (256, 256 << 10) if workers <= 16 else (64, 64 << 10) if workers <= 128 else (16, 16 << 10)
     )
     return slots_for(workers), leases, 4 * leases, bounce
+
+
+def new_arena(settings: config.Settings) -> _core.Arena:
+    """The region of a new runtime. Raises: RegionFull, OSError when the machine lacks what it needs.
+
+    Without a region_max it may grow as far as the machine has memory, and this process address space: each
+    worker maps as much, so a limit on that leaves most of it to other things.
+    """
+    least, limit = settings.region_size, resource.getrlimit(resource.RLIMIT_AS)[0]
+    spare = config.MAX_REGION if limit == resource.RLIM_INFINITY else limit // _SHARE
+    most = settings.region_max or max(least, min(config.default_region_max(), config.MAX_REGION, spare))
+    while True:
+        try:
+            return _core.GrowingArena.create(
+                least,
+                *geometry(settings.max_workers),
+                *config.lanes(),
+                slots_for(room_for(settings.max_workers)),
+                most,
+            )
+        except RegionFull:
+            if settings.region_max is not None or most == least:
+                raise
+            most = max(least, most // 2)
 
 
 def slots_for(workers: int) -> int:

@@ -25,7 +25,7 @@ from runtime.lifecycle import (
     Number,
     death_of,
     fill_standard_descriptors,
-    geometry,
+    new_arena,
     raise_descriptor_limit,
     room_for,
     slots_for,
@@ -58,12 +58,7 @@ class Supervisor(Zygotes):
         fill_standard_descriptors()
         raise_descriptor_limit(settings.max_workers)
         super().__init__(settings, table)
-        self.arena = _core.Arena.create(
-            settings.region_size,
-            *geometry(settings.max_workers),
-            *config.lanes(),
-            slots_for(room_for(settings.max_workers)),
-        )
+        self.arena = new_arena(settings)
         self._unpaused = settings.max_workers  # the last one that was not 0
         self._zygote_settings["folder"] = folder = make_folder()
         try:

@@ -31,7 +31,7 @@ THRESHOLD = 16 * KIB  # where a buffer leaves the pickle
 
 @pytest.fixture(scope="module")
 def shared_options() -> dict[str, Any]:
-    return {"region_size": "4MiB"}
+    return {"region_size": "4MiB", "region_max": "4MiB"}
 
 
 @pytest.fixture
@@ -295,7 +295,7 @@ def let_go() -> None:
 
 
 def test_view_that_a_worker_keeps_stays_intact(factory: Callable[..., Runtime]) -> None:
-    rt = factory(1, region_size="1MiB")
+    rt = factory(1, region_size="1MiB", region_max="1MiB")
     arrays = [pattern(100 * KIB, i) for i in range(5)]
     expected = [rt.submit(keep, array).result() for array in arrays]
     assert expected == [digest(array) for array in arrays]
@@ -324,7 +324,7 @@ def drop_kept(which: int) -> None:
 @pytest.mark.parametrize("first", [0, 1], ids=["the older view goes first", "the newer view goes first"])
 def test_views_of_two_attempts_are_counted(factory: Callable[..., Runtime], first: int) -> None:
     """Both attempts ran in one worker, and kept the same block: it is free when both views are gone."""
-    rt = factory(1, region_size="4MiB", retries=1, retry_on=(ValueError,))
+    rt = factory(1, region_size="4MiB", region_max="4MiB", retries=1, retry_on=(ValueError,))
     argument = pattern(500 * KIB)
     rt.submit(keep_and_fail_first, argument).result()
     assert rt.submit(look_at_kept).result()[1] == [digest(argument)] * 2
@@ -340,7 +340,7 @@ def test_views_of_two_attempts_are_counted(factory: Callable[..., Runtime], firs
 
 
 def test_kept_views_go_with_their_worker(factory: Callable[..., Runtime]) -> None:
-    rt = factory(1, region_size="1MiB")
+    rt = factory(1, region_size="1MiB", region_max="1MiB")
     rt.submit(keep, pattern(300 * KIB)).result()
     pid, _ = rt.submit(look_at_kept).result()
     assert rt.stats().pinned >= 300 * KIB
@@ -350,7 +350,7 @@ def test_kept_views_go_with_their_worker(factory: Callable[..., Runtime]) -> Non
 
 
 def test_writing_into_a_kept_view_disturbs_nobody(factory: Callable[..., Runtime]) -> None:
-    rt = factory(1, region_size="1MiB")
+    rt = factory(1, region_size="1MiB", region_max="1MiB")
 
     def scribble() -> None:
         for array in kept_here():
@@ -408,7 +408,7 @@ def test_block_of_a_result_is_free_when_the_result_is(pool: Runtime) -> None:
 
 
 def test_100_mib_through_a_region_of_1_mib(factory: Callable[..., Runtime]) -> None:
-    rt = factory(1, region_size="1MiB")
+    rt = factory(1, region_size="1MiB", region_max="1MiB")
     array = pattern(100 * MIB)
     assert rt.submit(digest, array).result() == digest(array)
     back = rt.submit(tasks.echo, array).result()
@@ -419,7 +419,7 @@ def test_100_mib_through_a_region_of_1_mib(factory: Callable[..., Runtime]) -> N
 
 
 def test_many_that_do_not_fit_at_once(factory: Callable[..., Runtime]) -> None:
-    rt = factory(2, region_size="1MiB")
+    rt = factory(2, region_size="1MiB", region_max="1MiB")
     arrays = [pattern(400 * KIB, i) for i in range(8)]
     futures = [(i % 8, rt.submit(tasks.echo, arrays[i % 8])) for i in range(200)]
     for i, future in futures:
@@ -443,7 +443,7 @@ def test_2000_results_of_1_mib_uncollected(factory: Callable[..., Runtime]) -> N
 
 def test_worker_dies_in_the_middle_of_a_transfer_by_value(factory: Callable[..., Runtime]) -> None:
     """Arguments and results of 8 MiB travel through the bounce block of a region of 1 MiB."""
-    rt = factory(2, region_size="1MiB", retries=100)
+    rt = factory(2, region_size="1MiB", region_max="1MiB", retries=100)
     array = pattern(8 * MIB)
     expected = digest(array)
     futures = [rt.submit(tasks.echo, array) for _ in range(12)]
@@ -500,7 +500,7 @@ def test_results_that_the_host_has_no_memory_for() -> None:
     code = """if True:
         import resource, tasks, runtime
         from watching import shut_down_clean
-        rt = runtime.Runtime(1)
+        rt = runtime.Runtime(1, region_max="4MiB")
         assert list(rt.map(len, [b"x"])) == [1]
         with open("/proc/self/statm") as file:
             mapped = int(file.read().split()[0]) * resource.getpagesize()
@@ -515,7 +515,7 @@ def test_results_that_the_host_has_no_memory_for() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         shut_down_clean(rt)
         # A chunk that ends early, since its worker has had its share: what never ran is not lost with it.
-        with runtime.Runtime(1, max_tasks_per_child=2) as rt:
+        with runtime.Runtime(1, region_max="4MiB", max_tasks_per_child=2) as rt:
             assert rt.submit(abs, -1).result() == 1
             resource.setrlimit(resource.RLIMIT_AS, (mapped + (100 << 20), resource.RLIM_INFINITY))
             found = rt.map(bytes, [5, 200 << 20, 5, 5], return_exceptions=True, chunksize=4)
@@ -548,7 +548,7 @@ def test_an_argument_of_1_gib(factory: Callable[..., Runtime]) -> None:
 
 def test_worker_that_is_woken_ahead_of_a_large_argument(factory: Callable[..., Runtime]) -> None:
     np = pytest.importorskip("numpy")
-    rt = factory(2, region_size="64MiB")
+    rt = factory(2, region_size="64MiB", region_max="64MiB")
     data = np.arange(1 << 20, dtype="f8")
     for _ in range(30):
         until(lambda: idle(rt), lambda: f"idle: {rt.stats()}")

@@ -359,7 +359,7 @@ def test_kills_of_a_map_with_chunksize_one_repeat_only_what_was_running(rt, tmp_
 
 
 def test_blocks_are_back_after_deaths_with_large_arguments_and_results(runtime_factory):
-    rt = runtime_factory(2, region_size="8MiB")
+    rt = runtime_factory(2, region_size="8MiB", region_max="8MiB")
     data = bytearray(300_000)
     futures = [rt.submit(echo_or_die, data, i % 5 == 2) for i in range(40)]
     for i, future in enumerate(futures):

@@ -117,7 +117,7 @@ def pause_at_signal(*paths: str) -> None:
 
 
 def as_arguments_come(factory: Any, place: Place, _: Any) -> Moment:
-    rt = factory(2, region_size="1MiB")
+    rt = factory(2, region_size="1MiB", region_max="1MiB")
     pids = all_ready(rt)
     future = rt.submit(note_and_measure, str(place.here), bytes(LARGE))
     number = until(lambda: [i.number for i in rt.workers() if i.task is not None], "it is claimed")[0]
@@ -131,7 +131,7 @@ def note_and_measure(here: str, data: bytes) -> int:
 
 
 def as_the_result_goes(factory: Any, place: Place, _: Any) -> Moment:
-    rt = factory(2, region_size="1MiB")
+    rt = factory(2, region_size="1MiB", region_max="1MiB")
     all_ready(rt)
     future = rt.submit(Noted, str(place.here))
     return Moment(rt, read_pids(place.here)[0], future, LARGE)

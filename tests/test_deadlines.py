@@ -169,7 +169,7 @@ def test_a_worker_that_is_stopped_as_a_payload_crosses(
     factory: Callable[..., Runtime], tmp_path: Path, way: str
 ) -> None:
     """No clock runs there, but the deadline holds: who shows no sign of life is ended, nobody else."""
-    rt = factory(2, region_size="1MiB", preload="evil")
+    rt = factory(2, region_size="1MiB", region_max="1MiB", preload="evil")
     all_ready(rt)
     go = tmp_path / "go"
     innocent = rt.submit(evil.wait_for, str(go), str(tmp_path / "started"))
@@ -213,7 +213,7 @@ def busy_slot(rt: Runtime, future: Any) -> int:
 
 def test_a_host_that_is_slow_is_not_the_tasks_fault(factory: Callable[..., Runtime]) -> None:
     """Arguments cross by value, and the host, which would send the next piece, holds the GIL in C."""
-    rt = factory(1, region_size="1MiB")
+    rt = factory(1, region_size="1MiB", region_max="1MiB")
     all_ready(rt)
     future = rt.options(timeout=CROSSING).submit(len, bytes(LARGE))
     until(lambda: rt.workers()[0].task is not None, "it is claimed")

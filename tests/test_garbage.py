@@ -74,7 +74,7 @@ def test_a_result_that_the_host_cannot_unpickle_keeps_nothing(rt, tmp_path):
 @pytest.mark.parametrize("part", scribbling.PARTS)
 def test_a_worker_that_scribbles_hurts_only_what_it_has(part, runtime_factory, tmp_path, caplog):
     caplog.set_level(logging.CRITICAL)
-    rt = runtime_factory(3, region_size="1MiB")
+    rt = runtime_factory(3, region_size="1MiB", region_max="1MiB")
     for seed in range(2):
         round_of_scribbling(rt, f"{part} {seed}", part, tmp_path)
     settled(rt)

@@ -602,7 +602,7 @@ def test_chunksize_beyond_any_chunk(pool: Runtime) -> None:
 
 def test_functions_give_way_to_arguments(factory: Callable[..., Runtime]) -> None:
     """Pickles of functions used long ago do not keep the region full for good."""
-    rt = factory(1, region_size="1MiB")
+    rt = factory(1, region_size="1MiB", region_max="1MiB")
     for i in range(40):
         ballast = bytes(60_000)
         assert rt.submit(lambda ballast=ballast, i=i: (len(ballast), i)).result() == (60_000, i)

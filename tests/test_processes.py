@@ -402,7 +402,7 @@ def test_views_stay_readable_in_a_forked_child_and_writes_stay_its_own(rt):
 def test_views_of_a_forked_child_outlive_the_parents(runtime_factory):
     """The parent keeps the blocks that are viewed at the fork until the child is gone."""
     numpy = pytest.importorskip("numpy")
-    rt = runtime_factory(1, region_size="4MiB")
+    rt = runtime_factory(1, region_size="4MiB", region_max="4MiB")
     array = rt.submit(numpy.full, 100_000, 7.0).result(30)
     go_on, tell = os.pipe()
     reading, writing = os.pipe()

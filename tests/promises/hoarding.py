@@ -111,7 +111,7 @@ def a_pool(draw, size):
 
 def a_runtime(draw, size):
     def make():
-        with runtime.Runtime(1, region_size=size) as rt:
+        with runtime.Runtime(1, region_size=size, region_max=size) as rt:
             rt.submit(pow, 2, 3).result()
 
     return refused(make)

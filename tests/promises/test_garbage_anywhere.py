@@ -29,7 +29,7 @@ def test_garbage_never_crashes_the_host(tally, runtime_factory, tmp_path, caplog
             tally.counts[f"inputs of {name}"] += inputs
             tally.counts["seconds of fuzzing"] += SECONDS
         for part in scribbling.PARTS:
-            rt = runtime_factory(3, region_size="1MiB")
+            rt = runtime_factory(3, region_size="1MiB", region_max="1MiB")
             for i in range(SCRIBBLERS):
                 tally.counts.update(
                     round_of_scribbling(rt, f"{tally.seed} {rounds} {part} {i}", part, tmp_path)

@@ -116,7 +116,7 @@ def one_shape(rt, shape, seconds):
 
 
 def test_memory_is_flat_under_a_fast_producer(tally, runtime_factory):
-    rt = runtime_factory(2, region_size="8MiB")
+    rt = runtime_factory(2, region_size="8MiB", region_max="8MiB")
     until(lambda: list(rt.map(slow, range(4))) == [0, 1, 2, 3])
     shapes = itertools.cycle(SHAPES)
     while tally.more() or (not tally.is_slice and tally.counts["shapes"] < len(SHAPES)):

@@ -226,6 +226,7 @@ def drawn(draw, method):
     """Settings of a runtime."""
     return {
         "region_size": draw.choice(["1MiB", "4MiB", "4MiB", "8MiB"]),
+        "region_max": draw.choice([None, "8MiB"]),
         "max_tasks_per_child": draw.choice([None, None, 5, 30]),
         "max_worker_rss": draw.choice(
             [None, None, ROOM + (unshared("self") if method == "fork" else ZYGOTE)]
