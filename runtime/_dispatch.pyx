@@ -128,6 +128,9 @@ cdef class Dispatcher(Waiting):
         cdef Frame frame = Frame([(S_VALUE, data, buffers, readonly)])
         cdef HostBlock block
         cdef uint64_t first = 0
+        if frame.nbytes <= INLINE_BYTES:                # all that is large lies in the region already
+            task.hold(data, buffers, readonly)
+            return True
         if self.closed or self.arena.held + frame.nbytes > self.arena.capacity * EXTENT // 2:
             return False
         block = self.room_for(task, frame.nbytes)

@@ -199,16 +199,14 @@ cdef class GrowingArena(Arena):
             self.region._discard(begin, end)
             raise
 
-    def take(self, uint64_t nbytes):
+    def take(self, nbytes):
         """A new block of the host; the region grows for it. Raises: RegionFull when there is no room."""
-        cdef HostBlock block = HostBlock.take(self, nbytes)
+        cdef HostBlock block = None
         cdef int _k
-        for _k in range(TRIES):
-            if block is not None:
-                return block
-            if not self.grow(nbytes):
-                break
+        for _k in range(TRIES if nbytes <= self.max_bytes else 0):
             block = HostBlock.take(self, nbytes)
+            if block is not None or not self.grow(nbytes):
+                break
         if block is None:
             room, limit = memory_room()
             why = f"; {self.refusal}" if self.refused else ""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from typing import Any, Protocol
+from typing import Protocol
 
 from runtime import _core
 from runtime.payload import Payload
@@ -91,9 +91,7 @@ class Pressure:
     def _may_wait(self, payload: Payload) -> bool:
         """Whether there can be room at all, and this thread holds up nobody who would make it."""
         core = self._core
-        buffers: tuple[Any, ...] = payload.buffers
-        nbytes = sum([part.nbytes for part in buffers if not isinstance(part, _core.BlockSlice)])
-        if nbytes > core.arena.max_bytes // 2:  # see Dispatcher.place
+        if payload.nbytes > core.arena.max_bytes // 2:  # see Dispatcher.place
             return False
         if core.dispatcher.entered or threading.current_thread() in core.threads:
             return False

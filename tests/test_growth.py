@@ -477,8 +477,10 @@ def test_wild_wishes(factory: Callable[..., Runtime], numpy: Any, nbytes: int) -
 def test_an_idle_runtime_gives_back(factory: Callable[..., Runtime], numpy: Any) -> None:
     rt = factory(1)
     before = rt.stats().reserved
-    assert all_are(rt.submit(filled, 50 * MIB, 1).result(), 1)
-    assert rt.stats().reserved > before + 50 * MIB
+    array = rt.submit(filled, 50 * MIB, 1).result()
+    assert all_are(array, 1)
+    assert rt.stats().reserved > before + 45 * MIB
+    del array
     until(lambda: gc.collect() >= 0 and rt.stats().reserved < before + 2 * MIB, lambda: str(rt.stats()), 20)
 
 
