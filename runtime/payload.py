@@ -21,7 +21,7 @@ OUT_OF_BAND_MIN = 16 * 1024  # bytes: smaller buffers stay inside the pickle
 Locate = Callable[[memoryview], Any]  # the slice of a block that a view is part of, or None
 Stream = bytes | tuple[bytes | memoryview, ...]  # of a pickle: whole, or in pieces that follow each other
 _c_loads = pickle.loads
-_modules, _registered = sys.modules, copyreg.dispatch_table
+_modules, _registered, _seen = sys.modules, copyreg.dispatch_table, arrays.seen
 
 
 class Payload:
@@ -130,7 +130,7 @@ _idle: list[
 
 def dump(obj: object, locate: Locate | None) -> Payload:
     """Pickle by reference. Raises what pickling raises."""
-    if len(_modules) != arrays.seen.modules or len(_registered) != arrays.seen.registered:
+    if len(_modules) != _seen.modules or len(_registered) != _seen.registered:
         arrays.refresh()
     try:
         tool = _idle.pop()
@@ -140,10 +140,11 @@ def dump(obj: object, locate: Locate | None) -> Payload:
     taken.locate = locate
     pickler.dump(obj)
     data = pieces.pop() if len(pieces) == 1 else pieces.stream()
-    payload = Payload(data)
     if taken.buffers:
         payload = taken.payload(data)
         taken.buffers, taken.readonly = [], []
+    else:
+        payload = Payload(data)
     if not pieces and len(data) <= _REUSED and len(_idle) < _IDLE_MAX:
         pickler.clear_memo()
         taken.locate = None
