@@ -93,13 +93,11 @@ def _reduce_array(array: Any) -> Any:
         return array.__reduce_ex__(5)
     if kind not in _RAW or dtype.hasobject or dtype.isbuiltin == 2 or dtype.itemsize == 0:
         return array.__reduce_ex__(5)
-    writable = flags.writeable
     memory, offset = _memory_of(array)
     if memory.nbytes > array.nbytes and not _core.in_region(memoryview(memory)):
-        array = array.copy(order="K")
-        memory, offset = _memory_of(array)
-    if not writable:
-        memory.flags.writeable = False
+        dense = array.copy(order="K")
+        dense.flags.writeable = flags.writeable
+        return _reduce_array(dense)
     return rebuild_array, (pickle.PickleBuffer(memory), dtype, array.shape, array.strides, offset)
 
 

@@ -379,6 +379,17 @@ def test_by_value(script: Callable[[str], types.ModuleType]) -> None:
     assert [back[0].readonly, back[1].flags.writeable, back[3].flags.writeable] == [False, True, False]
 
 
+def test_names_of_main_are_found_between_large_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And only there: what the user's own bytes say is not looked at."""
+    odd = type("Odd", (), {"__module__": "__main__"})
+    monkeypatch.setattr(sys.modules["__main__"], "Odd", odd, raising=False)
+    spelled = (b"\x8c\x08__main__" * 10_000, bytearray(b"\x8c\x08__main__" * 10_000))
+    for before, behind in (((), spelled), (spelled, ()), (spelled, spelled)):
+        payload = serializer.dumps([*before, odd(), *behind])
+        assert b"class_by_id" in payload.joined()  # by value
+    assert not serializer._names_any(serializer.dumps(spelled).data)
+
+
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], types.ModuleType]:
     """A module that no import can find."""
