@@ -11,8 +11,7 @@ import threading
 import time
 from typing import Protocol
 
-from runtime import _core
-from runtime.payload import Payload
+from runtime import _core, serializer
 
 __all__ = ["Pressed", "Pressure"]
 
@@ -50,7 +49,7 @@ class Pressure:
         self._seen = (0, 0)
         self._since = self._looked = 0.0  # when that was new; when somebody looked last
 
-    def place(self, task: _core.Task, payload: Payload) -> bool:
+    def place(self, task: _core.Task, payload: serializer.Payload) -> bool:
         """Lay the arguments of a new task out in the region. False: there is no room, and nobody should wait.
 
         Blocking: while tasks end, until there is room. When none has for a second, nobody waits, until one
@@ -88,7 +87,7 @@ class Pressure:
         self._looked = now
         return now - self._since > _STALLED
 
-    def _may_wait(self, payload: Payload) -> bool:
+    def _may_wait(self, payload: serializer.Payload) -> bool:
         """Whether there can be room at all, and this thread holds up nobody who would make it."""
         core = self._core
         if payload.nbytes > core.arena.max_bytes // 2:  # see Dispatcher.place

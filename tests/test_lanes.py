@@ -233,24 +233,23 @@ BIG = 256 << 20
 
 
 @pytest.mark.parametrize("by_map", [False, True])
-def test_plain_result_without_memory_for_its_pickle(rt: Runtime, by_map: bool) -> None:
-    with pytest.raises(MemoryError):
-        if by_map:
-            list(rt.map(tasks.none_left, [BIG]))
-        else:
-            rt.submit(tasks.none_left, BIG).result(tasks.PATIENCE)
+def test_plain_result_needs_no_memory_for_its_pickle(rt: Runtime, by_map: bool) -> None:
+    if by_map:
+        (result,) = rt.map(tasks.none_left, [BIG])
+    else:
+        result = rt.submit(tasks.none_left, BIG).result(tasks.PATIENCE)
+    assert result == bytes(BIG)
 
 
 def test_plain_result_without_memory_in_a_call_of_a_known_function(factory: Factory) -> None:
     rt = ready(factory(1))
     before = pids(rt)
     rt.submit(tasks.none_left, 0, BIG).result(tasks.PATIENCE)  # now the worker has the function
-    with pytest.raises(MemoryError):
-        rt.submit(tasks.none_left, BIG).result(tasks.PATIENCE)
+    assert rt.submit(tasks.none_left, BIG).result(tasks.PATIENCE) == bytes(BIG)
     assert pids(rt) == before
 
 
-def test_plain_argument_without_memory_for_its_pickle(pool: Runtime) -> None:
+def test_plain_argument_needs_no_memory_for_its_pickle(pool: Runtime) -> None:
     assert pool.submit(len, b"").result() == 0
     before = resource.getrlimit(resource.RLIMIT_AS)
     argument = tasks.none_left(BIG)
@@ -258,14 +257,18 @@ def test_plain_argument_without_memory_for_its_pickle(pool: Runtime) -> None:
         future = pool.submit(len, argument)
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
-    assert isinstance(future.exception(), MemoryError)
+    assert future.result() == BIG
 
 
 def test_large_integers_do_not_share_one_pickle() -> None:
     for bits in (1, 62, 63, 64, 10_000, 1_000_000):
         span = Span.pack(0, [1 << bits] * 1000, 0, False)
+        other = Span.pack(0, [-(1 << bits)] * 1000, 0, False)
+        if span is None or other is None:  # so large that each travels by itself
+            assert span is other is None and bits == 1_000_000
+            continue
         assert span.count == 1 or span.nbytes < 40_000
-        assert Span.pack(0, [-(1 << bits)] * 1000, 0, False).nbytes < max(40_000, span.nbytes + 10)
+        assert other.nbytes < max(40_000, span.nbytes + 10)
 
 
 def test_destructor_of_an_argument_runs_within_the_timeout(factory: Factory) -> None:

@@ -168,8 +168,8 @@ def run_one(rig: Rig) -> None:
     worker = SimpleNamespace(
         function_data=lambda *_: None, failed=None, check=lambda: None,
         run_item=lambda *_: (_core.S_VALUE, b"x" * 5000, (), ()), succeeded=None,
-        deliver=lambda entry, items, ran, count, exporter: rig.port.finish(
-            entry, [(_core.S_VALUE, b"x" * 5000, (), ())], ran, False
+        deliver=lambda entry, items, ran, count: rig.port.finish(
+            entry, [(_core.S_VALUE, b"x" * 5000, (), ())], ran
         ),
     )  # fmt: skip
     functions = SimpleNamespace(load=lambda *_: abs)

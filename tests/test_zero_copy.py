@@ -442,14 +442,14 @@ def test_results_in_memory_that_the_next_item_changes(
     factory: Callable[..., Runtime], kind: str, size: str
 ) -> None:
     """Also where there is no room to deliver one before the next item runs."""
-    rt = factory(1, region_size=size)
+    rt = factory(1, region_size=size, region_max=size)
     results = list(rt.map(reuse, [kind] * 24, range(24), chunksize=24))
     assert [int(result[-1]) for result in results] == list(range(24))
     del results
 
 
 def test_arguments_of_a_call_that_waits_do_not_change(factory: Callable[..., Runtime]) -> None:
-    rt = factory(1, region_size="256KiB")  # too small for them
+    rt = factory(1, region_size="256KiB", region_max="256KiB")  # too small for them
     raw = bytearray(b"a" * 400_000)
     futures = [rt.submit(tagged, raw) for _ in range(5)]
     raw[:] = b"b" * 400_000
