@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import marshal
 import mmap
 import os
 from collections import defaultdict
@@ -26,7 +27,7 @@ PARKED, PARKED_HERE = 1, 2
 PARKED_AT = 2 * PAGE + 64  # arena_t.parked, in the file
 SLOTS_AT = 3 * PAGE
 FN = SimpleNamespace(id=1, data=b"a function")
-AT_ONCE = (1, 2)  # AT_INLINE, AT_BLOCK
+AT_INLINE, AT_BLOCK = 1, 2
 FRESH = LEASES + 1  # calls that show that a slot can be used again
 REPORTS = (None, (1, 2.0, "half of it"), (2, None, ""))
 RAISED = contextlib.suppress(RuntimeError, KeyboardInterrupt)  # what `notify` may lead to
@@ -80,6 +81,7 @@ class LeaseWorld:
             self.port.park()
         self.entry = -1
         self.cancelled = False
+        self.missing = 0  # blocks to which results refer, and that are not there
 
     # ---- the host, and a worker ----
 
@@ -123,6 +125,8 @@ class LeaseWorld:
     def collect(self) -> None:
         """What has come out: a list of kinds for each call and item."""
         for kind, task, *rest in self.host.take_outcomes():
+            if kind == _core.OUTCOME_FRAME and rest[-1]:
+                self.missing += sum([not isinstance(b, _core.HostBlock) for b in rest[-1].values()])
             if task.batch is None:
                 self.outcomes[task.number].append(kind)
             elif kind == _core.OUTCOME_FRAME:
@@ -131,6 +135,11 @@ class LeaseWorld:
                         self.outcomes[index + k].append(kind)
             else:
                 self.outcomes[task.item(rest[0]).first].append(kind)
+
+    def own(self) -> Any:
+        """An outcome that lies in a block which the worker has taken."""
+        made = memoryview(self.port.empty(self.result))
+        return (_core.S_VALUE, b"x" * 20, (self.port.locate(made),), (False,))
 
     def work(self) -> None:
         """A worker of this process answers all that is leased to it."""
@@ -192,6 +201,8 @@ class WorkerDies(LeaseWorld):
             self.view = memoryview(exporter)
             self.port.end_item(self.entry)
             self.port.finish(self.entry, [item()], 1)
+        elif self.name == "answer" and self.how == "seen":
+            self.view = memoryview(self.port.frame(self.entry))
 
     def take_lease(self) -> None:
         self.claim()
@@ -205,6 +216,17 @@ class WorkerDies(LeaseWorld):
         with RAISED:
             while (entry := self.claim()) >= 0:
                 self.port.finish(entry, [item(self.result)], 1)
+
+    def answer_own(self) -> None:
+        """The result lies in a block that was born here; the worker may go on seeing it."""
+        outcome = self.own()
+        if self.how == "seen":
+            self.view = memoryview(outcome[2][0].holder)
+        self.port.finish(self.entry, [outcome], 1)
+
+    def waste(self) -> None:
+        """A block that is born here is not needed."""
+        self.port.empty(self.result)
 
     def fetch(self) -> None:
         """The arguments come piece by piece."""
@@ -264,7 +286,7 @@ class WorkerDies(LeaseWorld):
                 lost += self.left[entry] != L_RUNNING  # it was not started, or had been answered
         lost += len(self.outcomes)
         lost += sum([task.future.reported not in REPORTS for task in self.tasks])
-        lost += self.usable()
+        lost += self.missing + self.usable()
         blocks = self.words.audit(set())
         return Verdict(lost + blocks.lost, doubled + blocks.doubled)
 
@@ -277,7 +299,10 @@ class HostDies(LeaseWorld):
         super().__init__(act, **others)
         self.ran: dict[int, int] = defaultdict(int)
         for _ in range(answered):
-            self.port.finish(self.claim(), [item(self.result)], 1)
+            entry = self.claim()
+            self.port.finish(entry, [self.outcome()], 1)
+            if self.how == "malformed":  # it lies in a block that there is not
+                self.memory[self.lease_at(entry) + 88] = AT_BLOCK
         for _ in range(self.claims):
             entry = self.claim()
             self.port.begin_item(entry)
@@ -292,6 +317,11 @@ class HostDies(LeaseWorld):
             for entry in range(LEASES):
                 self.memory[self.lease_at(entry)] = self.memory[self.lease_at(entry)] or 5
         self.notify = self.told
+
+    def outcome(self) -> Any:
+        if self.how == "plain":
+            return (_core.S_PLAIN, marshal.dumps(7, 2), (), ())
+        return self.own() if self.how == "own" else item(self.result)
 
     def prepare(self) -> None:
         self.arena.adopt_process()
@@ -354,7 +384,7 @@ class HostDies(LeaseWorld):
             self.ran[entry] += 1
             at = self.lease_at(entry)
             where = int.from_bytes(self.memory[at + 60 : at + 64], "little")
-            if where in AT_ONCE and self.name != "lease_chunk":
+            if where in (AT_INLINE, AT_BLOCK) and self.name != "lease_chunk":
                 whole = bytes(self.port.frame(entry)).endswith(b"a" * self.args)
                 self.wrong += not whole  # it was published before it was filled
         # Its word is there, but not yet its place in the ring: only the lease that was being made.

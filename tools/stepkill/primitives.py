@@ -248,6 +248,39 @@ PRIMITIVES = (
         ),
     ),
     Primitive(
+        "block kept",
+        (
+            worker("", "answer", claimed=1, args=5000, how="seen"),
+            worker("the host has heard of it", "answer", claimed=1, args=5000, how="seen").amid(
+                at_entry("WorkerPort.complete")
+            ),
+            worker("of its own", "answer_own", claimed=1, result=5000, how="seen"),
+            worker(
+                "of its own, the host has heard of it", "answer_own", claimed=1, result=5000, how="seen"
+            ).amid(at_entry("WorkerPort.complete")),
+            worker("nothing is seen", "answer", claimed=1, args=5000),
+            worker(
+                "the message fails",
+                "answer",
+                claimed=1,
+                args=5000,
+                how="seen",
+                parked=PARKED,
+                notify="raises",
+            ),
+        ),
+        whole=("_lease.WorkerPort.keep",),
+    ),
+    Primitive(
+        "block of its own",
+        (
+            worker("returned", "answer_own", claimed=1, result=5000),
+            worker("dropped", "waste", claimed=1, result=5000),
+            worker("there is no room", "waste", claimed=1, result=5000, full=5),
+        ),
+        whole=("_extent.heap_publish", "_extent.finish_free"),
+    ),
+    Primitive(
         "lease commit",
         (
             worker("item by item", "commit", calls=0, items=3, claimed=1, result=3000),
@@ -342,6 +375,9 @@ PRIMITIVES = (
         (
             host("", "harvest", calls=2, answered=1),
             host("in a block", "harvest", calls=2, answered=1, result=5000),
+            host("malformed", "harvest", calls=2, answered=1, how="malformed"),
+            host("plain", "harvest", calls=2, answered=1, how="plain"),
+            host("in a block of the worker's", "harvest", calls=2, answered=1, result=5000, how="own"),
             host(
                 "a piece is asked for",
                 "harvest",
