@@ -35,6 +35,7 @@ HANG = 5.0  # seconds that an input may take
 SMALLER = 20.0  # seconds for making a finding smaller
 ROOM = 1 << 16  # bytes of an input, at most
 NUMBERS = (0, 1, 2, 3, 7, 8, 63, 64, 127, 128, 255, 256, 4095, 4096, 65535, 65536)
+B_REF = 2  # frame_buffer_t.flags, _frame.pxd
 EDGES = (2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**33, 2**40, 2**62, 2**63 - 1, 2**63, 2**64 - 4096, 2**64 - 1)
 
 Target = tuple[Callable[[bytes], object], tuple[type[BaseException], ...], Callable[[], list[bytes]]]
@@ -57,7 +58,19 @@ def frames() -> list[bytes]:
         _core.Frame([(0, b"pickle", (), ())]).tobytes(),
         _core.Frame([(0, b"pickle", buffers, (True, False, True)), (1, b"", (), ())]).tobytes(),
         _core.Frame([(3, b"list", (), (), 17, 4000)] * 5).tobytes(),
+        struct.pack("<IIQIIII", 1, 2, 4, 2, 0, 0, 0)
+        + struct.pack("<QIIQQQQ", 50, B_REF, 0, 4096, 100, 7, 20)
+        + struct.pack("<QIIQQQQ", 0, B_REF | 13, 0, 8192, 10, 3, 10)
+        + b"data",
     ]
+
+
+def resolve(block: int, tag: int, nbytes: int, flags: int) -> bytes:
+    """The blocks that there are: of 100 and of 10 bytes."""
+    found = {(4096, 7): bytes(100), (8192, 3): bytes(10)}.get((block, tag))
+    if found is None:
+        raise ValueError("there is no such block")
+    return found
 
 
 def series(data: bytes) -> None:
@@ -175,7 +188,7 @@ TARGETS: dict[str, Target] = {
         (wire.WireError,),
         lambda: [logrecords.encode_warning("text", UserWarning, "file", 3)],
     ),
-    "frame": (lambda data: touch(_core.read_frame(data)), (ValueError,), frames),
+    "frame": (lambda data: touch(_core.read_frame(data, resolve)), (ValueError,), frames),
     "series": (series, (ValueError,), all_series),
     "plain": (_core.unpack_plain, (ValueError, EOFError, TypeError), plain_values),
     "region": (

@@ -180,7 +180,7 @@ class Garbage:
         extent = how >> 8 & 63
         tag = int.from_bytes(self.region.read_at(self.words_at + 8 * extent, 8), "little") >> 31
         body = self.extents_at + EXTENT * extent if how & 32 else value
-        fields = (how % 7, entry, word if how & 16 else value, body, tag, value % 20_000, value >> 32)
+        fields = (how % 8, entry, word if how & 16 else value, body, tag, value % 20_000, value >> 32)
         self.region.write_at(self.records + RECORD * (tail % OUTBOX), struct.pack("<IIQQQQQ", *fields))
         self.store(self.base + NAMED["outbox_tail"], tail + 1)
 
@@ -192,18 +192,64 @@ class Garbage:
             frame[how >> 8 & 31] = value >> 32 & 255
         self.region.write_at(self.extents_at + EXTENT * (which % EXTENTS), bytes(frame))
 
+    def reference(self, which: int, how: int, value: int) -> None:
+        """A result that refers to a part of a block: of any, or of a private one of its own."""
+        extent, at = how >> 8 & 63, self.leases + which % LEASES * LEASE
+        word = self.words_at + 8 * extent
+        tag = int.from_bytes(self.region.read_at(word, 8), "little") >> 31
+        if how & 1:
+            self.store(word, (2 + (how >> 1 & 1)) | self.slot << 3 | tag << 31)
+        data = serializer.dumps(value).data
+        body = self.extents_at + EXTENT * extent if how & 4 else value
+        part = struct.pack("<QIIQQQQ", value >> 32 & 0x3FFF, 2 | how >> 3 & 13, 0, body, EXTENT,
+                           tag if how & 128 else value, value & 0x1FFF)  # fmt: skip
+        frame = struct.pack("<IIQIIII", 1, 1, len(data), 1, 0, 0, 0) + part + data
+        self.region.write_at(at + LEASE - 320, frame)
+        self.store(at + 88, 1, 4)
+        self.store(at + 112, len(frame))
+
+    def keep(self, which: int, how: int, value: int) -> None:
+        """A record that a block is seen, or no longer: of any that there may be."""
+        extent = how >> 8 & 63
+        tag = int.from_bytes(self.region.read_at(self.words_at + 8 * extent, 8), "little") >> 31
+        tail = int.from_bytes(self.region.read_at(self.base + NAMED["outbox_tail"], 8), "little")
+        body = self.extents_at + EXTENT * extent + (value if how & 2 else 0)
+        fields = (3 if how & 1 else 6, which, 0, body % 2**64, tag if not how & 4 else value, 0, 0)
+        self.region.write_at(self.records + RECORD * (tail % OUTBOX), struct.pack("<IIQQQQQ", *fields))
+        self.store(self.base + NAMED["outbox_tail"], tail + 1)
+
+    def share(self, value: int) -> None:
+        """Arguments that lie in a block of the host's, which one more call may need, and then nobody."""
+        if self.arena.largest_free_bytes < 4 * EXTENT:
+            return
+        block = self.arena.take(1 + value % (3 * EXTENT))
+        block.share()
+        part = self.arena.locate(memoryview(block))
+        ref, payload = serializer.pack_call(self.table, work, (value,), {})
+        future: Future[Any] = Future()
+        task = _core.Task(ref, future, 0, 0, value % 2, False)
+        task.hold(payload.data, (part,), (bool(value & 4),))
+        future._task = task
+        self.tasks.append(task)
+        self.futures.append(future)
+        assert self.dispatcher.submit(task)
+
     def step(self, what: int, which: int, how: int, value: int) -> None:
         host = (self.submit, self.map, self.look, self.cancel, self.complete, self.die)
         worker = (self.in_slot, self.in_lease, self.word, self.result, self.extent, self.record, self.block)
-        what %= 20
+        what %= 24
         if what < 6:
             host[what](value)
         elif what < 8:
             self.dispatcher.rescan()
         elif what == 8:
             self.dispatcher.killed(self.slot)
-        else:
+        elif what < 20:
             worker[what % 7](which, how, value)
+        elif what == 20:
+            self.share(value)
+        else:
+            (self.reference, self.keep, self.keep)[what - 21](which, how, value)
 
     def end(self) -> None:
         """The worker dies, the runtime closes: what is promised of both."""
@@ -258,9 +304,14 @@ def programs() -> list[bytes]:
     claim, done, told = (16, 0, 2, 0), (16, 0, 3, 1), (19, 0, 16 + 1, 1)
     answer = [claim, (17, 0, 64, 5), done, told, (4, 0, 0, 0)]
     in_block = [claim, (13, 5, 3, 30), (18, 5, 3, 0), (19, 0, (5 << 8) + 32 + 16 + 2, 200 + (30 << 32))]
+    private = (21, 0, (7 << 8) + 128 + 4 + 3, 8 << 32)
+    own = [claim, private, (22, 0, 7 << 8, 0), done, told, (4, 0, 0, 0)]
+    seen, unseen = (22, 0, 1 << 8, 0), (22, 0, (1 << 8) + 1, 0)
     return [
         steps((0, 0, 0, 3), (2, 0, 0, 0), *answer),
         steps(*[(0, 0, 0, 9 * i) for i in range(6)], *answer, (5, 0, 0, 2), *answer, (3, 0, 0, 257)),
         steps((1, 0, 0, 30), *in_block, (4, 0, 0, 1), (6, 0, 0, 0), done, told, (4, 0, 0, 0), (5, 0, 0, 1)),
         steps((0, 0, 0, 8000), (0, 0, 0, 4000), claim, (16, 0, 4, 0), (8, 0, 0, 0), *in_block, *answer),
+        steps((20, 0, 0, 5), claim, seen, *answer[1:], unseen, (4, 0, 0, 0)),
+        steps((0, 0, 0, 3), *own, (20, 0, 0, 7000), (0, 0, 0, 9), *own, (5, 0, 0, 1)),
     ]
