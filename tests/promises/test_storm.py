@@ -27,7 +27,8 @@ def storm(method, folder, **options):
     folder.mkdir()
     settings = json.dumps({"method": method, "folder": str(folder), **options})
     # Threads come and go here. Each would leave an arena in pieces, whose free memory looks like a leak.
-    environ = {"MALLOC_ARENA_MAX": "1"}
+    # Threads of numpy's would be in every fork's way.
+    environ = {"MALLOC_ARENA_MAX": "1", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
     with host(CODE, settings, str(Path(__file__).parent), environ=environ) as one:
         said = json.loads(one.line())
         one.process.wait(30)

@@ -32,14 +32,14 @@ from watching import all_ready, until
 
 import runtime
 
-from . import accounts, tasks
+from . import accounts, arrays, tasks
 from .orders import CLIENTS, PATIENCE, Wave
 from .weather import KILLS_ALONE, STORM, Weather
 
 ROUND = 8.0  # seconds of storm for a runtime
 WAVE = 3.0  # seconds for which a wave rises
 STEADY_WAVE = 0.4  # … where samples are taken after each
-ZYGOTE = 16 << 20  # bytes that a fresh interpreter has, with what it imports
+ZYGOTE = 24 << 20  # bytes that a fresh interpreter has, with what it imports
 ROOM = 8 << 20  # bytes that a worker may grow
 KILLS = ("kill", "newborn", "zygote", "heir")
 
@@ -82,7 +82,9 @@ class Storm:
     def one_runtime(self):
         draw = self.draw
         self.settings = (
-            {"region_size": "4MiB", "preload": ["storm.tasks"]} if self.steady else drawn(draw, self.method)
+            {"region_size": "4MiB", "preload": ["numpy", "storm.tasks"]}
+            if self.steady
+            else drawn(draw, self.method)
         )
         workers = 2 if self.steady else draw.randrange(2, 5)
         end = float("inf") if self.steady else time.monotonic() + ROUND
@@ -100,6 +102,7 @@ class Storm:
             self.weather.stop()
         all_ready(rt)
         gc.collect()
+        arrays.let_go(rt, workers)
         accounts.check_calm(rt)
         rt.shutdown()
         accounts.check_end(rt)
@@ -175,6 +178,7 @@ class Storm:
     def sample(self):
         """What the runtime takes, while nothing happens."""
         all_ready(self.rt)
+        arrays.let_go(self.rt, 2)
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)  # what is free is no leak, however the allocator keeps it in pieces
         accounts.check_calm(self.rt)
@@ -231,7 +235,7 @@ def drawn(draw, method):
         "max_worker_rss": draw.choice(
             [None, None, ROOM + (unshared("self") if method == "fork" else ZYGOTE)]
         ),
-        "preload": draw.choice([[], ["storm.tasks"], ["storm.tasks"]]),
+        "preload": draw.choice([["numpy"], ["numpy", "storm.tasks"], ["numpy", "storm.tasks"]]),
     }
 
 

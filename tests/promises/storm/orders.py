@@ -22,7 +22,7 @@ from contextlib import aclosing
 
 from runtime import RemoteError, TaskTimeout
 
-from . import tasks
+from . import arrays, tasks
 
 PATIENCE = 60.0  # seconds without an outcome after which an order is lost
 ENDLESS = 1_000_000  # retries that nobody uses up
@@ -89,6 +89,7 @@ class Wave:
         self.rt, self.path, self.keys, self.more = rt, path, keys, more
         self.until = time.monotonic() + seconds
         self.orders = []
+        self.stock = arrays.Stock()
         self.broken = threading.Event()  # a client has failed
 
     def rises(self):
@@ -234,6 +235,7 @@ def forking(wave, draw, order):
 CALLS = {
     plain: 40, by_value: 8, large: 25, raising: 5, returning: 2, generating: 1, argument: 1, retried: 2,
     dying: 1, near: 2, late: 1, hanging: 2, reporting: 3, chatting: 3, growing: 2, forking: 2,
+    **arrays.CALLS,
 }  # fmt: skip
 
 
@@ -318,6 +320,7 @@ def items_of(wave, draw, count, chunksize, **options):
     """(orders, view, iterables) of a map. Some of its items raise, end their process, or hang."""
     orders = [wave.order("item") for _ in range(count)]
     evil = draw.random() < 0.3
+    born = 0.3 if count <= 100 and draw.random() < 0.5 else 0.0
     timed = evil and draw.random() < 0.3
     retries = draw.choice([0, 0, 1, ENDLESS])
     hows = [""] * count
@@ -327,6 +330,8 @@ def items_of(wave, draw, count, chunksize, **options):
             hows[i] = draw.choice(["raise", "hang"] if timed else ["raise", "exit", "kill"])
             if retries == ENDLESS:
                 hows[i] = "raise"
+        elif draw.random() < born:
+            hows[i] = "born"
         how, nbytes = hows[i], sizes[i]
         order.runs = retries + 1
         order.chunk = chunksize != 1
@@ -334,6 +339,8 @@ def items_of(wave, draw, count, chunksize, **options):
         order.fatal = timed or how in ("exit", "kill")
         if how == "raise":
             order.errors = tasks.Refused
+        elif how == "born":
+            order.good = arrays.whole(order.key, nbytes // 8 + 1)
         elif not how:
             order.good = (
                 (lambda v, key=order.key, n=nbytes: v == tasks.filled(key, n)) if nbytes else order.key.__eq__
@@ -382,7 +389,7 @@ def order_of(orders, index, value):
     """Whose result this is, that came in no order."""
     if isinstance(value, BaseException):
         return orders[int(re.search(r"outcome of item (\d+) of the map", value.__notes__[-1])[1])]
-    return index[value if isinstance(value, int) else int.from_bytes(value[:8], "little")]
+    return index[value if isinstance(value, int) else int.from_bytes(bytes(value[:8])[:8], "little")]
 
 
 def drop(orders):

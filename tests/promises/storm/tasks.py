@@ -23,6 +23,8 @@ WROTE, LOGGED, CHILD = 3, 4, 5  # a line is out; a log record is; this process i
 
 log = logging.getLogger("storm")
 kept: list[bytearray] = []
+seen: dict[int, tuple[int, object]] = {}  # place -> (number, array): what is seen after its task
+SEEN = 4  # places
 
 
 class Refused(Exception):
@@ -114,11 +116,66 @@ def item(path, key, spin, how, nbytes):
         raise Refused(key)
     if how == "hang":
         pause()
-    if how:
+    if how in ("exit", "kill"):
         end_process(how)
     spin_for(spin)
     ended(path, key)
+    if how == "born":
+        array = runtime.current().empty(nbytes // 8 + 1, "i8")
+        array[:] = key
+        return array
     return filled(key, nbytes) if nbytes else key
+
+
+def see(key, array):
+    """Look at an array for longer, instead of an earlier one, which must be as it was."""
+    number, earlier = seen.pop(key % SEEN, (0, None))
+    if earlier is not None and not (earlier == number).all():
+        raise MemoryError(f"{earlier} is seen in place of {number}")
+    seen[key % SEEN] = int(array[0]), array
+
+
+def looking(path, key, keeps, *arrays):
+    """(number, size) of arrays that hold one number each."""
+    started(path, key)
+    found = [(int(array[0]), len(array)) if (array == array[0]).all() else array for array in arrays]
+    if keeps:
+        see(key, arrays[-1])
+    ended(path, key)
+    return found
+
+
+def marking(path, key, array):
+    """Changes the first place of an array that others see. How many are as they were, and it."""
+    started(path, key)
+    array[0] = -key
+    found = 1 + int((array[1:] == key).sum())
+    ended(path, key)
+    return found
+
+
+def giving_back(path, key, keeps, array):
+    started(path, key)
+    if keeps:
+        see(key, array)
+    ended(path, key)
+    return array
+
+
+def born(path, key, keeps, n):
+    """An array that is made in the region."""
+    started(path, key)
+    array = runtime.current().empty(n, "i8")
+    array[:] = key
+    if keeps:
+        see(key, array)
+    ended(path, key)
+    return array
+
+
+def let_go(spin):
+    spin_for(spin)
+    seen.clear()
 
 
 def reporting(path, key, steps):

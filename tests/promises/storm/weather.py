@@ -153,7 +153,7 @@ class Weather(threading.Thread):
     def do_heir(self):
         """The next one must have come before the zygote may be killed, and this one not be needed already."""
         zygote, heir = self._zygote(), self.rt._core._heir
-        if zygote is None or zygote.pid in self._lost or heir is None or heir.pid in self._lost:
+        if zygote is None or zygote.pid in self._lost or not (heir and heir.pid) or heir.pid in self._lost:
             return None
         return self._lose(heir.pid)
 
