@@ -78,23 +78,32 @@ class Entry:
 
 @dataclass(frozen=True)
 class Row:
-    """A workload. `meaning` says what is timed, and what one operation is."""
+    """A workload. `meaning` says what is timed, and what one operation is. limit: seconds after which a turn
+    has failed, where that is not the Scale's.
+    """
 
     name: str
     meaning: str
     figures: tuple[Figure, ...]
     entries: tuple[Entry, ...]
+    limit: float | None = None
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A turn that worked. cpu_seconds: of all its processes, in the timed part, which took `seconds`."""
+    """A turn that worked. cpu_seconds: of all its processes, in the timed parts, which took `seconds`.
+
+    cpu: where figures have timed parts of their own, figure -> CPU seconds for an operation. detail: what is
+    to stand in the JSON besides.
+    """
 
     values: Mapping[str, float]
     operations: int
     seconds: float
     cpu_seconds: float
     note: str = ""
+    cpu: Mapping[str, float] = field(default_factory=dict)
+    detail: Any = None
     killed: int = 0  # processes that it left behind and that did not end by themselves
 
 
@@ -109,20 +118,22 @@ Turn = Sample | Failure
 
 
 class Meter:
-    """Times one part of a turn.
+    """Times parts of a turn.
 
-    operations: how many the timed part does, set by the workload. note: words for the reader.
+    operations: how many the timed parts do, set by the workload. note, cpu, detail: as in a Sample, likewise.
     """
 
     def __init__(self, root: int) -> None:
         self._root = root  # the process below which all belongs to this turn
         self.operations = 1
         self.note = ""
+        self.cpu: dict[str, float] = {}
+        self.detail: Any = None
         self.seconds = self.cpu_seconds = 0.0
 
     @contextmanager
     def timing(self) -> Iterator[None]:
-        """The part that counts."""
+        """A part that counts; several add up."""
         gc.collect()
         others = machine.cpu_seconds_of_others(self._root)
         this = time.process_time()
@@ -130,9 +141,9 @@ class Meter:
         try:
             yield
         finally:
-            self.seconds = time.perf_counter() - start
+            self.seconds += time.perf_counter() - start
             this = time.process_time() - this
-            self.cpu_seconds = this + machine.cpu_seconds_of_others(self._root) - others
+            self.cpu_seconds += this + machine.cpu_seconds_of_others(self._root) - others
 
 
 def enough(run: Callable[[int], object], seconds: float, start: int, most: int) -> int:
@@ -201,6 +212,8 @@ def _be_a_turn(measure: Measure, writer: int, output: int, root: int) -> None:
                 "seconds": meter.seconds,
                 "cpu_seconds": meter.cpu_seconds,
                 "note": meter.note,
+                "cpu": meter.cpu,
+                "detail": meter.detail,
             }
         except BaseException as error:
             message = {"error": describe(error)}
@@ -317,10 +330,10 @@ class Result:
 
         return Summary(value, to(self.best_peer(figure)), to(self.limit())) if value else None
 
-    def cpu_per_operation(self, name: str) -> Spread | None:
-        """CPU seconds of all processes of a contender, per operation."""
+    def cpu_per_operation(self, name: str, figure: str = "") -> Spread | None:
+        """CPU seconds of all processes of a contender, per operation: of this figure's, if they are known."""
         samples = [turn for turn in self.turns.get(name, ()) if isinstance(turn, Sample)]
-        return Spread.of([sample.cpu_seconds / sample.operations for sample in samples])
+        return Spread.of([one.cpu.get(figure, one.cpu_seconds / one.operations) for one in samples])
 
     def failures(self, name: str) -> list[str]:
         """The reasons why turns of a contender failed."""
@@ -373,7 +386,7 @@ def run(row: Row, scale: Scale, progress: TextIO | None = None) -> Result:
                     file=progress,
                     flush=True,
                 )
-            result.turns[entry.name].append(turn(entry.measure, scale.limit))
+            result.turns[entry.name].append(turn(entry.measure, row.limit or scale.limit))
         longest = max(longest, time.monotonic() - began)
     if progress is not None:
         print("\r\033[K", end="", file=progress, flush=True)
@@ -424,7 +437,10 @@ def table(result: Result) -> str:
         ]
         lines = []
         for entry in result.row.entries:
-            summary, cpu = result.summary(entry.name, figure), result.cpu_per_operation(entry.name)
+            summary, cpu = (
+                result.summary(entry.name, figure),
+                result.cpu_per_operation(entry.name, figure.name),
+            )
             lines.append(
                 [
                     entry.name if entry.role is not Role.LIMIT else f"limit: {entry.name}",
@@ -502,6 +518,7 @@ def choose(rows: Sequence[Row], peers: Sequence[str] | None, names: Sequence[str
             row.meaning,
             row.figures,
             tuple(e for e in row.entries if e.role is not Role.PEER or peers is None or e.name in peers),
+            row.limit,
         )
         for row in rows
         if names is None or row.name in names
@@ -516,9 +533,13 @@ def main(
     full: Scale,
     packages: Sequence[str],
     argv: Sequence[str] | None = None,
+    parents: Sequence[argparse.ArgumentParser] = (),
 ) -> int:
-    """The command line of a benchmark. 0: every turn of ours worked. A peer that failed is only reported."""
-    parser = argparse.ArgumentParser(description=title)
+    """The command line of a benchmark. 0: every turn of ours worked. A peer that failed is only reported.
+
+    parents: with the options that this benchmark has besides, and has read.
+    """
+    parser = argparse.ArgumentParser(description=title, parents=parents)
     parser.add_argument("--quick", action="store_true", help="a minute: is it in order, and roughly how fast")
     parser.add_argument("--json", metavar="FILE", help="write every turn, ratio and machine fact there")
     parser.add_argument("--peers", metavar="A,B", help="only these peers ('none': none)")

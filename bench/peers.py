@@ -7,8 +7,12 @@ be kept out of what is timed.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import multiprocessing
+import os
+import secrets
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +30,8 @@ class Pool:
     map: Callable[[Callable[[Any], Any], Sequence[Any]], list[Any]]
     close: Callable[[], object]
     ready: Callable[[], set[int]] | None = None  # pids of the workers that are ready, if it can tell
+    put: Callable[[Any], Any] | None = None  # keep an object once for many tasks, which get what this returns
+    empty: Callable[..., Any] | None = None  # empty(shape, dtype): an array in memory that its workers share
 
 
 @dataclass(frozen=True)
@@ -69,7 +75,8 @@ def runtime_with(name: str = "runtime", **options: Any) -> Contender:
     def start(module: Any, workers: int) -> Pool:
         rt = module.Runtime(workers, **options)
         ready = module.WorkerStatus.READY
-        return _executor(rt, ready=lambda: {w.pid for w in rt.workers() if w.status is ready})
+        pids = lambda: {w.pid for w in rt.workers() if w.status is ready}  # noqa: E731
+        return _executor(rt, ready=pids, put=rt.put, empty=rt.empty)
 
     return Contender(name, "runtime-workers", "runtime", start)
 
@@ -125,6 +132,35 @@ def _mpire(module: Any, workers: int) -> Pool:
     )
 
 
+def _joblib(module: Any, workers: int) -> Pool:
+    """The pool below joblib.Parallel: it writes arrays of over 1 MB to a file, which its workers map."""
+    return _executor(module.get_memmapping_executor(workers))
+
+
+def _ray(module: Any, workers: int) -> Pool:
+    folder = tempfile.TemporaryDirectory(prefix="ray")
+    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # else it leaves one in the home folder
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    module.init(num_cpus=workers, include_dashboard=False, log_to_driver=False, _temp_dir=folder.name)
+    remote = functools.cache(module.remote)
+
+    def submit(fn: Callable[..., Any], *args: Any) -> Any:
+        return remote(fn).remote(*args)
+
+    def close() -> None:
+        module.shutdown()
+        folder.cleanup()
+
+    return Pool(
+        submit=submit,
+        result=module.get,
+        done=lambda handle: bool(module.wait([handle], timeout=0)[0]),
+        map=lambda fn, items: module.get([submit(fn, item) for item in items]),
+        close=close,
+        put=module.put,
+    )
+
+
 OURS = runtime_with()
 PEERS = (
     Contender("ProcessPoolExecutor", None, "concurrent.futures.process", _process_pool_executor),
@@ -133,3 +169,5 @@ PEERS = (
     Contender("pebble", "pebble", "pebble", _pebble),
     Contender("mpire", "mpire", "mpire", _mpire),
 )
+JOBLIB = Contender("joblib", "joblib", "joblib.executor", _joblib)
+RAY = Contender("Ray", "ray", "ray", _ray)

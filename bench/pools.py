@@ -19,20 +19,20 @@ import statistics
 import sys
 import tempfile
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
 
+import copies
 import harness
 import peers
 import tasks
+from copies import MIB, expect
 from harness import Entry, Figure, Measure, Meter, Role, Row, Scale
 from peers import Contender
 
 WORKERS = 2
-MIB = 1 << 20
 IN_FLIGHT = 16  # echoes at once
 DEATH_LIMIT = 5.0  # seconds after which a pool counts as not usable again
 
@@ -72,12 +72,6 @@ def map_items(contender: Contender, seconds: float, meter: Meter) -> Mapping[str
             run(meter.operations)
         expect(results, list(range(meter.operations)))
         return {"": meter.operations / meter.seconds}
-
-
-def expect(found: object, wanted: object) -> None:
-    """Fail the turn if a contender answers something else. (An assert would be gone under -O.)"""
-    if found != wanted:
-        raise ValueError(f"wrong result: {found!r:.60}, not {wanted!r:.60}")
 
 
 # ---- one task ------------------------------------------------------------------------------------
@@ -145,88 +139,13 @@ def latencies(call: Callable[[], object], pause: float, seconds: float, meter: M
 # ---- large arguments -----------------------------------------------------------------------------
 
 
-def numpy_array(nbytes: int) -> Any:
-    """An array of bytes that are not all alike."""
-    import numpy as np
-
-    return np.arange(nbytes // 8, dtype=np.uint64).view(np.uint8)
-
-
-def plain_bytes(nbytes: int) -> bytes:
-    return bytes(numpy_array(nbytes))
-
-
-def echo(
-    contender: Contender, make: Callable[[int], Any], seconds: float, meter: Meter
-) -> Mapping[str, float]:
-    """Send 1 MiB as argument and get it back as result, IN_FLIGHT calls at a time."""
-    data = make(MIB)
-    with contender.open(WORKERS) as pool:
-        last: list[Any] = []
-
-        def run(count: int) -> None:
-            flying: deque[Any] = deque()
-            for _ in range(count):
-                if len(flying) == IN_FLIGHT:
-                    pool.result(flying.popleft())
-                flying.append(pool.submit(tasks.same, data))
-            while flying:
-                last[:] = [pool.result(flying.popleft())]
-
-        meter.operations = harness.enough(run, seconds, IN_FLIGHT, 20_000)
-        with meter.timing():
-            run(meter.operations)
-        expect(bytes(last[0]) == bytes(data), True)
-        return {"": meter.operations / meter.seconds}
-
-
-def two_copies(seconds: float, meter: Meter) -> Mapping[str, float]:
-    """1 MiB copied twice for each call, by one thread."""
-    import numpy as np
-
-    data = numpy_array(MIB)
-    there, back = np.empty_like(data), np.empty_like(data)
-
-    def run(count: int) -> None:
-        for _ in range(count):
-            np.copyto(there, data)
-            np.copyto(back, there)
-
-    meter.operations = harness.enough(run, seconds, 10, 1_000_000)
-    with meter.timing():
-        run(meter.operations)
-    return {"": meter.operations / meter.seconds}
-
-
 def array(contender: Contender, calls: int, meter: Meter) -> Mapping[str, float]:
     """Call a function that reads two elements with 64 MiB as argument, one call after another."""
-    data = numpy_array(64 * MIB)
+    data = copies.octets(64 * MIB)
     wanted = tasks.ends(data)
     with contender.open(WORKERS) as pool:
-        return median_ms(lambda: expect(pool.result(pool.submit(tasks.ends, data)), wanted), calls, meter)
-
-
-def one_copy(calls: int, meter: Meter) -> Mapping[str, float]:
-    """64 MiB copied by one thread to where it has been copied before."""
-    import numpy as np
-
-    data = numpy_array(64 * MIB)
-    there = np.empty_like(data)
-    return median_ms(lambda: np.copyto(there, data), calls, meter)
-
-
-def median_ms(call: Callable[[], object], calls: int, meter: Meter) -> Mapping[str, float]:
-    """The median of what a call takes, in ms, after two that are not counted."""
-    found = []
-    for _ in range(2):
-        call()
-    meter.operations = calls
-    with meter.timing():
-        for _ in range(calls):
-            start = time.perf_counter()
-            call()
-            found.append(time.perf_counter() - start)
-    return {"": statistics.median(found) * 1e3}
+        call = lambda: expect(pool.result(pool.submit(tasks.ends, data)), wanted)  # noqa: E731
+        return {"": copies.median_ms(call, calls, meter)}
 
 
 # ---- birth and death -----------------------------------------------------------------------------
@@ -389,9 +308,13 @@ def rows(scale: Scale) -> list[Row]:
                 f"1 MiB ({kind}) as argument and back as result, {IN_FLIGHT} calls in flight. The limit is "
                 "two copies by one thread. An operation is a call.",
                 (rate("calls/s"),),
-                entries(timed(echo, make, seconds), limit("two memcpy", two_copies, seconds), ours=both),
+                entries(
+                    timed(copies.echo, make, WORKERS, IN_FLIGHT, seconds),
+                    limit("two memcpy", copies.two_copies, seconds),
+                    ours=both,
+                ),
             )
-            for kind, make in (("numpy", numpy_array), ("bytes", plain_bytes))
+            for kind, make in (("numpy", copies.octets), ("bytes", copies.plain_bytes))
             if scale is not QUICK or kind == "numpy"
         ),
         Row(
@@ -399,7 +322,7 @@ def rows(scale: Scale) -> list[Row]:
             "A 64 MiB array as argument of a function that reads two elements, one call after another, "
             "warm. The limit is one warm copy. An operation is a call.",
             (Figure("", "ms"),),
-            entries(timed(array, calls), limit("one memcpy", one_copy, calls), ours=both),
+            entries(timed(array, calls), limit("one memcpy", copies.one_copy, 64 * MIB, calls), ours=both),
         ),
         Row(
             "start",

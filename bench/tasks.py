@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+import time
+from functools import lru_cache
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -21,6 +23,57 @@ def same(value: T) -> T:
 def ends(array: Any) -> int:
     """The sum of the first and the last element: reads next to nothing of what it gets."""
     return int(array[0]) + int(array[-1])
+
+
+def first(array: Any) -> int:
+    """Its first element: reads nothing else of what it gets."""
+    return int(array[0])
+
+
+def total(array: Any) -> int:
+    """The sum of its elements: reads all that it gets."""
+    return int(array.sum())
+
+
+def timed_total(array: Any) -> tuple[int, float]:
+    """The sum of its elements, and the seconds that this took."""
+    began = time.perf_counter()
+    found = int(array.sum())
+    return found, time.perf_counter() - began
+
+
+def full(count: int) -> Any:
+    """A new array of so many words, all 7, in ordinary memory."""
+    import numpy as np
+
+    return np.full(count, 7, np.uint64)
+
+
+def born_full(count: int) -> tuple[Any, float]:
+    """The same, made in the region, and the seconds that this took. Only in a worker of ours."""
+    import runtime
+
+    began = time.perf_counter()
+    array = runtime.current().empty(count, "uint64")
+    array.fill(7)
+    return array, time.perf_counter() - began
+
+
+def born(count: int) -> Any:
+    """An array of so many words, made in the region; only its first and last are set."""
+    import runtime
+
+    array = runtime.current().empty(count, "uint64")
+    array[0] = array[-1] = 7
+    return array
+
+
+def kept(count: int) -> Any:
+    """As `full`, made once and returned each time."""
+    return _newest(count)
+
+
+_newest = lru_cache(maxsize=1)(full)
 
 
 def check_in(address: str) -> int:
