@@ -447,9 +447,9 @@ cdef class Arena:
         finally:
             PyBuffer_Release(&buffer)
 
-    def take(self, uint64_t nbytes):
+    def take(self, nbytes):
         """A new block of the host. Raises: RegionFull when there is no room for it."""
-        block = HostBlock.take(self, nbytes)
+        block = HostBlock.take(self, nbytes) if nbytes <= self.max_bytes else None
         if block is None:
             raise RegionFull(f"no room for {nbytes} bytes")
         return block

@@ -118,8 +118,9 @@ def test_no_further_than_it_may(size: int) -> None:
         RegionFull, match=r"no room for 1 bytes.* 3145728 are in use.*\(region_max\).*available"
     ):
         region.take(1)
-    with pytest.raises(RegionFull, match="no room for 4194304 bytes"):
-        region.take(4 * MIB)
+    for nbytes in (4 * MIB, 2**64 - 1, 10**30):
+        with pytest.raises(RegionFull, match=f"no room for {nbytes} bytes"):
+            region.take(nbytes)
     del blocks[1]
     assert region.take(MIB).nbytes == MIB
 
