@@ -30,6 +30,11 @@ _SHOWS = {  # the scenario in which a fault of the leases shows, if that is not 
     "answer-after-killed": "leases: chunk",
     "put-back-delivered": "leases: chunk",
     "kept-once": "leases: views",
+    "keep-after-done": "leases: views",
+    "own-after-done": "leases: own",
+    "collect-without-drain": "leases: views",
+    "sweep-skips-keeps": "leases: references",
+    "unkeep-before-record": "leases: references",
 }
 
 FAULTS: dict[str, Fault] = {

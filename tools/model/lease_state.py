@@ -19,16 +19,19 @@ S_FREE, S_LIVE, S_DYING = range(3)
 # Task.state, _records.pxd; the last one is of this model: an item of a chunk that another item leads
 T_WAITING, T_LEASED, T_OVER, T_CANCELLED, T_IN_CHUNK = range(5)
 # records, _layout.pxd
-R_DONE, R_PARTIAL, R_UNKEEP = 1, 2, 3
-# extent words, _layout.pxd, of a result's block; tools/model/blocks.py looks closer. 0: there is none
-X_NONE, X_PRIVATE, X_PUBLISHING = 0, 2, 3
-X_NAMES = {X_NONE: "-", X_PRIVATE: "PRIVATE", X_PUBLISHING: "PUBLISHING"}
+R_DONE, R_PARTIAL, R_UNKEEP, R_KEEP = 1, 2, 3, 6
+OF_BLOCKS = (R_UNKEEP, R_KEEP)  # they name a block, the others a lease
+# extent words, _layout.pxd, of the worker's blocks; tools/model/blocks.py looks closer. 0: there is none
+X_NONE, X_PRIVATE, X_PUBLISHING, X_HOST, X_FREEING = 0, 2, 3, 4, 5
+X_NAMES = {X_NONE: "-", X_PRIVATE: "PRIVATE", X_PUBLISHING: "PUBLISHING", X_HOST: "HOST", X_FREEING: "freed"}
+LATE = 2  # instead of fresh: a record of a lease that was harvested before it was put
+OWN = 8  # block OWN + t was made by task t in the region; block t holds the arguments of task t
 
 # of this model: the process in a slot
 NOBODY, ALIVE, DOOMED, DEAD = range(4)
 P_NAMES = ("none", "alive", "alive, SIGKILL on its way", "dead")
 # where a worker is: what it does next
-LOOK, CLAIM, BEGIN, END, PUT_PART, ADVANCE, PUBLISH, COMPLETE, PUT_DONE = range(9)
+LOOK, CLAIM, BEGIN, END, PUT_PART, ADVANCE, PUBLISH, HAND_OVER, PUT_KEEP, COMPLETE, PUT_DONE = range(11)
 # what the host is in the middle of
 IDLE, CANCELLING = range(2)
 # where the keeper is
@@ -53,7 +56,8 @@ class Lease:
     started: int = 0  # 1 + the item whose clock runs, 0: it stands
     block: int = X_NONE  # of the result: the word of the block that out_body names
     out: int = 0  # items whose results are in the final frame
-    kept: int = 0  # out_flags & F_KEPT
+    own: int = X_NONE  # the word of a block that the task has made itself, to which the frame refers
+    ref: int = 0  # 1 + a block of an earlier lease to which the frame refers
 
     def word(self) -> str:
         item = f"({self.item})" if self.state in (L_RUNNING, L_DONE, L_KILLED) else ""
@@ -75,12 +79,13 @@ class Slot:
     runs: int = -1  # the task that the worker believes to run
     sent: int = 0  # items of it that were committed
     part: int = X_NONE  # the word of the block of a commit under way
+    ref: int = 0  # 1 + what the outcome under way refers to: it holds the view of that (BlockSlice.holder)
+    late: int = 0  # the lease whose record is not put yet was harvested without it
     ring: list[tuple[int, int]] = field(default_factory=list)  # (entry, fresh)
-    # (kind, entry or task, fresh, block)
+    # (kind, entry or block that is named, fresh, word of the results' block)
     outbox: list[tuple[int, int, int, int]] = field(default_factory=list)
-    views: list[int] = field(default_factory=list)  # tasks of whose arguments there are views in the process
-    kept: list[int] = field(default_factory=list)  # SlotTable.kept
-    early: list[int] = field(default_factory=list)  # SlotTable.early
+    views: list[int] = field(default_factory=list)  # blocks that the process sees beyond a lease
+    kept: list[int] = field(default_factory=list)  # SlotTable.kept: blocks
     leases: list[Lease] = field(default_factory=list)
 
 
@@ -114,6 +119,9 @@ class Spec:
     cancel: bool = False  # the user cancels it at some moment, running or not
     keeps: bool = False  # a view of its arguments outlives the call
     raises: bool = False  # its first attempt raises what it is retried on
+    own: bool = False  # its result lies in a block that it has made in the region
+    sees: bool = False  # and the worker goes on seeing that
+    refers: bool = False  # its result refers to what the worker sees since an earlier call, if it does
     batch: int = -1
 
 
@@ -123,6 +131,7 @@ class Scenario:
 
     specs: tuple[Spec, ...]
     crashes: int = 1  # processes that are killed from outside, at most
+    collects: bool = False  # the host looks for leases that are DONE without a record
 
 
 class LeaseState(World):
@@ -188,7 +197,7 @@ class LeaseState(World):
         slot = self.slots[number]
         slot.leases.reverse()
         slot.ring = [(1 - entry, fresh) for entry, fresh in slot.ring]
-        slot.outbox = [(r[0], r[1] if r[0] == R_UNKEEP else 1 - r[1], r[2], r[3]) for r in slot.outbox]
+        slot.outbox = [(r[0], r[1] if r[0] in OF_BLOCKS else 1 - r[1], r[2], r[3]) for r in slot.outbox]
         if slot.hand >= 0:
             slot.hand = 1 - slot.hand
         for task in self.tasks:
@@ -206,8 +215,9 @@ class LeaseState(World):
                 of = f" task {lease.task}" if lease.task >= 0 else ""
                 found[f"lease {s}.{e}"] = lease.word() + of
                 found[f"block of {s}.{e}"] = X_NAMES[lease.block]
+                found[f"own block of {s}.{e}"] = X_NAMES[lease.own]
             found[f"ring {s}"] = " ".join(f"{e}{'' if fresh else ' (stale)'}" for e, fresh in slot.ring)
-            kinds = {R_DONE: "DONE", R_PARTIAL: "PARTIAL", R_UNKEEP: "UNKEEP"}
+            kinds = {R_DONE: "DONE", R_PARTIAL: "PARTIAL", R_UNKEEP: "UNKEEP", R_KEEP: "KEEP"}
             found[f"outbox {s}"] = " ".join(f"{kinds[r[0]]}:{r[1]}" for r in slot.outbox)
             found[f"kept {s}"] = " ".join(map(str, slot.kept))
         for t, task in enumerate(self.tasks):
@@ -223,15 +233,17 @@ class LeaseState(World):
         for slot in self.slots:
             if slot.process not in (ALIVE, DOOMED):
                 continue
-            if BEGIN <= slot.at <= PUT_DONE:
+            runs = BEGIN <= slot.at <= COMPLETE and not slot.late
+            if runs:
                 if slot.runs in running:
                     raise Broken(f"two workers run task {slot.runs} at the same time")
                 running.add(slot.runs)
                 if slot.leases[slot.hand].task != slot.runs:
                     raise Broken(f"the entry of task {slot.runs} is given back while a worker runs it")
-            for task in (*slot.views, *([slot.runs] if BEGIN <= slot.at <= COMPLETE else [])):
-                if not self.held(task):
-                    raise Broken(f"the arguments of task {task} are freed while a worker has a view of them")
+            for block in (*slot.views, *([slot.runs] if runs else [])):
+                if not self.held(block):
+                    what = f"arguments of task {block}" if block < OWN else f"pages of task {block - OWN}"
+                    raise Broken(f"the {what} are freed while a worker has a view of them")
         held = [(t.slot, t.entry) for t in self.tasks if t.entry >= 0]
         if len(held) != len(set(held)):
             raise Broken("two tasks hold the same entry")
@@ -240,14 +252,20 @@ class LeaseState(World):
                 if lease.state != L_FREE and (s, e) not in held:
                     raise Broken(f"lease {s}.{e} is {lease.word()}, and no task of the host's holds it")
 
-    def held(self, number: int) -> bool:
-        """Whether the host still has a reference to the arguments' block of a task."""
-        task = self.tasks[number]
-        return (
-            task.entry >= 0
-            or task.state in (T_WAITING, T_IN_CHUNK)
-            or any(number in slot.kept for slot in self.slots)
-        )
+    def held(self, block: int) -> bool:
+        """Whether a block is not free: the host has a reference to it, or it is its worker's still."""
+        if any(block in slot.kept for slot in self.slots):
+            return True
+        if block >= OWN:
+            word = self.own_word(block)
+            return word not in (X_NONE, X_FREEING)
+        task = self.tasks[block]
+        return task.entry >= 0 or task.state in (T_WAITING, T_IN_CHUNK)
+
+    def own_word(self, block: int) -> int:
+        """Of a block that a task has made, as long as its lease is not harvested."""
+        of = [lease.own for slot in self.slots for lease in slot.leases if lease.task == block - OWN]
+        return next(filter(None, of), X_NONE)
 
     def ended(self) -> bool:
         """Every task has its outcome; every entry, block and view has come back; every slot has a worker."""
@@ -256,8 +274,8 @@ class LeaseState(World):
             and self.host[0] == IDLE and self.keeper[0] == ASLEEP
             and all(
                 s.state == S_LIVE and s.process == ALIVE and s.at == LOOK
-                and s.guard == OPEN and not s.killing and s.part == X_NONE
-                and not (s.ring or s.outbox or s.views or s.kept or s.early)
+                and s.guard == OPEN and not s.killing and s.part == X_NONE and not s.late
+                and not (s.ring or s.outbox or s.views or s.kept)
                 and all(lease == EMPTY for lease in s.leases)
                 for s in self.slots
             )
@@ -275,15 +293,16 @@ EMPTY = Lease()
 
 # ---- a slot as numbers -----------------------------------------------------------------------------------
 
-TASK, SLOT, LEASE = len(fields(Task)), 11, len(fields(Lease))
+TASK, SLOT, LEASE = len(fields(Task)), 13, len(fields(Lease))
 
 
 def frozen_slot(s: Slot) -> list[int]:
     """All fields of a slot in a row; then the lists, each behind its length, if any has something in it."""
-    out = [s.state, s.process, s.crashed, s.killing, s.guard, s.at, s.hand, s.fresh, s.runs, s.sent, s.part]
+    out = [s.state, s.process, s.crashed, s.killing, s.guard, s.at, s.hand, s.fresh, s.runs, s.sent, s.part,
+           s.ref, s.late]  # fmt: skip
     for x in s.leases:
-        out += (x.state, x.item, x.task, x.started, x.block, x.out, x.kept)
-    if not (s.ring or s.outbox or s.views or s.kept or s.early):
+        out += (x.state, x.item, x.task, x.started, x.block, x.out, x.own, x.ref)
+    if not (s.ring or s.outbox or s.views or s.kept):
         out.append(0)
         return out
     out.append(1)
@@ -291,9 +310,9 @@ def frozen_slot(s: Slot) -> list[int]:
         out.append(len(tuples))
         for one in tuples:
             out += one
-    for tasks in (s.views, s.kept, s.early):
-        out.append(len(tasks))
-        out += tasks
+    for blocks in (s.views, s.kept):
+        out.append(len(blocks))
+        out += blocks
     return out
 
 
@@ -303,13 +322,13 @@ def thaw_slot(numbers: list[int], at: int) -> tuple[Slot, int]:
     plain, second = numbers[at : at + SLOT], end - LEASE
     leases = [Lease(*numbers[at + SLOT : second]), Lease(*numbers[second:end])]
     if not numbers[end]:
-        return Slot(*plain, [], [], [], [], [], leases), end + 1  # type: ignore[call-arg, arg-type]
+        return Slot(*plain, [], [], [], [], leases), end + 1  # type: ignore[call-arg, arg-type]
     left = iter(numbers[end + 1 :])
     take = left.__next__
     ring = [(take(), take()) for _ in range(take())]
     outbox = [(take(), take(), take(), take()) for _ in range(take())]
-    views, kept, early = ([take() for _ in range(take())] for _ in range(3))
-    slot = Slot(*plain, ring, outbox, views, kept, early, leases)  # type: ignore[call-arg, arg-type]
+    views, kept = ([take() for _ in range(take())] for _ in range(2))
+    slot = Slot(*plain, ring, outbox, views, kept, leases)  # type: ignore[call-arg, arg-type]
     return slot, len(numbers) - length_hint(left)
 
 
@@ -320,4 +339,6 @@ def swapped(slot: Slot) -> bool:
         return (second.state, second.task) < (first.state, first.task)
     if slot.hand >= 0:
         return slot.hand == 0
-    return bool(slot.ring) and slot.ring[0][0] == 0
+    if slot.ring:
+        return slot.ring[0][0] == 0
+    return next((record[1] == 0 for record in slot.outbox if record[0] not in OF_BLOCKS), False)

@@ -16,17 +16,22 @@ from tools.model.lease_state import (
     DEAD,
     DOOMED,
     END,
+    HAND_OVER,
     KILL,
     L_DONE,
     L_KILLED,
     L_LEASED,
     L_RUNNING,
+    LATE,
     LOOK,
     OPEN,
+    OWN,
     PUBLISH,
     PUT_DONE,
+    PUT_KEEP,
     PUT_PART,
     R_DONE,
+    R_KEEP,
     R_PARTIAL,
     R_UNKEEP,
     READ_CLOCK,
@@ -43,6 +48,8 @@ from tools.model.lease_state import (
     Spec,
 )
 
+TOO_LATE = ("keep-after-done", "own-after-done")  # faults: the host is told of blocks after DONE
+
 
 class LeaseWorkers(LeaseState):
     """All that does not happen under the host's GIL."""
@@ -54,8 +61,16 @@ class LeaseWorkers(LeaseState):
                 yield Step(LeaseWorkers.end_and_go_on, (s,))
             else:
                 yield Step(WORKER[slot.at], (s,))
-        for task in sorted(set(slot.views)):
-            yield Step(LeaseWorkers.unkeep, (s, task))
+        for block in sorted(set(slot.views)):
+            if self.may_go(slot, block):
+                yield Step(LeaseWorkers.unkeep, (s, block))
+
+    def may_go(self, slot: Slot, block: int) -> bool:
+        """Whether nothing of the lease under way holds the view of a block."""
+        telling = (HAND_OVER, PUT_KEEP, COMPLETE) if self.fault in TOO_LATE else (HAND_OVER, PUT_KEEP)
+        if slot.at in telling and block % OWN == slot.runs:
+            return False  # the host is just being told of it
+        return slot.at <= END or block + 1 != slot.ref or self.fault == "unkeep-before-record"
 
     def keeper_steps(self) -> Iterator[Step]:
         at, s, _, _, _, _ = self.keeper
@@ -87,7 +102,7 @@ class LeaseWorkers(LeaseState):
         """The process is gone, and with it all that was its own: what it knew, and its views."""
         slot = self.slots[s]
         slot.process, slot.at, slot.hand, slot.fresh, slot.runs, slot.sent = DEAD, LOOK, -1, 0, -1, 0
-        slot.views = []
+        slot.views, slot.ref, slot.late = [], 0, 0
 
     # ---- a worker --------------------------------------------------------------------------------------
 
@@ -128,12 +143,36 @@ class LeaseWorkers(LeaseState):
         lease = slot.leases[slot.hand]
         lease.started, lease.block = 0, X_PUBLISHING
         lease.out = lease.item + 1 - slot.sent
-        if self.scenario.specs[slot.runs].keeps:  # _lease.pyx:ArgumentView.keep, before finish
-            lease.kept = 1
-            slot.views.append(slot.runs)
+        spec = self.scenario.specs[slot.runs]
+        if spec.own:  # _lease.pyx:empty, while it ran
+            lease.own, slot.ref = X_PRIVATE, 1 + OWN + slot.runs
+        elif spec.refers and slot.views:
+            lease.ref = slot.ref = 1 + min(slot.views)
+        if spec.keeps or spec.sees:
+            slot.views.append(slot.runs + OWN * spec.sees)
         if self.fault == "publish-after-done":
             lease.block = X_PRIVATE
-        slot.at = COMPLETE
+        slot.at = COMPLETE if self.fault in TOO_LATE else self.after_end(spec)
+
+    @staticmethod
+    def after_end(spec: Spec) -> int:
+        return HAND_OVER if spec.own else PUT_KEEP if spec.keeps else COMPLETE
+
+    @step("_lease.pyx:hand_over", "worker {0} moves the block that the task has made to PUBLISHING")
+    def hand_over(self, s: int) -> None:
+        slot = self.slots[s]
+        slot.leases[slot.hand].own = X_PUBLISHING
+        slot.at = PUT_KEEP if self.scenario.specs[slot.runs].sees else self.told(slot)
+
+    @step("_lease.pyx:keep", "worker {0} puts a record of what it goes on seeing into its outbox")
+    def put_keep(self, s: int) -> None:
+        slot = self.slots[s]
+        slot.outbox.append((R_KEEP, slot.runs + OWN * self.scenario.specs[slot.runs].sees, 1, 0))
+        slot.at = self.told(slot)
+
+    def told(self, slot: Slot) -> int:
+        """What comes when the host knows of all blocks."""
+        return PUT_DONE if self.fault in TOO_LATE else COMPLETE
 
     @step("_lease.pyx:complete", "worker {0} moves RUNNING to DONE; if that fails it was killed, and exits")
     def complete(self, s: int) -> None:
@@ -145,6 +184,9 @@ class LeaseWorkers(LeaseState):
         lease.state = L_DONE
         lease.item += 1
         slot.at = PUBLISH if self.fault == "publish-after-done" else PUT_DONE
+        if self.fault in TOO_LATE:
+            slot.at = self.after_end(self.scenario.specs[slot.runs])
+            slot.at = PUT_DONE if slot.at == COMPLETE else slot.at
 
     @step("", "worker {0} moves the result's block to PUBLISHING only now")
     def publish_late(self, s: int) -> None:
@@ -155,8 +197,9 @@ class LeaseWorkers(LeaseState):
     @step("_lease.pyx:complete", "worker {0} puts the record of it into its outbox")
     def put_done(self, s: int) -> None:
         slot = self.slots[s]
-        slot.outbox.append((R_DONE, slot.hand, 1, 0))
+        slot.outbox.append((R_DONE, slot.hand, LATE if slot.late else 1, 0))
         slot.at, slot.hand, slot.fresh, slot.runs, slot.sent = LOOK, -1, 0, -1, 0
+        slot.ref = slot.late = 0
 
     @step(
         "_lease.pyx:end,commit", "worker {0} has run an item, and moves a block with its result to PUBLISHING"
@@ -191,11 +234,11 @@ class LeaseWorkers(LeaseState):
         lease.item += 1
         slot.at = BEGIN
 
-    @step("_lease.pyx:unkeep", "in worker {0} the last view of the arguments of task {1} goes")
-    def unkeep(self, s: int, number: int) -> None:
+    @step("_lease.pyx:unkeep", "in worker {0} the last view of block {1} goes")
+    def unkeep(self, s: int, block: int) -> None:
         slot = self.slots[s]
-        slot.views.remove(number)
-        slot.outbox.append((R_UNKEEP, number, 1, 0))
+        slot.views.remove(block)
+        slot.outbox.append((R_UNKEEP, block, 1, 0))
 
     # ---- the host's deadline keeper --------------------------------------------------------------------
 
@@ -261,6 +304,7 @@ class LeaseWorkers(LeaseState):
 
 
 WORKER = {
+    HAND_OVER: LeaseWorkers.hand_over, PUT_KEEP: LeaseWorkers.put_keep,
     LOOK: LeaseWorkers.ring_take, CLAIM: LeaseWorkers.claim, BEGIN: LeaseWorkers.begin, END: LeaseWorkers.end,
     PUT_PART: LeaseWorkers.put_part, ADVANCE: LeaseWorkers.advance, PUBLISH: LeaseWorkers.publish_late,
     COMPLETE: LeaseWorkers.complete, PUT_DONE: LeaseWorkers.put_done,

@@ -1,8 +1,9 @@
 """Leases: two workers, and a host with two threads: Python's (the GIL makes it one) and the deadline keeper.
 
-    host       publish  take_back  cancel  drain (harvest, partial)  unload_now  vacate  settle_now  open_slot
+    host       publish  take_back  cancel  drain (harvest, partial, kept)  collect_now  unload_now
+               vacate  settle_now  open_slot
     keeper     overdue: look at the clock, word, start of the item, then kill_lease under the guard
-    worker     claim  begin  end  commit  advance  finish  complete;  a view's end: unkeep
+    worker     claim  begin  end  commit  advance  finish  hand_over  keep  complete;  a view's end: unkeep
     world      crash: SIGKILL from outside, at any moment;  a signal that was sent arrives
 
 The words, their values and the names of the steps are those of runtime/_layout.pxd, _records.pxd and of the
@@ -34,10 +35,15 @@ from tools.model.lease_state import (
     L_KILLED,
     L_LEASED,
     L_RUNNING,
+    LATE,
     NOBODY,
+    OF_BLOCKS,
     OPEN,
+    OWN,
+    PUT_DONE,
+    PUT_KEEP,
     R_DONE,
-    R_UNKEEP,
+    R_KEEP,
     RESULT,
     S_DYING,
     S_FREE,
@@ -47,6 +53,8 @@ from tools.model.lease_state import (
     T_OVER,
     T_WAITING,
     TIMED_OUT,
+    X_FREEING,
+    X_HOST,
     X_NONE,
     X_PUBLISHING,
     Lease,
@@ -72,6 +80,11 @@ FAULTS = {
     "retry-without-end": "a task that dies with its worker is retried, attempts left or not",
     "put-back-delivered": "items of a chunk that were delivered are queued again with the rest",
     "kept-once": "kept holds a block once, however many views of it outlive their calls",
+    "keep-after-done": "finish says only after DONE what the worker goes on seeing",
+    "own-after-done": "finish hands the task's own block over only after DONE",
+    "collect-without-drain": "collect_now harvests a DONE lease without a look at the outbox",
+    "sweep-skips-keeps": "settle_now drops the records of what the dead worker went on seeing",
+    "unkeep-before-record": "a result does not hold the view of what it refers to until its record is put",
 }
 
 
@@ -83,7 +96,11 @@ SCENARIOS = {
     # two items of a map in one lease, results committed one by one or together
     "leases: chunk": Scenario((Spec(timeout=True, retries=1, batch=0), Spec(timeout=True, batch=0))),
     # views of the arguments outlive both attempts
-    "leases: views": Scenario((Spec(keeps=True, raises=True, retries=1),)),
+    "leases: views": Scenario((Spec(keeps=True, raises=True, retries=1),), collects=True),
+    # a view outlives its call, and the next result refers to what it shows
+    "leases: references": Scenario((Spec(keeps=True), Spec(refers=True))),
+    # a result that lies in a block of the worker's own, which goes on seeing it
+    "leases: own": Scenario((Spec(own=True, sees=True), Spec(refers=True))),
 }
 
 
@@ -114,6 +131,9 @@ class Leases(LeaseWorkers):
         for s, slot in enumerate(self.slots):
             if slot.outbox and slot.state != S_FREE:
                 yield Step(Leases.drain, (s,))
+            if self.scenario.collects and slot.state == S_LIVE:
+                if any(lease.state == L_DONE for lease in slot.leases):
+                    yield Step(Leases.collect_now, (s,))
             if slot.state == S_LIVE and self.known_dead(slot) and slot.guard == OPEN:
                 yield Step(Leases.vacate, (s,))
             if slot.state == S_DYING:
@@ -172,7 +192,9 @@ class Leases(LeaseWorkers):
         slot = self.slots[s]
         slot.ring = [(entry, fresh if entry != e else 0) for entry, fresh in slot.ring]
         slot.outbox = [
-            record if record[0] == R_UNKEEP or record[1] != e else (*record[:2], 0, record[3])
+            record
+            if record[0] in OF_BLOCKS or record[1] != e or record[2] == LATE
+            else (*record[:2], 0, record[3])
             for record in slot.outbox
         ]
         if slot.hand == e:
@@ -227,19 +249,61 @@ class Leases(LeaseWorkers):
     def drain(self, s: int) -> None:
         slot = self.slots[s]
         kind, entry, fresh, block = slot.outbox.pop(0)
-        if kind == R_UNKEEP:
-            if entry in slot.kept:
-                slot.kept.remove(entry)
+        if kind in OF_BLOCKS:
+            if kind == R_KEEP:
+                self.keep_block(slot, entry)
             else:
-                slot.early.append(entry)
+                self.unkeep_block(slot, entry)
             return
         number = next((t for t, o in enumerate(self.tasks) if (o.slot, o.entry) == (s, entry)), -1)
+        if fresh == LATE:
+            return  # its lease was harvested before it came: it is counted as strange
         if number < 0 or not fresh:
             raise Broken("a record comes that makes no sense to the host")
         if kind == R_DONE:
             self.harvest(s, number)
         else:
             self.partial(number, block)
+
+    def keep_block(self, slot: Slot, block: int) -> None:
+        """_harvest.pyx kept, known: the host's block, or the worker's own, which is adopted."""
+        if block >= OWN:
+            for lease in slot.leases:
+                if lease.task == block - OWN and lease.own == X_PUBLISHING:
+                    lease.own = X_HOST
+        if not self.held(block):
+            raise Broken("a worker goes on seeing a block that is gone")
+        if self.fault != "kept-once" or block not in slot.kept:
+            slot.kept.append(block)
+
+    def unkeep_block(self, slot: Slot, block: int) -> None:
+        """_harvest.pyx unkept"""
+        if block not in slot.kept:
+            raise Broken("a worker goes on seeing nothing of a block of which it has not said that it does")
+        slot.kept.remove(block)
+        for lease in slot.leases:
+            if lease.task == block - OWN and lease.own == X_HOST and block not in slot.kept:
+                lease.own = X_FREEING
+
+    @step(
+        "_dispatch.pyx:collect_now",
+        "the host looks at the words of worker {0}'s leases, and harvests what is DONE",
+    )
+    def collect_now(self, s: int) -> None:
+        slot = self.slots[s]
+        done = [t for t, o in enumerate(self.tasks) if o.slot == s and slot.leases[o.entry].state == L_DONE]
+        while slot.outbox and self.fault != "collect-without-drain":
+            self.drain(s)
+        for number in done:
+            entry = self.tasks[number].entry
+            if self.tasks[number].slot == s and slot.leases[entry].state == L_DONE:
+                self.harvest(s, number)
+                if slot.at in (PUT_KEEP, PUT_DONE) and slot.hand == entry:
+                    slot.late = 1
+                slot.outbox = [
+                    (kind, at, LATE if (kind, at) == (R_DONE, entry) else fresh, block)
+                    for kind, at, fresh, block in slot.outbox
+                ]
 
     def harvest(self, s: int, number: int) -> None:
         """_harvest.pyx harvest: DONE -> FREE, the results of the last frame."""
@@ -251,11 +315,10 @@ class Leases(LeaseWorkers):
             raise Broken(f"the result of task {number} is lost: its block is not the worker's to hand over")
         if lease.item - task.delivered != lease.out:
             raise Broken(f"the frame of task {number} holds another number of results")
-        if lease.kept:
-            if number in slot.early:
-                slot.early.remove(number)
-            elif self.fault != "kept-once" or number not in slot.kept:
-                slot.kept.append(number)
+        if self.scenario.specs[number].own and lease.own not in (X_PUBLISHING, X_HOST):  # referred, known
+            raise Broken(f"the result of task {number} lies in a block that is not there to be handed over")
+        if lease.ref and not self.held(lease.ref - 1):
+            raise Broken(f"the result of task {number} refers to a block that is gone")
         for item in range(number + task.delivered, number + lease.item):
             if self.scenario.specs[item].raises and self.tasks[item].attempt == 1:
                 self.retried(item)
@@ -334,7 +397,7 @@ class Leases(LeaseWorkers):
             self.heap_sweep(s)
         slot = self.slots[s]
         while slot.outbox:
-            if slot.outbox[0][0] == R_UNKEEP:
+            if slot.outbox[0][0] in OF_BLOCKS and self.fault == "sweep-skips-keeps":
                 slot.outbox.pop(0)
             else:
                 self.drain(s)
@@ -357,7 +420,7 @@ class Leases(LeaseWorkers):
             self.blame(s, number)
         elif lease.state != L_LEASED:
             self.lost_with(number, lease.item)
-        slot.leases[task.entry] = Lease(block=lease.block)
+        slot.leases[task.entry] = Lease(block=lease.block, own=lease.own)
         self.release(number)
 
     def heap_sweep(self, s: int) -> None:
@@ -365,7 +428,7 @@ class Leases(LeaseWorkers):
         slot = self.slots[s]
         slot.part = X_NONE
         for lease in slot.leases:
-            lease.block = X_NONE
+            lease.block = lease.own = X_NONE
         slot.outbox = [(kind, entry, fresh, X_NONE) for kind, entry, fresh, _ in slot.outbox]
 
     def blame(self, s: int, number: int) -> None:
