@@ -77,11 +77,13 @@ cdef class HostBlock:
 
 # Algorithms. A "ref" is {index of the head, tag}. `owner` is a slot, or NO_SLOT for the host.
 cdef int64_t heap_take(heap_t *heap, uint64_t nbytes, uint64_t owner, uint64_t *tag) noexcept nogil
-cdef int64_t try_run(heap_t *heap, uint64_t at, uint64_t run, uint64_t owner, uint64_t *tag) noexcept nogil
 cdef bint heap_free(heap_t *heap, uint64_t at, uint64_t tag, uint64_t state, uint64_t owner) noexcept nogil
 cdef bint heap_publish(heap_t *heap, uint64_t at, uint64_t tag, uint64_t slot) noexcept nogil
 cdef bint heap_adopt(heap_t *heap, uint64_t at, uint64_t tag, uint64_t slot) noexcept nogil
 cdef uint64_t heap_sweep(heap_t *heap, uint64_t slot) noexcept nogil
 cdef uint64_t heap_run(heap_t *heap, uint64_t at) noexcept nogil
 cdef uint64_t heap_used(heap_t *heap) noexcept nogil
-cdef uint64_t round_up(uint64_t n, uint64_t to) noexcept nogil
+
+
+cdef inline uint64_t round_up(uint64_t n, uint64_t to) noexcept nogil:
+    return (n + to - 1) // to * to

@@ -189,10 +189,6 @@ def note_losses(list into):
     losses = into
 
 
-cdef uint64_t round_up(uint64_t n, uint64_t to) noexcept nogil:
-    return (n + to - 1) // to * to
-
-
 arenas = WeakSet()              # of this process
 
 

@@ -17,7 +17,7 @@ from libc.stdint cimport int64_t, uint64_t
 from posix.unistd cimport getpid
 
 from runtime._atomics cimport *
-from runtime._extent cimport Arena, HostBlock, heap_free, round_up, try_run
+from runtime._extent cimport Arena, HostBlock, heap_free, heap_t, heap_take, round_up
 from runtime._layout cimport *
 
 from runtime.errors import RegionFull
@@ -293,7 +293,14 @@ cdef class GrowingArena(Arena):
         """Give the memory of a free run back. False: it is not free any more, or this cannot be done."""
         cdef uint64_t i, tag = 0
         cdef uint64_t begin = self.extents_at + at * EXTENT
-        if try_run(&self.heap, at, run, NO_SLOT, &tag) >= 0:
+        cdef heap_t here = self.heap            # its search ends where the run does
+        cdef int64_t found
+        here.hint = at
+        here.count = at + run
+        found = heap_take(&here, run * EXTENT, NO_SLOT, &tag)
+        if found != <int64_t>at:
+            if found >= 0:
+                heap_free(&here, <uint64_t>found, tag, X_HOST, NO_SLOT)
             return False
         if not self.region._discard(begin, begin + run * EXTENT):
             heap_free(&self.heap, at, tag, X_HOST, NO_SLOT)
