@@ -32,6 +32,7 @@ cdef class Runner(WorkerPort):
     cdef public int64_t left    # items that may still be run; negative: any number
     cdef object worker          # what is not ordinary is its business
     cdef object context         # what runtime.current() shows
+    cdef uint64_t born          # incarnation of the slot whose process this is
     cdef object functions       # FunctionCache
     cdef dict quick             # function id -> function, of those that refer to no global by value
     cdef int host_pidfd         # of ours: if it is gone, a task has closed what it did not own

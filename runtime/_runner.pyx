@@ -73,11 +73,12 @@ cdef class Runner(WorkerPort):
         self.host_pidfd = host_pidfd
         self.left = left
         self.exit_descriptors = exit_descriptors
+        self.born = self.slot.incarnation
         self.quick = {}
 
     def serve(self):
         """Run what is in the ring. The entry of a call that needs more; -1: there is nothing;
-        LEASE_LOST: the host has killed the lease that ran, exit.
+        LEASE_LOST: the host has killed the lease that ran, or takes this process for dead: exit.
         """
         cdef int64_t found
         cdef uint32_t entry
@@ -86,6 +87,8 @@ cdef class Runner(WorkerPort):
         cdef int32_t status
         self.clock = 0
         while not (self.leaving or a32_load_acquire(&self.slot.control) & C_STOP):
+            if a32_load_relaxed(&self.slot.state) != S_LIVE or self.slot.incarnation != self.born:
+                return LOST                     # a zygote that was killed had not told the host of us
             found = self.claim()
             if found < 0:
                 return -1

@@ -26,9 +26,7 @@ class World:
         self.bell = os.eventfd(0)
         self.host = _core.Dispatcher(self.arena, _core.DeadlineKeeper(self.arena, self.bell))
         self.slot = self.host.open_slot(0, 1)
-        self.port = _core.Runner(self.arena, self.slot, lambda: None)
-        self.port.attend(None, SimpleNamespace(), {}, self.bell, -1, 1)
-        self.host.make_ready(self.slot)
+        self.port = self.attend()
 
     def submit(self, *buffers: Any, data: bytes = b"x") -> Any:
         task = _core.Task(FN, _core.Promise())
@@ -73,6 +71,13 @@ class World:
         self.arena.release()
         os.close(self.bell)
 
+    def attend(self) -> _core.Runner:
+        """A worker for the slot."""
+        port = _core.Runner(self.arena, self.slot, lambda: None)
+        port.attend(None, SimpleNamespace(), {}, self.bell, -1, 1)
+        self.host.make_ready(self.slot)
+        return port
+
 
 @pytest.fixture
 def world() -> Iterator[World]:
@@ -97,3 +102,19 @@ def test_a_result_in_a_block_that_only_a_view_keeps_outlives_its_worker(world: W
     assert world.results() == [[], [b"the data"]]
     views.clear()
     assert world.arena.used_bytes <= PAGE  # the function
+
+
+def test_a_worker_that_is_taken_for_dead_claims_nothing(world: World) -> None:
+    """Its zygote may have been killed before it could tell the host: then another process has its slot."""
+    unknown = world.port
+    world.die()
+    assert unknown.serve() == _core.LEASE_LOST, "the slot is free"
+    world.slot = world.host.open_slot(0, 2)
+    world.port = world.attend()
+    task = world.submit()
+    assert unknown.serve() == _core.LEASE_LOST, "the slot is another one's"
+    entry, _ = world.claim()
+    world.finish(entry)
+    world.host.drain(world.slot)
+    assert world.results() == [[]]
+    del task
