@@ -149,7 +149,8 @@ def mixed(workers: int, minutes: float, most: int, meter: Meter) -> Mapping[str,
     import runtime
 
     with runtime.Runtime(workers) as rt:
-        rt.submit(tasks.first, words(1024)).result()
+        for fn, argument in ((tasks.first, words(8)), (tasks.same, 0), (tasks.full, 1), (tasks.born, 1)):
+            rt.submit(fn, argument).result()  # each function takes a block, for good
         idle = rt.stats().used
         load = Load(rt, most)
         start = time.monotonic()

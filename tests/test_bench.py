@@ -6,26 +6,31 @@ import importlib
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
-BENCH = Path(__file__).resolve().parent.parent / "bench"
+ROOT = Path(__file__).resolve().parent.parent
+BENCH = ROOT / "bench"
 
 
 @pytest.fixture(scope="module")
 def harness() -> Iterator[Any]:
+    before = set(sys.modules)
     sys.path.insert(0, str(BENCH))
     try:
         yield importlib.import_module("harness")
     finally:
         sys.path.remove(str(BENCH))
-        for name in ("harness", "machine"):
-            sys.modules.pop(name, None)
+        for name in set(sys.modules) - before:
+            if str(getattr(sys.modules[name], "__file__", "")).startswith(str(BENCH)):
+                del sys.modules[name]
 
 
 def result(harness: Any, figure: Any, turns: dict[str, tuple[str, list[float | None]]]) -> Any:
@@ -192,3 +197,81 @@ def test_command(harness: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str
     with pytest.raises(SystemExit):
         main("--peers", "D")
     assert "no peer is named 'D'; there are: B, C" in capsys.readouterr().err
+
+
+def test_parts_that_are_timed_add_up(harness: Any) -> None:
+    def measure(meter: Any) -> dict[str, float]:
+        for name in ("a", "b"):
+            with meter.timing():
+                end = time.process_time() + 0.02
+                while time.process_time() < end:
+                    pass
+            meter.cpu[name] = meter.cpu_seconds
+        meter.detail = [1]
+        return {"a": 1.0, "b": 1.0, "c": 1.0}
+
+    sample = harness.turn(measure, 30)
+    assert isinstance(sample, harness.Sample), sample
+    assert (
+        0.02 <= sample.cpu["a"] <= sample.cpu["b"] - 0.02 and sample.seconds >= 0.04 and sample.detail == [1]
+    )
+    found = harness.Result(harness.Row("row", "", (), ()), {"mine": [sample]})
+    assert found.cpu_per_operation("mine", "a").median == sample.cpu["a"]
+    assert found.cpu_per_operation("mine", "c").median == sample.cpu_seconds
+
+
+def python(script: Path, *args: str) -> str:
+    """What a script prints, run by itself: bench/tasks.py is another module than tests/tasks.py."""
+    done = subprocess.run(
+        [sys.executable, str(script), *args],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of `bench/arrays.py --quick` without peers."""
+    pytest.importorskip("numpy")
+    report = tmp_path_factory.mktemp("bench") / "arrays.json"
+    python(BENCH / "arrays.py", "--quick", "--peers", "none", "--json", str(report))
+    return report
+
+
+@pytest.mark.timeout(150)
+def test_arrays_has_a_figure_in_each_row(quick: Path) -> None:
+    rows = json.loads(quick.read_text())["rows"]
+    assert len(rows) == 13
+    for row in rows:
+        wanted = {figure["name"] for figure in row["figures"]}
+        for contender in row["contenders"]:
+            assert set(contender["summaries"]) == wanted, (row["name"], contender["name"])
+
+
+@pytest.mark.timeout(150)
+def test_arrays_prints_its_tables(quick: Path) -> None:
+    out = python(BENCH / "arrays.py", "--table", str(quick))
+    assert "| argument, against one memcpy " in out and "| argument, Ray / ours " in out
+    assert "### result by size" in out and "outside / inside" in out and "Second half (MB/min)" in out
+
+
+@pytest.mark.timeout(150)
+def test_arrays_curves_are_drawn(quick: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "arrays.svg"
+    python(ROOT / "tools" / "chart.py", str(quick), str(picture))
+    lines = list(ElementTree.fromstring(picture.read_text()).iter("{http://www.w3.org/2000/svg}polyline"))
+    rows = json.loads(quick.read_text())["rows"]
+    assert len(lines) == sum(len(row["contenders"]) for row in rows if row["name"].endswith("by size"))
+    assert {len(line.attrib["points"].split()) for line in lines} == {2}
+
+
+def test_the_crossing_is_from_where_it_pays_for_good(harness: Any) -> None:
+    crossing = importlib.import_module("digest").crossing
+    assert "from 16 KiB on" in crossing(
+        {"2 KiB": 0.5, "4 KiB": 0.9, "8 KiB": 1.1, "16 KiB": 0.9}, "from 4 KiB"
+    )
+    assert "Nowhere" in crossing({"2 KiB": 0.5, "4 KiB": 0.9, "8 KiB": 1.1}, "from 4 KiB")
