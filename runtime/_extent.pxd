@@ -34,6 +34,7 @@ cdef class Arena:
     cdef uint64_t slots_at, slot_stride, words_at, extents_at
     cdef uint64_t capacity  # extents that are laid out; heap.count of them are there
     cdef uint64_t holes     # of these, HOLE; host-private
+    cdef bint grows         # there may be more of them, some time
     cdef bint host          # this process decides how many there are
     cdef bint growing       # memory is being reserved or given back
     cdef readonly uint32_t growths  # times that the region grew

@@ -259,6 +259,7 @@ cdef class Arena:
         self.head.words_at = words_at
         self.head.extents_at = extents_at
         self.head.capacity = capacity
+        self.head.least = extents
         a64_store_relaxed(&self.head.extents, extents)
         self.head.lanes = lanes
         self.head.spin = spin
@@ -303,6 +304,7 @@ cdef class Arena:
         self.words_at = self.head.words_at
         self.extents_at = self.head.extents_at
         self.capacity = self.head.capacity
+        self.grows = self.head.least < self.capacity
         self.heap.words = <a64_t *>(self.base + self.words_at)
         self.heap.extents = self.base + self.extents_at
         self.counted()

@@ -247,7 +247,8 @@ ctypedef struct arena_t:
     uint32_t lanes          # 1: parked words are heeded; 0: every put is announced by a message
     uint32_t spin           # ns that a waiter watches the memory before it sleeps
     uint64_t capacity       # extents that are laid out
-    char pad0[PAGE - 88]
+    uint64_t least          # extents that it began with: if these are all, it never grows
+    char pad0[PAGE - 96]
     a64_t frees             # blocks freed so far, by anyone: who found no room waits for it to move
     char pad1[56]
     a32_t parked            # the host's; see "Parking" above

@@ -222,7 +222,7 @@ cdef class WorkerPort(Viewer):
         return self.complete(entry, count)
 
     cdef Frame lay_out(self, list items):
-        """Outcomes as a frame; by value what lies in arguments that something else in this worker sees."""
+        """Outcomes as a frame; by value what something else in this worker sees, and may change later."""
         cdef Frame frame
         cdef list parts = [
             one for item in items for one in <tuple>(<tuple>item)[2] if isinstance(one, BlockSlice)]
@@ -230,8 +230,7 @@ cdef class WorkerPort(Viewer):
         cdef BlockView view
         for part in parts:
             view = <BlockView>part.holder
-            part.by_value = (not (view.own or view.access)
-                             and (view.kept or is_seen(view, parts, self.opened, 1)))
+            part.by_value = not view.access and (view.kept or is_seen(view, parts, self.opened, 1))
         frame = Frame(items)
         frame.parts = parts
         return frame
@@ -244,10 +243,9 @@ cdef class WorkerPort(Viewer):
         cdef BlockView view
         for part in frame.parts:
             view = <BlockView>part.holder
-            if view.own:
+            if view.own and not part.by_value:
                 heap_publish(&self.arena.heap, self.arena.index_of(view.body), view.tag, self.index)
                 view.own = False
-                self.keep(view, frame.parts, 1)
         return 0
 
     cdef int close_views(self, Frame frame) except -1:
@@ -345,10 +343,11 @@ cdef class WorkerPort(Viewer):
                 at[0] = <uint64_t>found
                 self.was_full = False
                 return True
-            if now < until:
+            if self.arena.grows and now < until:
                 self.wish(nbytes)
             with nogil:
-                if not patient or not self.await_room(frees, until, until + GROWTH_PATIENCE):
+                if not patient or not self.await_room(
+                        frees, until, until + GROWTH_PATIENCE if self.arena.grows else until):
                     self.was_full = True
                     self.full_at = frees
                     return False

@@ -25,6 +25,7 @@ LEASES = 4
 L_FREE, L_LEASED, L_RUNNING, L_DONE, L_KILLED = range(5)
 PARKED, PARKED_HERE = 1, 2
 PARKED_AT = 2 * PAGE + 64  # arena_t.parked, in the file
+WANTED_AT = 2 * PAGE + 128  # arena_t.wanted
 SLOTS_AT = 3 * PAGE
 FN = SimpleNamespace(id=1, data=b"a function")
 AT_INLINE, AT_BLOCK = 1, 2
@@ -43,16 +44,18 @@ class LeaseWorld:
 
     act: the method that is stepped. calls, items: what is leased, calls or the items of one chunk. args,
     result: bytes of each. claimed: leases that the worker has claimed before. full: extents that the host
-    takes meanwhile. parked: how the host sleeps. notify: what the worker calls to wake it.
+    takes meanwhile. parked: how the host sleeps. notify: what the worker calls to wake it. grows: the region
+    may, as far as the worker knows.
     """
 
     def __init__(self, act: str, *, calls: int = 1, items: int = 0, args: int = 20, result: int = 20,
                  claimed: int = 0, pages: int = 6, full: int = 0, outbox: int = 4, parked: int = 0,
                  lanes: bool = True, notify: str = "", asleep: bool = False, guarded: bool = True,
-                 how: str = "") -> None:  # fmt: skip
+                 grows: bool = False, how: str = "") -> None:  # fmt: skip
         self.act, self.name, self.how = getattr(self, act), act, how
         self.args, self.result, self.claims = args, result, claimed
-        self.arena = _core.Arena.create(pages * PAGE, 2, LEASES, outbox, PAGE, lanes, 0)
+        most = (pages + grows) * PAGE
+        self.arena = _core.Arena.create(pages * PAGE, 2, LEASES, outbox, PAGE, lanes, 0, 0, most)
         self.memory = mmap.mmap(self.arena.fd, os.fstat(self.arena.fd).st_size)
         self.words = Words(self.memory)
         self.bell = os.eventfd(0)
@@ -62,6 +65,7 @@ class LeaseWorld:
             "plain": lambda: None,
             "raises": self.told_badly,
             "interrupts": ctypes.pythonapi.PyErr_SetInterrupt,
+            "refuses": self.refused,
         }[notify]
         self.guarded = guarded
         self.outcomes: dict[Any, list[int]] = defaultdict(list)
@@ -100,6 +104,10 @@ class LeaseWorld:
     def told(self) -> Any:
         """The worker has something to tell; nobody is called."""
         return object()
+
+    def refused(self) -> Any:
+        """The host has seen the wish for room, and there is none to be had."""
+        self.memory[WANTED_AT : WANTED_AT + 8] = bytes(8)
 
     def told_badly(self) -> Any:
         raise RuntimeError("the hint cannot be sent")
@@ -253,12 +261,14 @@ class WorkerDies(LeaseWorld):
         self.view.release()
 
     def meddle(self) -> None:
-        """The host takes in what there is and serves a piece; or it cancels the call."""
+        """The host takes in what there is and serves a piece; or it cancels the call, or frees a block."""
         if self.how == "cancel":
             self.cancelled = self.host.cancel(self.tasks[0], running=True) != _core.CANCEL_NO
         elif self.how == "drop":
             self.host.drop(self.batch, running=True)
             self.cancelled = True
+        elif self.how == "room":
+            self.block = None
         else:
             self.host.drain(0)
 

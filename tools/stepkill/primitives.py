@@ -308,6 +308,24 @@ PRIMITIVES = (
                 at_entry("WorkerPort.wait_turn", 1), at_entry("WorkerPort.wait_turn", 2)
             ),
             worker(
+                "results, the region does not grow",
+                "answer",
+                claimed=1,
+                result=5000,
+                full=5,
+                parked=PARKED,
+                notify="refuses",
+                grows=True,
+            ).amid(at_entry("WorkerPort.wait_turn", 1), at_entry("WorkerPort.wait_turn", 2)),
+            worker(
+                "results, room is made",
+                "answer",
+                claimed=1,
+                result=5000,
+                full=5,
+                how="room",
+            ).amid(at_entry("WorkerPort.await_room", 1)),
+            worker(
                 "results, the message fails",
                 "answer",
                 claimed=1,
