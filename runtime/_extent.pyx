@@ -357,9 +357,9 @@ cdef class Arena:
         self.region.remap_private()
         # A private page is the file's own until it is written: write to those that views may show, so that
         # what the parent does with them later does not show here.
-        for i in range(self.heap.count):
+        for i in range(self.counted()):
             w = a64_load_relaxed(&self.heap.words[i])
-            if x_state(w) == X_HOST or x_state(w) == X_TAIL:
+            if not vacant(w):                   # a worker shows private blocks, too
                 a64_fetch_add_relaxed(<a64_t *>(self.heap.extents + i * EXTENT), 0)
 
     def freeze(self):

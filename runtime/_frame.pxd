@@ -82,7 +82,6 @@ cdef class BlockSlice:
     cdef char *data                 # where this process maps it
     cdef frame_buffer_t about
     cdef bint by_value              # it is laid out as any other buffer, after all
-    cdef object also                # a view of the block, if the holder alone does not keep it
 
     @staticmethod
     cdef BlockSlice of(holder, char *data, frame_buffer_t about)

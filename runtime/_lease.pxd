@@ -102,6 +102,7 @@ cdef class WorkerPort(Viewer):
     cdef bint woke              # a thread that waited for the result was woken; it may have more to do
     cdef list unkept            # (head, tag) of released views whose record found the outbox full
     cdef object notify          # called to tell the host to look at the outbox
+    cdef unsigned long thread   # the main one, which alone may do that
 
     cdef lease_t *lease(self, uint32_t entry) noexcept nogil
     cdef int64_t claim(self) noexcept nogil

@@ -14,6 +14,7 @@ One lease, step by step (the words are in _layout.pxd; each step may be the last
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from cpython.bytearray cimport PyByteArray_AS_STRING
 from cpython.exc cimport PyErr_CheckSignals
+from cpython.pythread cimport PyThread_get_thread_ident
 from libc.string cimport memcpy
 from posix.time cimport nanosleep, timespec
 from posix.unistd cimport getpid
@@ -54,6 +55,7 @@ cdef class WorkerPort(Viewer):
         self.outbox_mask = arena.outbox - 1
         self.unkept = []
         self.notify = notify
+        self.thread = PyThread_get_thread_ident()
 
     @property
     def owned(self):
@@ -265,9 +267,13 @@ cdef class WorkerPort(Viewer):
         return 0
 
     def empty(self, uint64_t nbytes):
-        """A block of this worker's own, uninitialised; None: there is no room, for 50 ms."""
+        """A block of this worker's own, uninitialised; None: there is no room, for 50 ms, or while the host
+        sees to it that there is some; and always in a fork. For any thread.
+        """
         cdef uint64_t at = 0, tag = 0
-        return self.create(at, tag, nbytes) if self.take_room(nbytes, True, &at, &tag) else None
+        if not self.owned or not self.take_room(nbytes, True, &at, &tag):
+            return None
+        return self.create(at, tag, nbytes)
 
     cdef bint complete(self, uint32_t entry, uint64_t count) except -1:
         """RUNNING(i) -> DONE(count), and the record of it. False: the host has killed this lease."""
@@ -358,7 +364,10 @@ cdef class WorkerPort(Viewer):
         """Tell the host that there is no room for so many bytes: the region may grow."""
         if a64_load_relaxed(&self.arena.head.wanted) < nbytes:  # of two that cross one is lost: a hint
             a64_store_relaxed(&self.arena.head.wanted, nbytes)
-        return self.tell()
+        if PyThread_get_thread_ident() == self.thread:
+            return self.tell()
+        self.untold = True                      # a socket belongs to one thread: the next message tells
+        return 0
 
     cdef bint await_room(self, uint64_t frees, int64_t until, int64_t last) noexcept nogil:
         """Until something was freed. False: not until then, or until the host has answered the wish."""

@@ -423,7 +423,7 @@ cdef class SharedRegion:
 
         Raises: BufferError while views or blocks of the region are alive, or another thread copies.
         """
-        if self.base == NULL:
+        if self.base == NULL or os is None:     # the interpreter has ended, and soon the mapping has, too
             return
         try:
             status = os.fstat(self._fd)

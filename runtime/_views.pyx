@@ -83,7 +83,6 @@ cdef class Viewer:
         """The slice of a block that a flat buffer of a result lies in; None: it is copied."""
         cdef Py_buffer buffer
         cdef BlockView block
-        cdef BlockSlice found = None
         cdef int64_t at
         cdef uint64_t start
         PyObject_GetBuffer(view, &buffer, PyBUF_SIMPLE)
@@ -96,12 +95,9 @@ cdef class Viewer:
             start = <uint64_t>(<char *>buffer.buf - block.data)
             if <char *>buffer.buf < block.data or start + <uint64_t>buffer.len > block.nbytes:
                 return None
-            found = BlockSlice.of(block, <char *>buffer.buf, frame_buffer_t(
+            return BlockSlice.of(block, <char *>buffer.buf, frame_buffer_t(
                 <uint64_t>buffer.len, B_REF | block.access | (B_READONLY if buffer.readonly else 0), 0,
                 block.body, block.nbytes, block.tag, start))
-            if block.kept:
-                found.also = memoryview(block)  # of an earlier lease: the host must not free it meanwhile
-            return found
         finally:
             PyBuffer_Release(&buffer)
 

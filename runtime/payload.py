@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from runtime import arrays
+from runtime import _core, arrays
 
 OUT_OF_BAND_MIN = 16 * 1024  # bytes: smaller buffers stay inside the pickle
 Locate = Callable[[memoryview], Any]  # the slice of a block that a view is part of, or None
@@ -80,6 +80,12 @@ class Taken:
         except BufferError:  # not contiguous: pickle says so in its own words
             return True
         part = None if self.locate is None else self.locate(view)
+        if part is None and isinstance(view.obj, _core.HostBlock) and view.obj.holds:
+            # A copy of its frame would name blocks that nobody keeps, or of another region.
+            raise ValueError(
+                "a Ref that refers to others travels only in the arguments of tasks of its own Runtime; "
+                "send ref.get()"
+            )
         if part is None and view.nbytes < OUT_OF_BAND_MIN:
             return True
         self.buffers.append(view if part is None else part)

@@ -6,11 +6,13 @@ The worker dies as by SIGKILL: it does nothing more, and the host sweeps its slo
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from watching import until
 
 from runtime import _core
 
@@ -21,11 +23,12 @@ PAGE = 4096
 class World:
     """A host with one worker, whose leases are run by hand."""
 
-    def __init__(self, outbox: int = 16) -> None:
-        self.arena = _core.Arena.create(64 * PAGE, 1, 8, outbox, PAGE)
+    def __init__(self, outbox: int = 16, most: int = 0) -> None:
+        self.arena = _core.Arena.create(64 * PAGE, 1, 8, outbox, PAGE, most=most)
         self.bell = os.eventfd(0)
         self.host = _core.Dispatcher(self.arena, _core.DeadlineKeeper(self.arena, self.bell))
         self.slot = self.host.open_slot(0, 1)
+        self.notified: list[int] = []  # the threads that would have sent a message
         self.port = self.attend()
 
     def submit(self, *buffers: Any, data: bytes = b"x") -> Any:
@@ -73,7 +76,7 @@ class World:
 
     def attend(self) -> _core.Runner:
         """A worker for the slot."""
-        port = _core.Runner(self.arena, self.slot, lambda: None)
+        port = _core.Runner(self.arena, self.slot, lambda: self.notified.append(threading.get_ident()))
         port.attend(None, SimpleNamespace(), {}, self.bell, -1, 1)
         self.host.make_ready(self.slot)
         return port
@@ -118,3 +121,24 @@ def test_a_worker_that_is_taken_for_dead_claims_nothing(world: World) -> None:
     world.host.drain(world.slot)
     assert world.results() == [[]]
     del task
+
+
+def test_only_the_main_thread_of_a_worker_sends_messages() -> None:
+    """Others may ask for a block, too; a socket belongs to one thread."""
+    world = World(most=128 * PAGE)  # it might grow
+    everything = world.arena.take(64 * PAGE)
+    found: list[Any] = []
+    thread = threading.Thread(target=lambda: found.append(world.port.empty(PAGE)))
+    world.host.park()
+    thread.start()
+
+    def over() -> bool:
+        world.host.make_room()
+        return not thread.is_alive()
+
+    until(over, "it has found no room")
+    thread.join()
+    assert found == [None]
+    assert world.notified == []
+    del everything
+    world.end()

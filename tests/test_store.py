@@ -13,10 +13,11 @@ import pickle
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
-from watching import alive, send, until
+from watching import alive, run_script, send, until
 
 import runtime
 from runtime import RegionFull, Runtime, StaleBlock, WorkerDied
@@ -236,6 +237,17 @@ def test_arrays_live_past_the_runtime(factory: Callable[..., Runtime]) -> None:
             call()
 
 
+@pytest.mark.parametrize("what", ["rt.put(1)", "rt.alloc(5)"])
+def test_what_a_module_keeps_until_the_end_ends_quietly(tmp_path: Path, what: str) -> None:
+    """By then the modules are gone that closing a region needs."""
+    text = f"""
+        import functools, runtime
+        with runtime.Runtime(1) as rt:
+            functools.kept = {what}
+    """
+    assert run_script(tmp_path, text) == ""
+
+
 # ---- results -------------------------------------------------------------------------------------------
 
 
@@ -322,6 +334,35 @@ def test_blocks_that_never_leave_their_worker(factory: Callable[..., Runtime]) -
     send(pid, signal.SIGKILL)
     until(lambda: not alive(pid), "the worker is dead")
     assert_blocks_are_back(rt)
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_fork_of_a_worker_shows_what_was_there(factory: Callable[..., Runtime], own: bool) -> None:
+    """Every page of a block of its own; and of an argument that lies where the region has grown since."""
+    rt = factory(1, region_size="1MiB", region_max="64MiB")
+
+    def show(array: Any) -> bytes:
+        if array is None:
+            array = runtime.current().empty(4 * KIB)
+        array[:] = 1
+        told, tell = os.pipe()
+        waited, go_on = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.write(tell, b"here")
+            os.read(waited, 1)
+            os.write(tell, bytes(array.astype("u1")[::512]))
+            os._exit(0)
+        os.read(told, 4)
+        array[:] = 2
+        os.write(go_on, b".")
+        os.waitpid(child, 0)
+        return os.read(told, 100)
+
+    grown = None if own else rt.empty(BIG)
+    array = None if own else numpy.zeros(4 * KIB)
+    assert rt.submit(os.getpid).result() and rt.submit(show, array).result() == b"\1" * 8
+    del grown
 
 
 def test_no_room_for_a_block_of_a_worker(factory: Callable[..., Runtime]) -> None:
@@ -454,6 +495,9 @@ def test_a_ref_of_another_runtime(pool: Runtime, factory: Callable[..., Runtime]
     with pytest.raises(ValueError, match="another Runtime"):
         pool.put([ref])
     assert pool.submit(same, other.empty(10)[:0]).result().size == 0
+    nested = other.put({"ref": ref})
+    with pytest.raises(ValueError, match="refers to others"):  # its blocks would be sought in another region
+        factory(1, initializer=same, initargs=(nested,))
     moved = other.empty(1000)
     moved[:] = 8
     assert pool.submit(numpy.sum, moved).result() == 8000  # an array is copied
