@@ -39,6 +39,7 @@ cdef class Arena:
     cdef bint growing       # memory is being reserved or given back
     cdef readonly uint32_t growths  # times that the region grew
     cdef readonly uint64_t held  # bytes of blocks that the host owns; host-private, under the GIL
+    cdef dict watched       # a worker's: its BlockViews, as numbers -> index of the head
     cdef dict living        # of the host's blocks: index of the head -> its HostBlock, borrowed
     cdef int frozen         # forks under way: blocks that are dropped meanwhile are freed after them
     cdef list dropped       # (head, tag) of those

@@ -289,6 +289,7 @@ cdef class Arena:
         self.head = <arena_t *>region.base
         self.pid = getpid()
         self.living = {}
+        self.watched = {}
         arenas.add(self)
 
     cdef read_geometry(self):
@@ -350,16 +351,16 @@ cdef class Arena:
 
     def make_private(self):
         """In a user's fork: the same memory, copy on write, so that nothing done here reaches the runtime."""
-        cdef uint64_t i, w
+        cdef uint64_t i, at
         self.private = True
         if self.base == NULL:
             return
         self.region.remap_private()
-        # A private page is the file's own until it is written: write to those that views may show, so that
-        # what the parent does with them later does not show here.
-        for i in range(self.counted()):
-            w = a64_load_relaxed(&self.heap.words[i])
-            if not vacant(w):                   # a worker shows private blocks, too
+        # A private page is the file's own until it is written: write to those that something here shows, so
+        # that what the parent does with them later does not show here.
+        self.counted()
+        for at in {*self.living, *self.watched.values()}:
+            for i in range(at, at + heap_run(&self.heap, at)):
                 a64_fetch_add_relaxed(<a64_t *>(self.heap.extents + i * EXTENT), 0)
 
     def freeze(self):

@@ -15,6 +15,7 @@ cdef class Viewer:
 
     cdef unkeep(self, uint64_t body, uint64_t tag)
     cdef BlockView show(self, uint64_t body, uint64_t tag, uint64_t nbytes, uint32_t access, bint private)
+    cdef int note(self, BlockView view) except -1
     cdef BlockView create(self, uint64_t at, uint64_t tag, uint64_t nbytes)
 
 

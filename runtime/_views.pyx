@@ -49,7 +49,7 @@ cdef class Viewer:
         if private:
             view.map_private()
         self.opened.append(view)
-        self.shown[body] = <uintptr_t><PyObject *>view
+        self.note(view)
         return view
 
     cdef BlockView create(self, uint64_t at, uint64_t tag, uint64_t nbytes):
@@ -61,8 +61,14 @@ cdef class Viewer:
         view.tag = tag
         view.data = self.arena.base + view.body
         view.own = True
-        self.shown[view.body] = <uintptr_t><PyObject *>view
+        self.note(view)
         return view
+
+    cdef int note(self, BlockView view) except -1:
+        """There is a view of a block: the youngest, by which results are found; and one that a fork shows."""
+        self.shown[view.body] = <uintptr_t><PyObject *>view
+        self.arena.watched[<uintptr_t><PyObject *>view] = self.arena.index_of(view.body)
+        return 0
 
     def resolve(self, uint64_t block, uint64_t tag, uint64_t nbytes, uint32_t flags):
         """For `read_frame`: a block that arguments refer to. Raises: ValueError when it is not there."""
@@ -124,6 +130,7 @@ cdef class BlockView:
     def __dealloc__(self):
         if self.port is None:
             return
+        self.port.arena.watched.pop(<uintptr_t><PyObject *>self, None)
         if self.port.shown.get(self.body) == <uintptr_t><PyObject *>self:
             del self.port.shown[self.body]
         if self.kept and self.port.arena.pid == getpid():

@@ -39,53 +39,46 @@ class Pressed(Protocol):
 
 
 class Pressure:
-    """What one runtime knows of its own progress.
+    """Whether one runtime makes room.
 
     Thread-safety: any thread; of what several note at once, one note counts.
     """
 
     def __init__(self, core: Pressed) -> None:
         self._core = core
-        self._seen = (0, 0)
-        self._since = self._looked = 0.0  # when that was new; when somebody looked last
+        self._stalled: int | None = None  # bytes held when nothing had been freed for a second; None: it was
 
     def place(self, task: _core.Task, payload: serializer.Payload) -> bool:
-        """Lay the arguments of a new task out in the region. False: there is no room, and nobody should wait.
+        """Lay the arguments of a new task out in the region. False: no room, and nobody should wait for it.
 
-        Blocking: while tasks end, until there is room. When none has for a second, nobody waits, until one
-        does. Signals are handled.
+        Blocking: while less and less of the region is held, until there is room. If that was not so for a
+        second, nobody waits until it is. Signals are handled.
         """
-        dispatcher = self._core.dispatcher
+        dispatcher, arena = self._core.dispatcher, self._core.arena
         if dispatcher.place(task, payload.data, payload.buffers, payload.readonly):
             return True
         if not self._may_wait(payload):
             return False
-        tried = None
-        while self._worked_on() and not self._stalled():
-            if self._seen != tried:
-                tried = self._seen
+        least = arena.held
+        if self._stalled is not None and least >= self._stalled:
+            return False
+        self._stalled = None
+        since = time.monotonic()
+        while self._worked_on():
+            time.sleep(_NAP)
+            if arena.held < least:
+                least, since = arena.held, time.monotonic()
                 if dispatcher.place(task, payload.data, payload.buffers, payload.readonly):
                     return True
-            time.sleep(_NAP)
+            elif time.monotonic() - since > _STALLED:
+                self._stalled = least
+                return False
         return False
 
     def _worked_on(self) -> bool:
         """Whether there are tasks that end without the user's help, now or as soon as workers are ready."""
         core, dispatcher = self._core, self._core.dispatcher
         return bool((dispatcher.leased or dispatcher.waiting) and core.scaled and not core.stopping)
-
-    def _progress(self) -> tuple[int, int]:
-        """Moves when a task has ended, or a block was freed."""
-        dispatcher = self._core.dispatcher
-        return dispatcher.done + dispatcher.failed + dispatcher.vanished, self._core.arena.frees
-
-    def _stalled(self) -> bool:
-        """Whether nothing has moved for a second, all of which somebody has looked at."""
-        seen, now = self._progress(), time.monotonic()
-        if seen != self._seen or now - self._looked > _STALLED:
-            self._seen, self._since = seen, now
-        self._looked = now
-        return now - self._since > _STALLED
 
     def _may_wait(self, payload: serializer.Payload) -> bool:
         """Whether there can be room at all, and this thread holds up nobody who would make it."""

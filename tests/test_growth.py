@@ -539,6 +539,19 @@ def test_nobody_waits_for_what_stands_still(
     assert [future.result(tasks.PATIENCE) for future in futures] == [0, 1, 2, 3, 4, 5]
 
 
+def test_nobody_waits_for_what_the_user_holds(factory: Callable[..., Runtime], numpy: Any) -> None:
+    """Tasks end, and none of them frees any room: a long line of them is no reason to wait."""
+    rt = factory(1, region_max="8MiB")
+    held = rt.alloc(5 * MIB)
+    line = [rt.submit(time.sleep, 0.02) for _ in range(400)]
+    futures = [rt.submit(look_at, filled(2 * MIB, mark), 0) for mark in range(4)]
+    assert not all(future.done() for future in line)
+    for future in line:
+        future.cancel()
+    assert [future.result(tasks.PATIENCE) for future in futures] == [0, 1, 2, 3]
+    del held
+
+
 def test_a_callback_that_submits(factory: Callable[..., Runtime], numpy: Any) -> None:
     rt = factory(2, region_max="8MiB")
     more: list[Any] = []

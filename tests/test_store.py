@@ -548,6 +548,28 @@ def test_a_worker_dies_over_a_ref(factory: Callable[..., Runtime]) -> None:
     assert_blocks_are_back(rt)
 
 
+def test_a_fork_of_a_task_copies_only_what_it_shows(factory: Callable[..., Runtime]) -> None:
+    def fork(array: Any) -> tuple[int, float]:
+        """Bytes of its own that a forked child has, and what it sees of the argument."""
+        out, into = os.pipe()
+        if os.fork() == 0:
+            with open("/proc/self/smaps_rollup") as file:
+                dirty = [int(line.split()[1]) for line in file if line.startswith("Private_Dirty")]
+            os.write(into, f"{dirty[0] * 1024} {array.sum()}".encode())
+            os._exit(0)
+        os.wait()
+        text = os.read(out, 100).split()
+        os.close(out)
+        os.close(into)
+        return int(text[0]), float(text[1])
+
+    rt = factory(1)
+    held = rt.alloc(96 * MIB)
+    held[:] = bytes(len(held))
+    dirty, total = rt.submit(fork, numpy.ones(BIG)).result()
+    assert total == BIG and 2 * MIB <= dirty < 48 * MIB
+
+
 def test_a_fork_reads_a_ref(pool: Runtime) -> None:
     ref, shared = pool.put(numpy.arange(1000.0)), pool.empty(10)
     shared[:] = 1
