@@ -31,6 +31,7 @@ cdef extern from "<sys/prctl.h>" nogil:
 cdef int64_t DOZE = 300_000                 # ns of naps
 cdef int64_t NAP = 20_000                   # ns
 cdef int64_t SHARP = 1_000                  # ns by which a nap may be late
+cdef uint64_t WISH = 1 << 30                # bytes that a worker may have made: it may have run wild
 cdef int64_t BACKSTOP = 50_000_000          # ns: futex waits are bounded, so a lost wake-up only costs time
 
 
@@ -138,7 +139,7 @@ cdef class Waiting(Slots):
         if not self.wishes():
             return
         wish = a64_load_relaxed(&self.arena.head.wanted) if self.arena.head != NULL else 0
-        nbytes = max(self.wanted, min(wish, self.arena.capacity * EXTENT))
+        nbytes = max(self.wanted, min(wish, WISH, self.arena.capacity * EXTENT))
         try:
             self.arena.grow(nbytes)
         finally:

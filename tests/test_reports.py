@@ -300,7 +300,7 @@ def test_killed_in_the_middle_of_a_report_a_whole_one_is_left(factory: Callable[
 
 def test_a_report_that_is_half_written_hides_none(factory: Callable[..., Runtime]) -> None:
     """What a worker leaves that is killed as it writes: the next report is spoilt, not the last one."""
-    future = factory(1).submit(spoil_the_older_and_die)
+    future = factory(1, region_max="4MiB").submit(spoil_the_older_and_die)  # it looks at all that is mapped
     assert isinstance(future.exception(), WorkerDied)
     assert future.progress() == (2, 4, "KEEPKEEPKEEP")
 
@@ -314,7 +314,7 @@ def spoil_the_older_and_die() -> None:
 
 @pytest.mark.parametrize("field", ["kind", "length"])
 def test_a_worker_that_writes_nonsense_shows_nothing(factory: Callable[..., Runtime], field: str) -> None:
-    future = factory(1).submit(scribble, field)
+    future = factory(1, region_max="4MiB").submit(scribble, field)
     future.result()
     assert future.progress() is None
 
