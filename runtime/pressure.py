@@ -1,7 +1,7 @@
 """Back-pressure: who submits large arguments faster than they are worked on waits for room in the region.
 
-Only while the workers make progress, since that frees room without the user's help; and only in a thread that
-may wait at all. Else the arguments stay in the host's own memory until they are leased.
+Only while less and less of it is held, as the workers free room without the user's help; and only in a thread
+that may wait at all. Else the arguments stay in the host's own memory until they are leased.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from runtime import _core, serializer
 
 __all__ = ["Pressed", "Pressure"]
 
-_STALLED = 1.0  # seconds without progress after which nobody waits
-_NAP = 0.001  # seconds between two looks whether there was some
+_STALLED = 1.0  # seconds in which nothing was freed, after which nobody waits
+_NAP = 0.001  # seconds between two looks whether something was
 
 
 class Pressed(Protocol):

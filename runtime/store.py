@@ -6,6 +6,7 @@ import abc
 import math
 import operator
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from runtime import _core, serializer
@@ -55,14 +56,7 @@ class Store(abc.ABC):
         shape: of not negative ints; dtype: one without Python objects. Raises: ValueError, TypeError for
         others; RegionFull when it does not fit; ImportError without numpy; as `put`.
         """
-        arena = self._usable().arena
-
-        def take(nbytes: int) -> Any:
-            block = arena.take(nbytes)
-            block.share()
-            return block
-
-        return new_array(take, shape, dtype)
+        return new_array(partial(_take_shared, self._usable().arena), shape, dtype)
 
     def alloc(self, nbytes: int) -> memoryview:
         """So many bytes of the region, uninitialised and writable; shared with tasks as `empty`. Raises:
@@ -75,9 +69,14 @@ class Store(abc.ABC):
             raise ValueError(f"alloc() needs a number of bytes that is not negative, not {nbytes}")
         if nbytes == 0:
             return memoryview(bytearray())
-        block = arena.take(nbytes)
-        block.share()
-        return memoryview(block)
+        return memoryview(_take_shared(arena, nbytes))
+
+
+def _take_shared(arena: _core.Arena, nbytes: int) -> _core.HostBlock:
+    """A new block that whoever has a view of it may write."""
+    block = arena.take(nbytes)
+    block.share()
+    return block
 
 
 def new_array(take: Callable[[int], Any], shape: Any, dtype: Any) -> numpy.ndarray[Any, Any]:

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import tasks
 from tasks import Gate
-from watching import idle, output, send, until
+from watching import blocks_are_back, idle, output, send, until
 
 import runtime
 from runtime import Runtime, WorkerDied
@@ -38,20 +38,7 @@ def shared_options() -> dict[str, Any]:
 def pool(pool: Runtime) -> Iterator[Runtime]:
     """The shared Runtime; all blocks must be back in the end, too."""
     yield pool
-    assert_blocks_are_back(pool)
-
-
-def assert_blocks_are_back(rt: Runtime) -> None:
-    """Only the pickles of functions may still be in the region: they are few in a test."""
-
-    def back() -> bool:
-        gc.collect()
-        owners = rt._core.arena.owners()
-        return (
-            set(owners) <= {"host"} and rt._core.arena.used_bytes <= FUNCTION_BYTES and rt.stats().pinned == 0
-        )
-
-    until(back, lambda: f"blocks are back: {rt._core.arena.owners()}, {rt.stats()}", 5.0)
+    blocks_are_back(pool, FUNCTION_BYTES)
 
 
 FUNCTION_BYTES = 64 * 4096  # more than the functions of this file need, less than any leaked series
@@ -168,7 +155,7 @@ def test_array_in_an_exception(factory: Callable[..., Runtime]) -> None:
     assert isinstance(error, ValueError)
     assert numpy.array_equal(error.args[0], array)
     del error
-    assert_blocks_are_back(rt)
+    blocks_are_back(rt, FUNCTION_BYTES)
 
 
 # ---- who may write, and who sees it --------------------------------------------------------------------
@@ -234,7 +221,7 @@ def test_next_attempt_sees_the_original(factory: Callable[..., Runtime], nbytes:
     array = pattern(nbytes)
     assert rt.submit(write_and_die_until, 3, array).result() == (3, digest(array))
     assert isinstance(rt.options(retries=0).submit(write_and_die_until, 3, array).exception(), WorkerDied)
-    assert_blocks_are_back(rt)
+    blocks_are_back(rt, FUNCTION_BYTES)
 
 
 def write_and_raise_until(attempt: int, array: Any) -> tuple[int, str]:
@@ -271,7 +258,7 @@ def test_items_of_a_chunk_that_are_repeated_see_the_original(factory: Callable[.
         return seen
 
     assert list(rt.map(run, range(10), arrays, chunksize=10)) == [digest(a) for a in arrays]
-    assert_blocks_are_back(rt)
+    blocks_are_back(rt, FUNCTION_BYTES)
 
 
 # ---- views that outlive their call -----------------------------------------------------------------------
@@ -308,7 +295,7 @@ def test_view_that_a_worker_keeps_stays_intact(factory: Callable[..., Runtime]) 
     assert rt.submit(look_at_kept).result()[1] == expected
     rt.submit(let_go).result()
     until(lambda: rt.submit(gc.collect).result() is not None and rt.stats().pinned == 0, "nothing is pinned")
-    assert_blocks_are_back(rt)
+    blocks_are_back(rt, FUNCTION_BYTES)
 
 
 def keep_and_fail_first(array: Any) -> None:
@@ -336,7 +323,7 @@ def test_views_of_two_attempts_are_counted(factory: Callable[..., Runtime], firs
     assert 500 * KIB <= rt.stats().pinned < 600 * KIB
     rt.submit(drop_kept, 0).result()
     until(lambda: rt.submit(gc.collect).result() is not None and rt.stats().pinned == 0, "nothing is pinned")
-    assert_blocks_are_back(rt)
+    blocks_are_back(rt, FUNCTION_BYTES)
 
 
 def test_kept_views_go_with_their_worker(factory: Callable[..., Runtime]) -> None:
@@ -346,7 +333,7 @@ def test_kept_views_go_with_their_worker(factory: Callable[..., Runtime]) -> Non
     assert rt.stats().pinned >= 300 * KIB
     assert isinstance(rt.submit(tasks.kill_self).exception(), WorkerDied)
     assert rt.submit(look_at_kept).result() != pid
-    assert_blocks_are_back(rt)
+    blocks_are_back(rt, FUNCTION_BYTES)
 
 
 def test_writing_into_a_kept_view_disturbs_nobody(factory: Callable[..., Runtime]) -> None:
@@ -415,7 +402,7 @@ def test_100_mib_through_a_region_of_1_mib(factory: Callable[..., Runtime]) -> N
     assert numpy.array_equal(back, array)
     assert back.flags.writeable
     del back
-    assert_blocks_are_back(rt)
+    blocks_are_back(rt, FUNCTION_BYTES)
 
 
 def test_many_that_do_not_fit_at_once(factory: Callable[..., Runtime]) -> None:
@@ -426,7 +413,7 @@ def test_many_that_do_not_fit_at_once(factory: Callable[..., Runtime]) -> None:
         assert numpy.array_equal(future.result(), arrays[i])
     futures.clear()
     del future
-    assert_blocks_are_back(rt)
+    blocks_are_back(rt, FUNCTION_BYTES)
 
 
 def test_2000_results_of_1_mib_uncollected(factory: Callable[..., Runtime]) -> None:
@@ -438,7 +425,7 @@ def test_2000_results_of_1_mib_uncollected(factory: Callable[..., Runtime]) -> N
     assert rt.stats().failed == 0 and rt.stats().rescued == 0
     futures.clear()
     results.clear()
-    assert_blocks_are_back(rt)
+    blocks_are_back(rt, FUNCTION_BYTES)
 
 
 def test_worker_dies_in_the_middle_of_a_transfer_by_value(factory: Callable[..., Runtime]) -> None:
@@ -457,7 +444,7 @@ def test_worker_dies_in_the_middle_of_a_transfer_by_value(factory: Callable[...,
     assert all(digest(f.result()) == expected for f in futures)
     futures.clear()
     del future
-    assert_blocks_are_back(rt)
+    blocks_are_back(rt, FUNCTION_BYTES)
 
 
 def test_killed_workers_leave_no_blocks(factory: Callable[..., Runtime]) -> None:
@@ -477,7 +464,7 @@ def test_killed_workers_leave_no_blocks(factory: Callable[..., Runtime]) -> None
             assert numpy.array_equal(future.result(), arrays[i % 3] + 1)
     futures.clear()
     del future
-    assert_blocks_are_back(rt)
+    blocks_are_back(rt, FUNCTION_BYTES)
 
 
 def test_cancelled_tasks_give_their_blocks_back(pool: Runtime, gate: Gate) -> None:
@@ -543,7 +530,7 @@ def test_an_argument_of_1_gib(factory: Callable[..., Runtime]) -> None:
         3,
     )
     assert rt.submit(abs, -1).result() == 1
-    assert_blocks_are_back(rt)
+    blocks_are_back(rt, FUNCTION_BYTES)
 
 
 def test_worker_that_is_woken_ahead_of_a_large_argument(factory: Callable[..., Runtime]) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import gc
 import os
 import pickle
 import signal
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from watching import alive, run_script, send, until
+from watching import alive, blocks_are_back, run_script, send, until
 
 import runtime
 from runtime import RegionFull, Runtime, StaleBlock, WorkerDied
@@ -39,15 +38,7 @@ def shared_options() -> dict[str, Any]:
 @pytest.fixture
 def pool(pool: Runtime) -> Iterator[Runtime]:
     yield pool
-    assert_blocks_are_back(pool)
-
-
-def assert_blocks_are_back(rt: Runtime) -> None:
-    def back() -> bool:
-        gc.collect()
-        return set(rt._core.arena.owners()) <= {"host"} and used(rt) <= FUNCTION_BYTES
-
-    until(back, lambda: f"blocks are back: {rt._core.arena.owners()}, {rt.stats()}", 5.0)
+    blocks_are_back(pool, FUNCTION_BYTES)
 
 
 def used(rt: Runtime) -> int:
@@ -273,7 +264,7 @@ def test_what_a_worker_keeps_is_not_what_it_returned(factory: Callable[..., Runt
     assert rt.submit(kept_sum).result() == BIG + 8
     rt.submit(drop).result()
     del result
-    assert_blocks_are_back(rt)
+    blocks_are_back(rt, FUNCTION_BYTES)
 
 
 def test_results_born_in_the_region(pool: Runtime) -> None:
@@ -302,7 +293,7 @@ def test_a_block_of_its_own_that_a_worker_still_sees(factory: Callable[..., Runt
         del others
         assert rt.submit(kept_sum).result() == i * BIG
     rt.submit(drop).result()
-    assert_blocks_are_back(rt)
+    blocks_are_back(rt, FUNCTION_BYTES)
 
 
 def test_scratch_that_is_used_again(factory: Callable[..., Runtime]) -> None:
@@ -333,7 +324,7 @@ def test_blocks_that_never_leave_their_worker(factory: Callable[..., Runtime]) -
     assert rt._core.arena.owners().get("private") == 1
     send(pid, signal.SIGKILL)
     until(lambda: not alive(pid), "the worker is dead")
-    assert_blocks_are_back(rt)
+    blocks_are_back(rt, FUNCTION_BYTES)
 
 
 @pytest.mark.parametrize("own", [True, False])
@@ -388,7 +379,7 @@ def test_committed_ahead_of_the_rest(factory: Callable[..., Runtime]) -> None:
     sums = rt.submit(lambda: [kept_sum(f"of {i}") for i in range(12)]).result()
     assert sums == found
     rt.submit(drop).result()
-    assert_blocks_are_back(rt)
+    blocks_are_back(rt, FUNCTION_BYTES)
 
 
 def test_a_result_as_an_argument(factory: Callable[..., Runtime], tmp_path: Any) -> None:
@@ -482,7 +473,7 @@ def test_a_ref_lives_as_long_as_it_is_needed(factory: Callable[..., Runtime], ga
     assert rt.submit(kept_sum).result() == BIG
     send(pid, signal.SIGKILL)  # it keeps it no more
     until(lambda: rt.stats().pinned == 0, "nothing is kept")
-    assert_blocks_are_back(rt)
+    blocks_are_back(rt, FUNCTION_BYTES)
 
 
 def test_a_ref_of_another_runtime(pool: Runtime, factory: Callable[..., Runtime]) -> None:
@@ -545,7 +536,7 @@ def test_a_worker_dies_over_a_ref(factory: Callable[..., Runtime]) -> None:
         assert isinstance(rt.submit(die, ref).exception(), WorkerDied)
     assert rt.submit(first, ref).result() == 1
     del ref
-    assert_blocks_are_back(rt)
+    blocks_are_back(rt, FUNCTION_BYTES)
 
 
 def test_a_fork_of_a_task_copies_only_what_it_shows(factory: Callable[..., Runtime]) -> None:

@@ -6,6 +6,7 @@ Nothing here sleeps to synchronise: `until` polls a condition, and fails with it
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import subprocess
@@ -276,3 +277,14 @@ def describe(pids: set[int]) -> list[str]:
             command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
             found.append(f"{pid} (child of {parent(pid)}): {command[:120]}")
     return found
+
+
+def blocks_are_back(rt: Any, functions: int) -> None:
+    """Until only the pickles of functions are in the region, so many bytes of them at most."""
+
+    def back() -> bool:
+        gc.collect()
+        stats = rt.stats()
+        return set(rt._core.arena.owners()) <= {"host"} and stats.used <= functions and stats.pinned == 0
+
+    until(back, lambda: f"blocks are back: {rt._core.arena.owners()}, {rt.stats()}", 5.0)
