@@ -1079,9 +1079,12 @@ def test_nothing_leaks() -> None:
 
     for _ in range(100):  # what is made once is made by then
         everything()
-    blocks, mappings = in_use()
-    for _ in range(300):
-        everything()
-    more_blocks, more_mappings = in_use()
-    assert more_blocks - blocks < 100
-    assert more_mappings - mappings < 10
+    grown = []
+    for _ in range(3):  # other tests' threads and caches may take some meanwhile, a leak takes some each time
+        blocks, mappings = in_use()
+        for _ in range(100):
+            everything()
+        more_blocks, more_mappings = in_use()
+        grown.append((more_blocks - blocks, more_mappings - mappings))
+    assert min(blocks for blocks, _ in grown) < 30, grown
+    assert min(mappings for _, mappings in grown) < 4, grown
