@@ -148,12 +148,16 @@ cdef class GrowingArena(Arena):
         return <int64_t>(self.heap.count - run) if run >= need else -1
 
     cdef int fill(self, uint64_t at, uint64_t run) except -1:
-        """Memory for the holes among extents at .. at+run-1; then they are FREE. Raises: RegionFull."""
-        cdef uint64_t begin, end = at, i
+        """Memory for the holes among extents at .. at+run-1; then they are FREE. Raises: RegionFull.
+
+        By whole pieces, as it was given back: a piece that is half a hole would never be free as a whole.
+        """
+        cdef uint64_t last = min((at + run + PIECE - 1) // PIECE * PIECE, self.heap.count)
+        cdef uint64_t begin, end = at // PIECE * PIECE, i
         cdef bint grew = False
-        while end < at + run:
+        while end < last:
             begin = end
-            while end < at + run and x_state(a64_load_relaxed(&self.heap.words[end])) == X_HOLE:
+            while end < last and x_state(a64_load_relaxed(&self.heap.words[end])) == X_HOLE:
                 end += 1
             if end == begin:
                 end += 1
