@@ -27,7 +27,7 @@ from runtime._lease cimport must_tell, outbox_waiting
 from runtime._records cimport T_CANCELLED, T_LEASED, T_OVER, T_WAITING, Batch, SlotTable, Span, Task
 from runtime._leasing import OUTCOME_ABANDONED
 from runtime._extent cimport HostBlock
-from runtime._frame cimport S_VALUE, BlockSlice, Frame
+from runtime._frame cimport COLD_BYTES, S_VALUE, BlockSlice, Frame
 from runtime._report cimport read_report
 from runtime._threads cimport guard_acquire, guard_release, guard_t, kill_lease
 
@@ -136,6 +136,8 @@ cdef class Dispatcher(Waiting):
         block = self.room_for(task, frame.nbytes)
         if block is None:
             return False
+        if self.arena.held >= COLD_BYTES:               # a block is used again when as much was written since
+            frame.cold = True
         if frame.nbytes >= 4 * ROUSE_BYTES:
             first = frame.nbytes - ROUSE_BYTES
             with nogil:

@@ -12,6 +12,7 @@ from libc.string cimport memcpy
 
 cdef enum:
     FRAME_ALIGN = 64
+    COLD_BYTES = 32 << 20   # so much in use at a time is in no cache any more when it is written again
 
 # frame_item_t.status: what the pickle of an item holds
 cdef enum:
@@ -97,6 +98,7 @@ cdef class Frame:
     cdef bytes head
     cdef object keep
     cdef list parts             # for its sender: the slices among its buffers
+    cdef bint cold              # where it is copied to is in no cache, so nothing is lost by passing them
 
     cdef void add(self, const char *data, uint64_t nbytes) noexcept
     cdef Py_buffer *hold(self, source) except NULL

@@ -11,6 +11,11 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.mem cimport PyMem_Calloc, PyMem_Free
 from libc.string cimport memcpy, memset
 
+cdef extern from "include/copy.h" nogil:
+    void copy_past_caches(char *to, const char *source, size_t n)
+
+cdef uint64_t PAST_CACHES = 1 << 20         # bytes of a piece from which on it is copied past the caches
+
 
 cdef uint64_t aligned(uint64_t n) noexcept nogil:
     return (n + FRAME_ALIGN - 1) // FRAME_ALIGN * FRAME_ALIGN
@@ -107,6 +112,7 @@ cdef class Frame:
                 self.add(NULL, aligned(self.nbytes) - self.nbytes)
                 self.add(<char *>source.buf, buffer[b].nbytes)
                 b += 1
+        self.cold = self.nbytes >= COLD_BYTES
 
     cdef Py_buffer *hold(self, source) except NULL:
         """Memory of an object, held as long as the frame lives."""
@@ -144,6 +150,8 @@ cdef class Frame:
                 n = min(self.segments[i].nbytes - offset, nbytes)
                 if self.segments[i].data == NULL:
                     memset(dest, 0, n)
+                elif self.cold and n >= PAST_CACHES:
+                    copy_past_caches(dest, self.segments[i].data + offset, n)
                 else:
                     memcpy(dest, self.segments[i].data + offset, n)
                 dest += n

@@ -1,5 +1,5 @@
-/* The only C of the package: C11 atomics as opaque words, futexes, and the
- * system calls that old glibc headers lack.
+/* The only C of the package but for copy.h: C11 atomics as opaque words,
+ * futexes, and the system calls that old glibc headers lack.
  *
  * A word is a struct, so `word += 1`, which would compile into a lost update
  * on a plain _Atomic typedef seen through Cython, does not compile at all.
