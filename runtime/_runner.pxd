@@ -42,6 +42,7 @@ cdef class Runner(WorkerPort):
 
     cdef object function_for(self, lease_t *lease)
     cdef int call(self, uint32_t entry, lease_t *lease, fn, int32_t status) except -1
+    cdef bytes plain_of(self, result)
     cdef int chunk(self, uint32_t entry, lease_t *lease) except -1
     cdef int answer(self, Answers answers, fn, list values, uint32_t k, uint32_t status) except -1
     cdef int tick(self, lease_t *lease, Clock *clock, bint last) except -1

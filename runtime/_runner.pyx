@@ -169,11 +169,7 @@ cdef class Runner(WorkerPort):
         except BaseException as error:
             item = self.worker.failed(error)
         else:
-            if not self.arena.private and 0 <= plain_bytes(result) <= PLAIN_MAX:
-                try:
-                    out = plain_dumps(result)
-                except Exception:               # no memory for it: the outcome says so
-                    pass
+            out = self.plain_of(result)
             if out is None:
                 item = self.worker.succeeded(result)
         fn = packed = kwargs = result = None    # their destructors run within the time of the call
@@ -189,6 +185,22 @@ cdef class Runner(WorkerPort):
             item = (S_PLAIN, out, (), ())
         self.clock = 0
         return self.worker.deliver(entry, [item], 1, 1)
+
+    cdef bytes plain_of(self, result):
+        """A result in short, if it is plain; else None."""
+        if not self.arena.private and 0 <= plain_bytes(result) <= PLAIN_MAX:
+            try:
+                return plain_dumps(result)
+            except Exception:                   # no memory for it: the outcome says so
+                pass
+        return None
+
+    def plain_outcome(self, result):
+        """The outcome of a call with a plain result, as an item; None: it is none. The host takes such a one
+        in with fewer steps than a pickle.
+        """
+        cdef bytes out = self.plain_of(result)
+        return None if out is None else (S_PLAIN, out, (), ())
 
     cdef int chunk(self, uint32_t entry, lease_t *lease) except -1:
         """Run the items of a chunk, committing results as they come. False: the host has killed it."""
