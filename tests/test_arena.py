@@ -302,6 +302,18 @@ def test_frame_in_a_block_and_its_buffers_are_aligned() -> None:
         assert raw.index(content) % 64 == 0
 
 
+@pytest.mark.parametrize("beyond", [0, 1, 63, 64, 4095, 4097, 8191])
+@pytest.mark.parametrize("start", [0, 1, 40])
+def test_large_frames_are_copied_whole(beyond: int, start: int) -> None:
+    """They pass the caches: in lines and pairs of pages, of memory at any address and of any length."""
+    whole = random.Random(beyond).randbytes((1 << 20) + start + beyond)
+    piece = memoryview(whole)[start:]
+    large = memoryview(bytes(32 << 20))
+    raw = Frame([(0, b"p", (piece, large, piece), (False, False, True))]).tobytes()
+    ((_, _, views, _, _),) = read_frame(raw)
+    assert [view == wanted for view, wanted in zip(views, (piece, large, piece), strict=True)] == [True] * 3
+
+
 def test_frame_of_buffers_that_are_not_contiguous() -> None:
     with pytest.raises(BufferError):
         Frame([(0, b"", (memoryview(bytearray(100))[::2],), (False,))])
