@@ -15,8 +15,9 @@ from tools.stepkill.shipped import native
 
 PAGE = 4096
 HOST = 0xFFFFFFF  # NO_SLOT of _layout.pxd
+COUNT_AT = 64  # arena_t.extents
 DYING, OTHER = 0, 1  # slots: of the process that dies, of this one
-FREE, CLAIM, PRIVATE, PUBLISHING, HOSTS, FREEING, TAIL = range(7)  # X_* of _layout.pxd
+FREE, CLAIM, PRIVATE, PUBLISHING, HOSTS, FREEING, TAIL, HOLE = range(8)  # X_* of _layout.pxd
 
 # What an extent of a world's picture is: (state, owner); "t" belongs to the head before it.
 PICTURE = {
@@ -52,8 +53,7 @@ class Words:
 
     def __init__(self, memory: mmap.mmap) -> None:
         self.memory = memory
-        head = [int.from_bytes(memory[PAGE + at : PAGE + at + 8], "little") for at in range(0, 80, 8)]
-        self.words_at, self.extents_at, self.count = head[6], head[7], head[8]
+        self.words_at, self.extents_at, self.count = map(self.field, (48, 56, COUNT_AT))
         self.pin = ctypes.c_char.from_buffer(memory)
         base = ctypes.addressof(self.pin) + PAGE
         self.heap = Heap(base + self.words_at, base + self.extents_at, self.count, base + PAGE)
@@ -62,6 +62,14 @@ class Words:
         self.publish = native("_extent", "heap_publish", ctypes.c_int, HEAP, U64, U64, U64)
         self.adopt = native("_extent", "heap_adopt", ctypes.c_int, HEAP, U64, U64, U64)
         self.sweep = native("_extent", "heap_sweep", U64, HEAP, U64)
+
+    def field(self, at: int) -> int:
+        """A number of arena_t."""
+        return int.from_bytes(self.memory[PAGE + at : PAGE + at + 8], "little")
+
+    def recount(self) -> None:
+        """The region may have grown."""
+        self.count = self.heap.count = self.field(COUNT_AT)
 
     def get(self, index: int) -> tuple[int, int, int]:
         """(state, field, tag)"""
@@ -81,15 +89,16 @@ class Words:
                 self.free(self.heap, i, tag, state, field)
 
     def audit(self, busy: set[int]) -> Verdict:
-        """All extents but the busy ones can be taken, once each, and given back."""
+        """All extents but holes and the busy ones can be taken, once each, and given back."""
         tag = U64()
         taken: list[tuple[int, int]] = []
         self.heap.hint = 0
         while (at := self.take(self.heap, 1, OTHER, tag)) >= 0 and len(taken) <= self.count:
             taken.append((at, tag.value))
         found = [at for at, _ in taken]
-        expected = set(range(self.count)) - busy
-        doubled = len(found) - len(set(found)) + len(set(found) & busy)
+        holes = {i for i in range(self.count) if self.get(i)[0] == HOLE}
+        expected = set(range(self.count)) - busy - holes
+        doubled = len(found) - len(set(found)) + len(set(found) & (busy | holes))
         lost = len(expected - set(found))
         for at, held in taken:
             lost += not self.free(self.heap, at, held, PRIVATE, OTHER)

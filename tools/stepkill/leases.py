@@ -71,6 +71,7 @@ class LeaseWorld:
         self.outcomes: dict[Any, list[int]] = defaultdict(list)
         self.tasks: list[Any] = []
         self.port = self.open()
+        self.ref = _core.HostBlock.take(self.arena, 2 * PAGE) if "ref" in how else None
         self.block = _core.HostBlock.take(self.arena, full * PAGE) if full else None
         self.items = items
         if items:
@@ -115,7 +116,8 @@ class LeaseWorld:
     def submit(self, calls: int) -> None:
         for _ in range(calls):
             task = _core.Task(FN, _core.Promise())
-            task.hold(b"a" * self.args, (), ())
+            parts = () if self.ref is None else (self.arena.locate(memoryview(self.ref)),)
+            task.hold(b"a" * self.args, parts, (False,) * len(parts))
             self.tasks.append(task)
             self.host.submit(task)
 
@@ -191,7 +193,7 @@ class LeaseWorld:
 
     def close(self) -> None:
         self.tasks.clear()
-        self.block = None
+        self.block = self.ref = None
         self.words.close()
         self.memory.close()
         del self.host, self.port
@@ -308,9 +310,14 @@ class HostDies(LeaseWorld):
         """answered: calls whose answers are in the outbox. asks: so is a question, or offer, of a piece."""
         super().__init__(act, **others)
         self.ran: dict[int, int] = defaultdict(int)
+        self.views: list[Any] = []  # of the worker: what it sees
         for _ in range(answered):
             entry = self.claim()
+            if "seen" in self.how:
+                self.views.append(_core.read_frame(self.port.frame(entry), self.port.resolve))
             self.port.finish(entry, [self.outcome()], 1)
+            if "unseen" in self.how:
+                self.views.clear()
             if self.how == "malformed":  # it lies in a block that there is not
                 self.memory[self.lease_at(entry) + 88] = AT_BLOCK
         for _ in range(self.claims):
@@ -331,7 +338,12 @@ class HostDies(LeaseWorld):
     def outcome(self) -> Any:
         if self.how == "plain":
             return (_core.S_PLAIN, marshal.dumps(7, 2), (), ())
-        return self.own() if self.how == "own" else item(self.result)
+        if not self.how.startswith("own"):
+            return item(self.result)
+        outcome = self.own()
+        if "seen" in self.how:
+            self.views.append(memoryview(outcome[2][0].holder))
+        return outcome
 
     def prepare(self) -> None:
         self.arena.adopt_process()
@@ -356,6 +368,16 @@ class HostDies(LeaseWorld):
     def harvest(self) -> None:
         self.host.drain(0)
 
+    def let_go(self) -> None:
+        self.ref = None
+
+    def let_go_and_harvest(self) -> None:
+        """The tasks are forgotten as they end."""
+        self.ref = None
+        self.tasks.clear()
+        self.host.drain(0)
+        self.host.take_outcomes()
+
     def settle(self) -> None:
         self.host.vacate(0)
         self.host.settle(0, "it was killed")
@@ -377,8 +399,9 @@ class HostDies(LeaseWorld):
             self.wrong += self.host.waiting + len(self.outcomes) != (self.items or len(self.tasks))
         else:
             self.run_leased()
+        self.views.clear()
         self.tasks.clear()
-        self.block = None
+        self.block = self.ref = None
         self.host.close()
         self.host = self.new_host()
         for entry in range(LEASES):

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from tools.stepkill.engine import Scenario, at_call, at_entry, at_lock
 from tools.stepkill.extents import HOST, HeapWorld
+from tools.stepkill.growth import GrowthWorld
 from tools.stepkill.leases import PARKED, PARKED_HERE, HostDies, WorkerDies
 from tools.stepkill.pools import PoolWorld
 from tools.stepkill.shipped import Shipped, package
@@ -78,6 +79,13 @@ def host(name: str, *args: object, **kwargs: object) -> Scenario:
 def heap(name: str, *args: object, **kwargs: object) -> Scenario:
     return Scenario(name, partial(HeapWorld, *args, **kwargs))  # type: ignore[arg-type]
 
+
+def growth(name: str, *args: object, **kwargs: object) -> Scenario:
+    return Scenario(name, partial(GrowthWorld, *args, **kwargs))  # type: ignore[arg-type]
+
+
+OFFERS: dict[str, object] = {"claimed": 1, "result": 5000, "full": 5}  # a result for which there is no room
+ASKS: dict[str, object] = {"claimed": 1, "args": 5000, "full": 5}  # arguments for which there was none
 
 SLOW = ("pool enroll", "piece by piece")  # these are begun first
 PRIMITIVES = (
@@ -165,6 +173,42 @@ PRIMITIVES = (
             heap("nothing", "sweep", "-m-ht-"),
         ),
         whole=("_extent.heap_sweep", "_extent.finish_free"),
+    ),
+    Primitive(
+        "region growth",
+        (
+            growth("at the end", "grow", need=3),
+            growth("with a page of words", "grow", begin=510, need=515),
+            growth("a hole is taken", "grow", grown=257, trimmed=True, need=2),
+            growth("holes, and at the end", "grow", grown=257, trimmed=True, need=260),
+            growth("memory for what is needed only", "grow", begin=4, need=6, allowed=2),
+            growth(
+                "a hole, and memory for what is needed only",
+                "grow",
+                begin=4,
+                grown=260,
+                trimmed=True,
+                need=1,
+                allowed=1,
+            ),
+            growth("a hole before a block is taken", "grow", grown=257, trimmed=True, taken=256, need=1),
+            growth("no memory", "grow", begin=4, need=6, allowed=1),
+            growth("more than there may be", "grow", most=20, need=21),
+            growth("another is quicker", "grow", need=3, other=0).amid(at_entry("GrowingArena.find")),
+        ),
+        whole=("_growth.GrowingArena.find",),
+        atomic=("_growth.GrowingArena.fill", "_growth.GrowingArena.extend"),
+    ),
+    Primitive(
+        "region trim",
+        (
+            growth("", "trim", grown=257),
+            growth("nothing can be spared", "trim", grown=200),
+            growth("another takes the head", "trim", grown=257, other=0).amid(at_lock("heap_take")),
+            growth("another takes a tail", "trim", grown=257, other=2).amid(at_lock("heap_take")),
+        ),
+        whole=(),
+        atomic=("_growth.GrowingArena.unused", "_growth.GrowingArena.punch"),
     ),
     Primitive(
         "block wait",
@@ -310,39 +354,16 @@ PRIMITIVES = (
             worker(
                 "results, the region does not grow",
                 "answer",
-                claimed=1,
-                result=5000,
-                full=5,
+                **OFFERS,
                 parked=PARKED,
                 notify="refuses",
                 grows=True,
             ).amid(at_entry("WorkerPort.wait_turn", 1), at_entry("WorkerPort.wait_turn", 2)),
-            worker(
-                "results, room is made",
-                "answer",
-                claimed=1,
-                result=5000,
-                full=5,
-                how="room",
-            ).amid(at_entry("WorkerPort.await_room", 1)),
-            worker(
-                "results, the message fails",
-                "answer",
-                claimed=1,
-                result=5000,
-                full=5,
-                parked=PARKED,
-                notify="raises",
+            worker("results, room is made", "answer", **OFFERS, how="room").amid(
+                at_entry("WorkerPort.await_room", 1)
             ),
-            worker(
-                "results, interrupted",
-                "answer",
-                claimed=1,
-                result=5000,
-                full=5,
-                parked=PARKED,
-                notify="interrupts",
-            ),
+            worker("results, the message fails", "answer", **OFFERS, parked=PARKED, notify="raises"),
+            worker("results, interrupted", "answer", **OFFERS, parked=PARKED, notify="interrupts"),
         ),
         whole=(
             "_lease.WorkerPort.receive",
@@ -397,25 +418,24 @@ PRIMITIVES = (
             host("plain", "harvest", calls=2, answered=1, how="plain"),
             host("in a block of the worker's", "harvest", calls=2, answered=1, result=5000, how="own"),
             host(
-                "a piece is asked for",
+                "a block that the worker goes on seeing",
                 "harvest",
-                claimed=1,
+                calls=2,
+                answered=1,
                 args=5000,
-                full=5,
-                asks=True,
-                parked=PARKED,
-                notify="interrupts",
+                how="seen",
             ),
             host(
-                "a piece is offered",
+                "a block of the worker's that it goes on seeing",
                 "harvest",
-                claimed=1,
+                calls=2,
+                answered=1,
                 result=5000,
-                full=5,
-                asks=True,
-                parked=PARKED,
-                notify="interrupts",
+                how="own, seen",
             ),
+            host("the last view of a block is gone", "harvest", calls=2, answered=1, args=5000, how="unseen"),
+            host("a piece is asked for", "harvest", **ASKS, asks=True, parked=PARKED, notify="interrupts"),
+            host("a piece is offered", "harvest", **OFFERS, asks=True, parked=PARKED, notify="interrupts"),
         ),
         whole=(),
         atomic=(
@@ -424,6 +444,17 @@ PRIMITIVES = (
             "_harvest.Harvest.serve",
             "_harvest.Harvest.accept",
         ),
+    ),
+    Primitive(
+        "ref release",
+        (
+            host("nothing needs it", "let_go", calls=0, how="ref"),
+            host("the last task has ended", "let_go_and_harvest", calls=1, answered=1, how="ref"),
+            host("a worker goes on seeing it", "let_go_and_harvest", calls=1, answered=1, how="ref, seen"),
+            host("and no more", "let_go_and_harvest", calls=1, answered=1, how="ref, unseen"),
+        ),
+        whole=("_extent.finish_free",),
+        atomic=("_extent.tp_dealloc_7runtime_7_extent_HostBlock",),
     ),
     Primitive(
         "sweep of a slot",
