@@ -19,8 +19,8 @@ from tools.model.checker import Broken, Step, World, step
 __all__ = ["FAULTS", "Blocks", "model"]
 
 # extent words, _layout.pxd
-X_FREE, X_CLAIM, X_PRIVATE, X_PUBLISHING, X_HOST, X_FREEING, X_TAIL = range(7)
-X_NAMES = ("FREE", "CLAIM", "PRIVATE", "PUBLISHING", "HOST", "FREEING", "TAIL")
+X_FREE, X_CLAIM, X_PRIVATE, X_PUBLISHING, X_HOST, X_FREEING, X_TAIL, X_HOLE = range(8)
+X_NAMES = ("FREE", "CLAIM", "PRIVATE", "PUBLISHING", "HOST", "FREEING", "TAIL", "HOLE")
 
 EXTENTS = 4
 RUNS = (1, 3)  # lengths of blocks, in extents

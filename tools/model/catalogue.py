@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from tools.model import blocks, leases, pool
+from tools.model import blocks, growth, leases, pool
 
 __all__ = ["FAULTS", "MODELS", "Fault"]
 
@@ -21,6 +21,7 @@ class Fault(NamedTuple):
 MODELS: dict[str, Callable[..., Any]] = {
     **{name: leases.model(name) for name in leases.SCENARIOS},
     "blocks": blocks.model(),
+    "growth": growth.model(),
     "pool": pool.model(),
 }
 
@@ -43,5 +44,6 @@ FAULTS: dict[str, Fault] = {
         for name, words in leases.FAULTS.items()
     },
     **{name: Fault("blocks", words, blocks.model(name)) for name, words in blocks.FAULTS.items()},
+    **{name: Fault("growth", words, growth.model(name)) for name, words in growth.FAULTS.items()},
     **{name: Fault("pool", words, pool.model(name)) for name, words in pool.FAULTS.items()},
 }
