@@ -81,13 +81,14 @@ def extensions() -> list[Extension]:
     if switch("RUNTIME_NO_EXTENSIONS"):
         return []
     compile_args, link_args, macros = flags()
+    optimise = "-O2" in compile_args  # loops over data: older compilers vectorise at -O3 alone
     return [
         Extension(
             ".".join(source.with_suffix("").parts),
             [str(source)],
             include_dirs=[PACKAGE],
             define_macros=macros,
-            extra_compile_args=compile_args,
+            extra_compile_args=compile_args + (["-O3"] if optimise and source.stem == "_builtin" else []),
             extra_link_args=link_args,
         )
         for source in sorted(Path(PACKAGE).rglob("*.pyx"))

@@ -37,12 +37,14 @@ if TYPE_CHECKING:
     from runtime.executor import Runtime
     from runtime.figures import Stats, WorkerInfo
     from runtime.future import Future
+    from runtime.kernels import Kernel
     from runtime.lifecycle import WorkerStatus
     from runtime.refs import Ref
 
 # The host's side, imported when it is asked for: a zygote and its workers start sooner without it.
 _HOST = {
     "Future": "future",
+    "Kernel": "kernels",
     "Ref": "refs",
     "Runtime": "executor",
     "Stats": "figures",
@@ -70,6 +72,7 @@ __all__ = [
     "Block",
     "BrokenRuntime",
     "Future",
+    "Kernel",
     "KernelFailed",
     "LockTimeout",
     "MemoryPool",

@@ -11,6 +11,8 @@
     _plain     unpack_plain                          values that take the short way
     _series    read_series                           several plain values in one piece
     _future    Promise                               what a Future is made of
+    _kernel    JobBlock, run_grains, ...             a kernel's job: its grains, who has claimed which
+    _builtin                                         the kernels that come with the package
     _threads   DeadlineKeeper, watch_host, ...       native threads that need no GIL
     _records   Task, Batch, Span                     what the host notes about work
     _leasing                                         what waits, and how it is leased
@@ -26,6 +28,14 @@
     _stream    Stream                                the iterator of a map
 """
 
+from runtime._builtin import (
+    __pyx_capi__ as BUILTINS,
+    combine_count,
+    combine_crc32,
+    combine_histogram,
+    combine_minmax,
+    combine_sum,
+)
 from runtime._bell import Bell, Outlet, Recent, replaced
 from runtime._dispatch import CANCEL_DONE, CANCEL_KILLED, CANCEL_NO, Dispatcher
 from runtime._extent import Arena, HostBlock, in_region, note_losses
@@ -35,6 +45,15 @@ from runtime._future import Promise
 from runtime._growth import GrowingArena
 from runtime._layout cimport P_FAILED as _FAILED, P_LEAVING as _LEAVING, P_READY as _READY
 from runtime._identity import memfd_create, pidfd_open, pidfd_send_signal
+from runtime._kernel import (
+    PAGE_BYTES,
+    JobBlock,
+    address_of,
+    copy_bytes,
+    locate_shared,
+    read_capsule,
+    run_grains,
+)
 from runtime._leasing import (
     OUTCOME_ABANDONED,
     OUTCOME_DIED,

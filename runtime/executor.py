@@ -18,6 +18,8 @@ from runtime.config import INHERIT, TaskOptions
 from runtime.figures import Stats, WorkerInfo
 from runtime.front import Front
 from runtime.future import Future
+from runtime.jobs import KernelFuture, Kernels
+from runtime.kernels import Kernel
 from runtime.lifecycle import WorkerStatus
 from runtime.mapping import Results, Run, check_sizes, total_of
 from runtime.memory import resident
@@ -31,7 +33,7 @@ __all__ = ["Future", "Options", "Runtime", "Stats", "WorkerInfo"]
 T = TypeVar("T")
 
 
-class Runtime(Front, Store):
+class Runtime(Front, Store, Kernels):
     """A pool of worker processes that may crash, hang or leak without losing a task.
 
     Thread-safety: every method, from any thread. Fork-safety: in a fork of its process it is inert: `submit`
@@ -99,6 +101,7 @@ class Runtime(Front, Store):
         )
         self._short = None if self._options.plain else self._options
         self._table = serializer.FunctionTable()
+        Kernels.__init__(self)
         self._shutdown = False
         self._core = Supervisor(self._settings, self._table)
         self._core.start()
@@ -111,7 +114,8 @@ class Runtime(Front, Store):
     # ---- submitting ----------------------------------------------------------------------------------
 
     def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
-        """Run fn(*args, **kwargs) in a worker. The arguments are pickled before this returns.
+        """Run fn(*args, **kwargs) in a worker. The arguments are pickled before this returns. A Kernel is
+        run as by `run_kernel(fn, src, dst, params=b"")`, in one piece.
 
         What cannot be pickled fails the future. Raises: RuntimeError after shutdown, and in a fork;
         BrokenRuntime when no worker can be started.
@@ -132,6 +136,9 @@ class Runtime(Front, Store):
         self, options: TaskOptions, fn: Callable[..., T], args: Any, kwargs: Any
     ) -> Future[T]:
         """What `submit` does with a call that cannot go the short way."""
+        native: Any = fn
+        if isinstance(native, Kernel):
+            return self._submit_kernel(options, native, args, kwargs)
         core = self._usable()
         if not callable(fn):
             raise TypeError(f"submit() needs a callable, not {type(fn).__name__}")
@@ -155,12 +162,15 @@ class Runtime(Front, Store):
             future.set_exception(error)
             return future
         future.retry_on = options.retry_on
+        self._enter(task, future)
+        return future
+
+    def _enter(self, task: _core.Task, future: Future[Any]) -> None:
         future._task = task
-        if not core.dispatcher.submit(task):
+        if not self._core.dispatcher.submit(task):
             future._task = None  # the two would keep each other, and a block
             raise self._ended()
-        core.tell()
-        return future
+        self._core.tell()
 
     def _map(
         self,
@@ -232,6 +242,8 @@ class Runtime(Front, Store):
             raise ValueError("this future is not of this runtime")
         if future.cancel():
             return True
+        if isinstance(future, KernelFuture):
+            return running and any([self.cancel(it, running=True) for it in future.participants()])
         task = future._task
         if not running or task is None or future.done() or self._core.pid != os.getpid():
             return False
@@ -286,6 +298,7 @@ class Runtime(Front, Store):
             largest_free=arena.largest_free_bytes,
             growths=arena.growths,
             workers=ready,
+            kernels=tuple([job.progress() for job in list(self._jobs)]),
         )
 
     # ---- scaling -------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ class Stats:
     rescued: found by the backstop's rescan. reserved, used, pinned, largest_free: bytes of the region;
     reserved is what takes memory, tables included, pinned are arguments that a view in a worker keeps,
     largest_free is what one object could have before the region is extended. growths: times it got memory.
-    workers: that are ready.
+    workers: that are ready. kernels: (name, grains, grains done) of those that run.
     """
 
     queued: int
@@ -58,3 +58,4 @@ class Stats:
     largest_free: int
     growths: int
     workers: int
+    kernels: tuple[tuple[str, int, int], ...] = ()

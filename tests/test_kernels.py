@@ -1,0 +1,647 @@
+"""Kernels: how they are found, what run_kernel makes of them, what deaths leave.
+
+The C library of kernels.c is compiled once. What has to be slow waits at a gate, a word in a file that both
+sides map: nothing here depends on time.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import ctypes
+import math
+import mmap
+import os
+import pickle
+import shlex
+import shutil
+import signal
+import struct
+import subprocess
+import sysconfig
+import threading
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from watching import all_ready, send, until
+
+import runtime
+from runtime import Kernel, KernelFailed, Runtime, TaskTimeout, WorkerDied
+
+np = pytest.importorskip("numpy")
+PAGE = 4096
+COMPILER = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")
+needs_compiler = pytest.mark.skipif(shutil.which(COMPILER[0]) is None, reason="no C compiler")
+
+CRC, COUNT, HISTOGRAM, SUM, MINMAX, COPY, AXPY = (
+    Kernel(f"runtime:{name}")
+    for name in ("crc32", "count_byte", "histogram_u8", "sum_f64", "minmax_f64", "copy", "axpy_f64")
+)
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """kernels.c, compiled."""
+    if shutil.which(COMPILER[0]) is None:
+        pytest.skip("no C compiler")
+    path = tmp_path_factory.mktemp("kernels") / "libkernels.so"
+    source = Path(__file__).with_name("kernels.c")
+    subprocess.run([*COMPILER, "-O1", "-shared", "-fPIC", "-o", str(path), str(source)], check=True)
+    return str(path)
+
+
+class Doorway:
+    """The gate of kernels.c."""
+
+    def __init__(self, folder: Path) -> None:
+        path = folder / "doorway"
+        path.write_bytes(bytes(16))
+        self.params = os.fsencode(path) + b"\0"
+        self.file = open(path, "r+b")
+        self.words = mmap.mmap(self.file.fileno(), 16)
+
+    @property
+    def entered(self) -> int:
+        """Grains that have come so far."""
+        return int(struct.unpack_from("q", self.words, 8)[0])
+
+    def wait(self, count: int) -> None:
+        until(lambda: self.entered >= count, lambda: f"{self.entered} of {count} are there")
+
+    def open(self) -> None:
+        struct.pack_into("q", self.words, 0, 1)
+
+    def close(self) -> None:
+        self.open()
+        self.words.close()
+        self.file.close()
+
+
+@pytest.fixture
+def doorway(tmp_path: Path) -> Iterator[Doorway]:
+    doorway = Doorway(tmp_path)
+    yield doorway
+    doorway.close()
+
+
+def background(run: Callable[[], Any]) -> concurrent.futures.Future[Any]:
+    """What it returns, in a thread."""
+    future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+
+    def body() -> None:
+        try:
+            future.set_result(run())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=body, daemon=True).start()
+    return future
+
+
+def kill_one(rt: Runtime) -> int:
+    """SIGKILL to a worker that is ready; its pid."""
+
+    def found() -> int | None:
+        return next((w.pid for w in rt.workers() if w.status.name == "READY" and w.task is not None), None)
+
+    pid: int = until(found, "a worker that is at work")
+    send(pid, signal.SIGKILL)
+    return pid
+
+
+# ---- finding them ------------------------------------------------------------------------------------
+
+
+def test_names_of_the_package() -> None:
+    assert repr(CRC) == "<Kernel runtime:crc32>"
+    with pytest.raises(LookupError, match=r"no C function 'nonsense'; it has axpy_f64, copy, .*crc32"):
+        Kernel("runtime:nonsense")
+    with pytest.raises(ModuleNotFoundError):
+        Kernel("no_such_module_anywhere:name")
+    with pytest.raises(LookupError, match="it has none"):
+        Kernel("json:dumps")
+    for name in ("", "crc32", "runtime:", ":crc32"):
+        with pytest.raises(ValueError, match="named as"):
+            Kernel(name)
+
+
+def test_a_cython_module() -> None:
+    kernel = Kernel("runtime._builtin:crc32", partial=4)
+    with Runtime(1) as rt:
+        assert rt.run_kernel(kernel, b"some bytes") == [struct.pack("I", zlib.crc32(b"some bytes"))]
+
+
+def test_another_signature_shows_both() -> None:
+    with pytest.raises(TypeError) as caught:
+        Kernel("runtime._extent:heap_free")
+    assert "int (const void *, size_t" in str(caught.value) and "heap_t" in str(caught.value)
+
+
+def test_libraries(library: str, pool: Runtime) -> None:
+    data = os.urandom(100_000)
+    for kernel in (
+        Kernel.from_library(library, "upper"),
+        Kernel.from_library(Path(library), "upper"),
+        Kernel.from_ctypes(ctypes.CDLL(library).upper),
+    ):
+        out = bytearray(len(data))
+        assert pool.run_kernel(kernel, data, out, grain=PAGE) is None
+        assert out == data.upper()
+    with pytest.raises(LookupError, match="no symbol 'lower'"):
+        Kernel.from_library(library, "lower")
+    with pytest.raises(OSError, match="no_such"):
+        Kernel.from_library("/no_such/library.so", "upper")
+    with pytest.raises(LookupError):
+        Kernel.from_library("libc.so.6", "no_such_function")
+
+
+def test_functions_of_ctypes_that_are_none() -> None:
+    kind = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p, ctypes.c_size_t] * 2, ctypes.c_void_p)
+    with pytest.raises(LookupError, match="no other process"):
+        Kernel.from_ctypes(kind(lambda *_: 0))
+    short = ctypes.CDLL("libc.so.6").abs
+    short.argtypes = [ctypes.c_int]
+    with pytest.raises(TypeError, match="c_int"):
+        Kernel.from_ctypes(short)
+    with pytest.raises(TypeError, match="function of ctypes"):
+        Kernel.from_ctypes(len)
+
+
+def test_numba(pool: Runtime) -> None:
+    numba = pytest.importorskip("numba")
+    types = numba.types
+    shift = 3
+
+    @numba.cfunc(types.intc(types.voidptr, types.uintp, types.voidptr, types.uintp, types.voidptr))
+    def shifted(src: Any, n: int, dst: Any, m: int, params: Any) -> int:
+        numba.carray(dst, (m,), numba.uint8)[:] = numba.carray(src, (n,), numba.uint8) + shift
+        return 0
+
+    data = np.arange(50_000, dtype=np.uint8)
+    out = np.empty_like(data)
+    pool.run_kernel(pickle.loads(pickle.dumps(Kernel.from_numba(shifted))), data, out, grain=PAGE)
+    assert np.array_equal(out, data + shift)
+
+    @numba.cfunc(types.float64(types.float64))
+    def wrong(x: float) -> float:
+        return x
+
+    with pytest.raises(TypeError, match="float64"):
+        Kernel.from_numba(wrong)
+    with pytest.raises(TypeError):
+        Kernel.from_numba(len)
+
+
+def test_scipy(library: str, pool: Runtime) -> None:
+    scipy = pytest.importorskip("scipy")
+    function = ctypes.CDLL(library).upper
+    function.argtypes = [ctypes.c_void_p, ctypes.c_size_t] * 2 + [ctypes.c_void_p]
+    function.restype = ctypes.c_int
+    out = bytearray(3)
+    pool.run_kernel(Kernel.from_scipy(scipy.LowLevelCallable(function)), b"abc", out)
+    assert out == b"ABC"
+    with pytest.raises(ValueError, match="user_data"):
+        Kernel.from_scipy(scipy.LowLevelCallable(function, ctypes.c_void_p(1)))
+    with pytest.raises(LookupError):
+        Kernel.from_scipy(scipy.LowLevelCallable.from_cython(runtime._builtin, "crc32"))
+
+
+def test_arguments_of_kernels(library: str) -> None:
+    for wrong in (-1, 1 << 32):
+        with pytest.raises(ValueError, match="partial"):
+            Kernel.from_library(library, "upper", partial=wrong)
+    with pytest.raises(TypeError, match="partial"):
+        Kernel.from_library(library, "upper", partial=1.5)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="combine"):
+        Kernel.from_library(library, "upper", partial=8, combine=3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="combine"):
+        Kernel.from_library(library, "upper", combine=len)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="inout"):
+        Kernel.from_library(library, "upper", partial=8, inout=True)
+    with pytest.raises(ValueError, match="its own"):
+        Kernel("runtime:crc32", partial=4)
+
+
+def test_pickling(library: str) -> None:
+    kernel = pickle.loads(pickle.dumps(Kernel.from_library(library, "add_up", partial=8, combine=total)))
+    assert (kernel.partial, kernel.combine, kernel.inout) == (8, total, False)
+    assert repr(pickle.loads(pickle.dumps(AXPY))) == "<Kernel runtime:axpy_f64>"
+
+
+def total(parts: list[bytes], lengths: list[int]) -> int:
+    return sum(int.from_bytes(part, "little") for part in parts)
+
+
+# ---- what runs over what -----------------------------------------------------------------------------
+
+
+def test_sources_and_targets_of_all_origins(pool: Runtime, tmp_path: Path) -> None:
+    data = os.urandom(3 * PAGE + 5)
+    (tmp_path / "data").write_bytes(data)
+    with open(tmp_path / "data", "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        locked = np.frombuffer(data, np.uint8)
+        born = pool.empty(len(data), np.uint8)
+        born[:] = locked
+        put = pool.put(locked)
+        result = pool.submit(bytes_of, locked).result()
+        odd = pool.alloc(len(data) + 1)[1:]
+        odd[:] = data
+        sources = [data, bytearray(data), locked, born, put, put.get(), mapped, memoryview(data), result, odd]
+        for src in sources:
+            targets = [bytearray(len(data)), np.zeros_like(born), pool.empty(len(data), np.uint8)]
+            targets += [pool.alloc(len(data) + 1)[1:], pool.submit(bytes_of, np.zeros_like(born)).result()]
+            for dst in targets:
+                pool.run_kernel(COPY, src, dst, grain=PAGE)
+                assert bytes(dst) == data
+                assert pool.run_kernel(CRC, src) == zlib.crc32(data)
+        del sources, src, mapped
+
+
+def bytes_of(array: Any) -> Any:
+    return array.copy()
+
+
+def test_arrays_of_any_type_are_their_bytes(pool: Runtime) -> None:
+    for array in (np.arange(6000.0).reshape(2, 3, 1000), np.zeros(999, [("a", "i4"), ("b", ">f8")]), np.array(7)):
+        assert pool.run_kernel(CRC, array) == zlib.crc32(array.tobytes())
+
+
+def test_buffers_that_are_not_fit(pool: Runtime) -> None:
+    with pytest.raises(ValueError, match="C-contiguous"):
+        pool.run_kernel(CRC, np.zeros((10, 10))[:, 1])
+    with pytest.raises(ValueError, match="C-contiguous"):
+        pool.run_kernel(CRC, np.zeros((10, 10)).T)
+    with pytest.raises(ValueError, match="C-contiguous"):
+        pool.run_kernel(COPY, bytes(5), np.zeros(10, np.uint8)[::2])
+    with pytest.raises(TypeError, match="read-only"):
+        pool.run_kernel(COPY, bytes(5), bytes(5))
+    with pytest.raises(TypeError, match="src must be a buffer"):
+        pool.run_kernel(CRC, "text")
+    with pytest.raises(TypeError):
+        pool.run_kernel(len, b"")  # type: ignore[arg-type]
+
+
+def test_ratios(library: str, pool: Runtime) -> None:
+    kernel = Kernel.from_library(library, "stretch")
+    src = np.repeat(np.arange(1, 9, dtype=np.uint8), 3 * PAGE)
+    for times in (1, 2, 5):
+        dst = np.zeros(src.size * times, np.uint8)
+        pool.run_kernel(kernel, src, dst, grain=3 * PAGE)
+        assert np.array_equal(dst, np.repeat(src, times))
+    for over in (2, 3, 8):
+        dst = np.zeros(src.size // over, np.uint8)
+        pool.run_kernel(kernel, src, dst, grain=1)  # a page of dst at least
+        first = src[:: PAGE * over]
+        assert np.array_equal(dst, np.repeat(first, PAGE)[: dst.size])
+    for length in (0, 1000, src.size + 1, 2 * src.size - 1):
+        with pytest.raises(ValueError, match="whole multiple or a whole fraction"):
+            pool.run_kernel(kernel, src, np.zeros(length, np.uint8))
+    with pytest.raises(ValueError, match="as long as src"):
+        pool.run_kernel(COPY, bytes(10), bytearray(20))
+    with pytest.raises(ValueError, match="takes no dst"):
+        pool.run_kernel(CRC, bytes(10), bytearray(10))
+    with pytest.raises(ValueError, match="needs a dst"):
+        pool.run_kernel(COPY, bytes(10))
+
+
+def test_in_place(pool: Runtime) -> None:
+    for array in (np.arange(5000.0), pool.empty(5000)):
+        array[:] = np.arange(5000.0)
+        with pytest.raises(ValueError, match="inout"):
+            pool.run_kernel(COPY, array, array)
+        with pytest.raises(ValueError, match="in part"):
+            pool.run_kernel(AXPY, array[1:], array[:-1], params=struct.pack("d", 1))
+        pool.run_kernel(AXPY, array, array, params=struct.pack("d", 1), grain=PAGE)
+        assert np.array_equal(array, 2 * np.arange(5000.0))
+
+
+def test_partials(library: str, pool: Runtime) -> None:
+    kernel = Kernel.from_library(library, "lengths", partial=24)
+    parts = pool.run_kernel(kernel, bytes(5 * PAGE + 1), grain=2 * PAGE)
+    assert [struct.unpack("3Q", part) for part in parts] == [
+        (2 * PAGE, 24, 1), (2 * PAGE, 24, 1), (PAGE + 1, 24, 1),
+    ]  # fmt: skip
+    seen: list[Any] = []
+
+    def combine(parts: list[bytes], lengths: list[int]) -> str:
+        seen.append((len(parts), lengths, threading.current_thread()))
+        return "combined"
+
+    kernel = Kernel.from_library(library, "lengths", partial=24, combine=combine)
+    assert pool.run_kernel(kernel, bytes(3 * PAGE), grain=2 * PAGE) == "combined"
+    assert pool.run_kernel(kernel, b"") == "combined"
+    assert seen == [(2, [2 * PAGE, PAGE], threading.current_thread()), (0, [], threading.current_thread())]
+
+
+def test_nothing(pool: Runtime) -> None:
+    empty = np.empty((0, 3))
+    assert pool.run_kernel(CRC, b"") == 0 and pool.run_kernel(COUNT, empty, params=b"a") == 0
+    assert pool.run_kernel(HISTOGRAM, b"") == [0] * 256
+    assert pool.run_kernel(SUM, empty) == 0.0 and pool.run_kernel(MINMAX, empty) == (math.inf, -math.inf)
+    assert pool.run_kernel(COPY, b"", bytearray()) is None
+    assert pool.submit(CRC, b"").result() == 0
+    with pytest.raises(ValueError):
+        pool.run_kernel(COPY, b"", bytearray(5))
+
+
+@pytest.mark.parametrize(
+    ("grain", "error"), [(0, ValueError), (-1, ValueError), (1.5, TypeError), (True, TypeError)]
+)
+def test_grains_that_are_none(pool: Runtime, grain: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match="grain"):
+        pool.run_kernel(CRC, b"abc", grain=grain)
+
+
+def test_grains_are_whole_pages_and_adapt(library: str, factory: Callable[..., Runtime]) -> None:
+    rt = factory(2)
+    kernel = Kernel.from_library(library, "lengths", partial=24)
+    src = rt.alloc(64 * PAGE)
+
+    def sizes(**kwargs: Any) -> list[int]:
+        return [struct.unpack("3Q", part)[0] for part in rt.run_kernel(kernel, src, **kwargs)]
+
+    assert sizes() == [8 * PAGE] * 8  # four for each of two workers
+    assert sizes(grain=1) == [PAGE] * 64
+    assert sizes(grain=PAGE + 1) == [2 * PAGE] * 32
+    assert sizes(grain=1 << 70) == [64 * PAGE]
+    rt._rates[kernel._spec] = 500_000 / PAGE / 2  # ns per byte: so two pages take what a grain shall
+    assert sizes() == [2 * PAGE] * 32
+    rt._rates[kernel._spec] = 1e9
+    assert sizes() == [PAGE] * 64
+    src = rt.alloc(100)
+    assert sizes() == [100]
+
+
+def test_submit(library: str, pool: Runtime) -> None:
+    data = os.urandom(20_000)
+    out = bytearray(len(data))
+    assert pool.submit(Kernel.from_library(library, "upper"), data, dst=out).result() is None
+    assert out == data.upper()
+    assert pool.submit(COUNT, data, params=b"x").result() == data.count(b"x")
+    assert pool.options(priority=5).submit(CRC, data).result() == zlib.crc32(data)
+    assert isinstance(pool.submit(CRC, "text").exception(), TypeError)
+    assert isinstance(pool.submit(CRC).exception(), TypeError)
+    assert isinstance(pool.submit(COPY, b"abc", bytearray(1)).exception(), ValueError)
+    failed = pool.submit(Kernel.from_library(library, "picky"), b"\xff", params=struct.pack("i", 5)).exception()
+    assert isinstance(failed, KernelFailed) and failed.code == 5
+
+
+def test_many_at_once(pool: Runtime) -> None:
+    data = os.urandom(200_000)
+    futures = [pool.submit(CRC, data[i:]) for i in range(50)]
+    jobs = [background(lambda i=i: pool.run_kernel(CRC, data[i:], grain=PAGE)) for i in range(8)]  # type: ignore[misc]
+    assert [future.result() for future in futures] == [zlib.crc32(data[i:]) for i in range(50)]
+    assert [job.result() for job in jobs] == [zlib.crc32(data[i:]) for i in range(8)]
+
+
+# ---- what is built in --------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.binary(max_size=40_000), grain=st.integers(1, 5 * PAGE), shift=st.integers(0, 9))
+def test_bytes_as_zlib_and_numpy(shared: Runtime, data: bytes, grain: int, shift: int) -> None:
+    data = data[shift:]
+    assert shared.run_kernel(CRC, data, grain=grain) == zlib.crc32(data)
+    assert shared.run_kernel(COUNT, data, params=b"\x01", grain=grain) == data.count(1)
+    counts = np.bincount(np.frombuffer(data, np.uint8), minlength=256).tolist()
+    assert shared.run_kernel(HISTOGRAM, data, grain=grain) == counts
+
+
+def test_crc_of_many_lengths(pool: Runtime) -> None:
+    data = os.urandom(3 * PAGE + 70)
+    for length in [*range(70), *range(PAGE - 2, PAGE + 3), *range(3 * PAGE, len(data) + 1)]:
+        assert pool.run_kernel(CRC, data[:length], grain=PAGE) == zlib.crc32(data[:length])
+
+
+def test_sums_have_the_same_bits(factory: Callable[..., Runtime]) -> None:
+    numbers = np.random.default_rng(7).standard_normal(700_003) * 10.0 ** np.random.default_rng(8).integers(
+        -200, 200, 700_003
+    )
+    found = set()
+    for workers in (1, 2, 3):
+        rt = factory(workers)
+        for grain in (4096, 8192, 1 << 20, None):
+            found.add(struct.pack("d", rt.run_kernel(SUM, numbers, grain=grain)))
+        found.add(struct.pack("d", rt.submit(SUM, numbers).result()))
+        rt.shutdown()
+    assert len(found) == 1
+    assert struct.unpack("d", found.pop())[0] == pytest.approx(math.fsum(numbers), rel=1e-12)
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 15, 16, 17, 511, 512, 513, 5000])
+def test_doubles(pool: Runtime, count: int) -> None:
+    numbers = np.random.default_rng(count).standard_normal(count)
+    assert pool.run_kernel(SUM, numbers, grain=PAGE) == pytest.approx(math.fsum(numbers), abs=1e-9)
+    assert pool.run_kernel(MINMAX, numbers, grain=PAGE) == (numbers.min(), numbers.max())
+    for at in {0, count // 2, count - 1}:
+        for value in (math.inf, -math.inf, math.nan):
+            changed = numbers.copy()
+            changed[at] = value
+            pair = (changed.min(), changed.max())
+            assert np.array_equal(pool.run_kernel(MINMAX, changed, grain=PAGE), pair, equal_nan=True)
+            assert np.array_equal(pool.run_kernel(SUM, changed), changed.sum(), equal_nan=True)
+    y = np.ones(count)
+    pool.run_kernel(AXPY, numbers, y, params=struct.pack("d", 2.5), grain=PAGE)
+    assert np.array_equal(y, 1 + 2.5 * numbers)
+
+
+def test_doubles_that_are_none(pool: Runtime) -> None:
+    for kernel in (SUM, MINMAX):
+        with pytest.raises(ValueError, match="whole items of 8 bytes"):
+            pool.run_kernel(kernel, bytes(15))
+    with pytest.raises(ValueError, match="8 bytes of params"):
+        pool.run_kernel(AXPY, bytes(8), bytearray(8), params=b"abc")
+    with pytest.raises(ValueError, match="1 bytes of params"):
+        pool.run_kernel(COUNT, bytes(8))
+    with pytest.raises(TypeError):
+        pool.run_kernel(COUNT, bytes(8), params="x")
+
+
+# ---- when it goes wrong ------------------------------------------------------------------------------
+
+
+def test_a_code(library: str, pool: Runtime) -> None:
+    kernel = Kernel.from_library(library, "picky")
+    src = bytearray(40 * PAGE)
+    src[6 * PAGE] = 255
+    for code in (1, -1, 2**31 - 1, -(2**31)):
+        with pytest.raises(KernelFailed) as caught:
+            pool.run_kernel(kernel, src, params=struct.pack("i", code), grain=2 * PAGE)
+        assert (caught.value.code, caught.value.grain, caught.value.offset) == (code, 3, 6 * PAGE)
+        assert pickle.loads(pickle.dumps(caught.value)).code == code
+    assert pool.run_kernel(kernel, bytes(PAGE), params=struct.pack("i", 1)) is None
+
+
+def test_a_code_stops_the_others(library: str, pool: Runtime) -> None:
+    kernel = Kernel.from_library(library, "picky")
+    src = pool.alloc(1000 * PAGE)
+    src[:] = b"\xff" * len(src)
+    with pytest.raises(KernelFailed) as caught:
+        pool.run_kernel(kernel, src, params=struct.pack("i", 9), grain=PAGE)
+    assert caught.value.grain < 1000 and caught.value.offset == caught.value.grain * PAGE
+
+
+def test_timeout_of_a_kernel_that_never_returns(
+    library: str, factory: Callable[..., Runtime], doorway: Doorway
+) -> None:
+    rt = factory(2)
+    before = all_ready(rt)
+    kernel = Kernel.from_library(library, "forever")
+    with pytest.raises(TaskTimeout, match="0 of 4 grains"):
+        rt.run_kernel(kernel, bytes(4 * PAGE), params=doorway.params, grain=PAGE, timeout=0.3)
+    until(lambda: not {*all_ready(rt).values()} & {*before.values()}, "both workers are replaced")
+    assert rt.run_kernel(CRC, b"abc") == zlib.crc32(b"abc")
+    with pytest.raises(TaskTimeout):
+        rt.options(timeout=0.2).submit(kernel, bytes(10), params=doorway.params).result()
+    for wrong in (0, -1):
+        with pytest.raises(ValueError, match="timeout"):
+            rt.run_kernel(CRC, b"abc", timeout=wrong)
+
+
+def test_ctrl_c(library: str, factory: Callable[..., Runtime], doorway: Doorway) -> None:
+    rt = factory(2)
+    kernel = Kernel.from_library(library, "forever")
+
+    def interrupt() -> None:
+        doorway.wait(2)
+        signal.pthread_kill(main, signal.SIGINT)
+
+    main = threading.get_ident()
+    helper = background(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        rt.run_kernel(kernel, bytes(40 * PAGE), params=doorway.params, grain=PAGE)
+    helper.result()
+    assert rt.stats().kernels == ()
+    assert rt.run_kernel(CRC, b"abc") == zlib.crc32(b"abc")
+
+
+def test_cancelling(library: str, factory: Callable[..., Runtime], doorway: Doorway) -> None:
+    rt = factory(1)
+    kernel = Kernel.from_library(library, "forever")
+    running = rt.submit(kernel, bytes(10), params=doorway.params)
+    waiting = rt.submit(CRC, b"abc")
+    doorway.wait(1)
+    assert running.running() and not waiting.running()
+    assert waiting.cancel() and waiting.cancelled() and not running.cancel()
+    assert rt.cancel(running, running=True)
+    with pytest.raises(runtime.TaskCancelled):
+        running.result()
+    assert rt.submit(CRC, b"abc").result() == zlib.crc32(b"abc")
+    assert rt.stats().kernels == ()
+
+
+def test_shutdown(library: str, factory: Callable[..., Runtime], doorway: Doorway) -> None:
+    rt = factory(2)
+    kernel = Kernel.from_library(library, "forever")
+    job = background(lambda: rt.run_kernel(kernel, bytes(8 * PAGE), params=doorway.params, grain=PAGE))
+    doorway.wait(2)
+    rt.shutdown(wait=False)
+    for run in (lambda: rt.run_kernel(CRC, b"abc"), lambda: rt.submit(CRC, b"abc")):
+        with pytest.raises(RuntimeError, match="after shutdown"):
+            run()
+    doorway.open()
+    assert job.result(30) is None
+
+
+def test_end_by_force(library: str, factory: Callable[..., Runtime], doorway: Doorway) -> None:
+    rt = factory(2)
+    kernel = Kernel.from_library(library, "forever")
+    job = background(lambda: rt.run_kernel(kernel, bytes(8 * PAGE), params=doorway.params, grain=PAGE))
+    doorway.wait(2)
+    rt.kill_workers()
+    assert isinstance(job.exception(30), runtime.BrokenRuntime)
+
+
+def test_stats(library: str, factory: Callable[..., Runtime], doorway: Doorway) -> None:
+    rt = factory(2)
+    kernel = Kernel.from_library(library, "forever")
+    job = background(lambda: rt.run_kernel(kernel, bytes(8 * PAGE), params=doorway.params, grain=PAGE))
+    doorway.wait(2)
+    assert rt.stats().kernels == ((f"{library}:forever", 8, 0),)
+    doorway.open()
+    job.result(30)
+    assert rt.stats().kernels == ()
+
+
+# ---- deaths ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("born", [False, True], ids=["outside", "in the region"])
+def test_kills_in_the_middle_of_an_in_place_job(
+    library: str, factory: Callable[..., Runtime], doorway: Doorway, born: bool
+) -> None:
+    rt = factory(2)
+    kernel = Kernel.from_library(library, "half_and_half", inout=True)
+    x = np.random.default_rng(1).standard_normal(20 * 512)
+    y = rt.empty(x.size) if born else np.empty(x.size)
+    y[:] = start = np.random.default_rng(2).standard_normal(x.size)
+    job = background(lambda: rt.run_kernel(kernel, x, y, params=doorway.params, grain=PAGE))
+    entered = 2
+    for _ in range(20):
+        doorway.wait(entered)  # two workers are in the middle of a grain
+        kill_one(rt)
+        entered += 1
+    doorway.wait(entered)
+    doorway.open()
+    assert job.result(60) is None
+    assert np.array_equal(y, start + x)
+    assert rt.stats().failed == 20
+
+
+def test_kills_in_the_middle_of_partials(
+    library: str, factory: Callable[..., Runtime], doorway: Doorway
+) -> None:
+    rt = factory(2)
+    kernel = Kernel.from_library(library, "add_up", partial=8, combine=total)
+    data = np.random.default_rng(3).integers(0, 256, 10 * PAGE + 3, np.uint8)
+    job = background(lambda: rt.run_kernel(kernel, data, params=doorway.params, grain=PAGE))
+    one = rt.submit(kernel, data, params=doorway.params)
+    for entered in (2, 3, 4, 5):
+        doorway.wait(entered)
+        kill_one(rt)
+    doorway.wait(6)
+    doorway.open()
+    assert job.result(60) == one.result(60) == int(data.sum())
+
+
+def test_axpy_with_kills(factory: Callable[..., Runtime]) -> None:
+    """No gate: whatever instruction they are at."""
+    rt = factory(2)
+    x, y = rt.empty(2_000_000), rt.empty(2_000_000)
+    x[:] = np.random.default_rng(1).standard_normal(x.size)
+    y[:] = start = np.random.default_rng(2).standard_normal(x.size)
+    killed = 0
+    jobs = 0
+    while killed < 10:
+        job = background(lambda: rt.run_kernel(AXPY, x, y, params=struct.pack("d", 0.5), grain=PAGE))
+        while not job.done():
+            for info in rt.workers():
+                if info.task is not None and info.pid and killed < 10:
+                    with pytest.MonkeyPatch.context(), _gone():
+                        send(info.pid, signal.SIGKILL)
+                        killed += 1
+        assert job.result() is None
+        start = start + 0.5 * x
+        jobs += 1
+        assert np.array_equal(y, start)
+    assert jobs
+
+
+def _gone() -> Any:
+    import contextlib
+
+    return contextlib.suppress(ProcessLookupError)
+
+
+def test_a_kernel_that_crashes(library: str, factory: Callable[..., Runtime]) -> None:
+    rt = factory(2)
+    with pytest.raises(WorkerDied) as caught:
+        rt.run_kernel(Kernel.from_library(library, "crash"), bytes(3 * PAGE), grain=PAGE)
+    assert caught.value.signal == signal.SIGABRT
+    failed = rt.submit(Kernel.from_library(library, "crash"), bytes(10)).exception(30)
+    assert isinstance(failed, WorkerDied)
+    assert rt.run_kernel(CRC, b"abc") == zlib.crc32(b"abc")
