@@ -18,11 +18,11 @@ from runtime.config import INHERIT, TaskOptions
 from runtime.figures import Stats, WorkerInfo
 from runtime.front import Front
 from runtime.future import Future
-from runtime.jobs import KernelFuture, Kernels
 from runtime.kernels import Kernel
 from runtime.lifecycle import WorkerStatus
 from runtime.mapping import Results, Run, check_sizes, total_of
 from runtime.memory import resident
+from runtime.native import KernelFuture, Kernels
 from runtime.pressure import Pressure
 from runtime.progress import open_bar
 from runtime.store import Store
@@ -298,7 +298,7 @@ class Runtime(Front, Store, Kernels):
             largest_free=arena.largest_free_bytes,
             growths=arena.growths,
             workers=ready,
-            kernels=tuple([job.progress() for job in list(self._jobs)]),
+            kernels=self._progress(),
         )
 
     # ---- scaling -------------------------------------------------------------------------------------

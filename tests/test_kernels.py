@@ -61,8 +61,8 @@ class Doorway:
         path = folder / "doorway"
         path.write_bytes(bytes(16))
         self.params = os.fsencode(path) + b"\0"
-        self.file = open(path, "r+b")
-        self.words = mmap.mmap(self.file.fileno(), 16)
+        with open(path, "r+b") as file:
+            self.words = mmap.mmap(file.fileno(), 16)
 
     @property
     def entered(self) -> int:
@@ -78,7 +78,6 @@ class Doorway:
     def close(self) -> None:
         self.open()
         self.words.close()
-        self.file.close()
 
 
 @pytest.fixture
@@ -242,7 +241,10 @@ def total(parts: list[bytes], lengths: list[int]) -> int:
 def test_sources_and_targets_of_all_origins(pool: Runtime, tmp_path: Path) -> None:
     data = os.urandom(3 * PAGE + 5)
     (tmp_path / "data").write_bytes(data)
-    with open(tmp_path / "data", "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+    with (
+        open(tmp_path / "data", "rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
+    ):
         locked = np.frombuffer(data, np.uint8)
         born = pool.empty(len(data), np.uint8)
         born[:] = locked
@@ -266,7 +268,11 @@ def bytes_of(array: Any) -> Any:
 
 
 def test_arrays_of_any_type_are_their_bytes(pool: Runtime) -> None:
-    for array in (np.arange(6000.0).reshape(2, 3, 1000), np.zeros(999, [("a", "i4"), ("b", ">f8")]), np.array(7)):
+    for array in (
+        np.arange(6000.0).reshape(2, 3, 1000),
+        np.zeros(999, [("a", "i4"), ("b", ">f8")]),
+        np.array(7),
+    ):
         assert pool.run_kernel(CRC, array) == zlib.crc32(array.tobytes())
 
 
@@ -386,7 +392,9 @@ def test_submit(library: str, pool: Runtime) -> None:
     assert isinstance(pool.submit(CRC, "text").exception(), TypeError)
     assert isinstance(pool.submit(CRC).exception(), TypeError)
     assert isinstance(pool.submit(COPY, b"abc", bytearray(1)).exception(), ValueError)
-    failed = pool.submit(Kernel.from_library(library, "picky"), b"\xff", params=struct.pack("i", 5)).exception()
+    failed = pool.submit(
+        Kernel.from_library(library, "picky"), b"\xff", params=struct.pack("i", 5)
+    ).exception()
     assert isinstance(failed, KernelFailed) and failed.code == 5
 
 

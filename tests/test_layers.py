@@ -62,6 +62,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("supervisor",),
     ("forking",),
     ("figures", "front", "pressure", "jobs"),
+    ("native",),
     ("executor",),
     ("cli",),
     ("__init__",),
