@@ -1,8 +1,8 @@
 # cython: language_level=3
 """The kernels that come with the package, and how their partials are combined.
 
-Written so that a compiler vectorises them for whatever the baseline of the platform is: fixed numbers of lanes
-side by side, no dependence between them. Sums of doubles are added in an order that the data's place alone
+Written so that a compiler vectorises them for whatever the baseline of the platform is: fixed numbers of
+lanes side by side, no dependence between them. Sums of doubles are added in an order that the data's place alone
 decides, never the grains or who ran them: each page by itself, then the pages from first to last.
 
     kernel         partial                            result
@@ -32,10 +32,10 @@ cdef uint32_t[16][256] table
 
 
 cdef void fill_table() noexcept:
-    cdef uint32_t i, k, c
+    cdef uint32_t i, k, c, _bit
     for i in range(256):
         c = i
-        for k in range(8):
+        for _bit in range(8):
             c = (c >> 1) ^ (<uint32_t>POLYNOMIAL if c & 1 else 0)
         table[0][i] = c
     for k in range(1, 16):

@@ -1,5 +1,5 @@
 # cython: language_level=3
-"""What a kernel is, for modules that write one: `from runtime.kernel cimport kernel_t`. See docs/kernels.md."""
+"""What a kernel is, for who writes one: `from runtime.kernel cimport kernel_t`. See docs/kernels.md."""
 
 # Reads src_len bytes, writes dst_len bytes. 0, or an error code. It runs without the GIL, in any worker, and
 # again from the start if its process dies in the middle of it.

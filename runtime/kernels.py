@@ -124,8 +124,10 @@ class Kernel:
         cls, low_level_callable: Any, *, partial: int = 0, combine: Combine | None = None, inout: bool = False
     ) -> Kernel:
         """A scipy.LowLevelCallable without user_data. Raises: as from_ctypes; ValueError with user_data."""
-        capsule = low_level_callable[0] if isinstance(low_level_callable, tuple) else low_level_callable
-        signature, address = _core.read_capsule(capsule)
+        if not isinstance(low_level_callable, tuple):
+            kind = type(low_level_callable).__name__
+            raise TypeError(f"from_scipy() needs a scipy.LowLevelCallable, not {kind}")
+        signature, address = _core.read_capsule(tuple.__getitem__(low_level_callable, 0))
         _check_signature(signature, repr(low_level_callable))
         if getattr(low_level_callable, "user_data", None) is not None:
             raise ValueError("user_data does not reach other processes: pass params to run_kernel")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import ctypes
+import importlib.util
 import math
 import mmap
 import os
@@ -17,6 +18,7 @@ import shutil
 import signal
 import struct
 import subprocess
+import sys
 import sysconfig
 import threading
 import zlib
@@ -33,6 +35,9 @@ import runtime
 from runtime import Kernel, KernelFailed, Runtime, TaskTimeout, WorkerDied
 
 np = pytest.importorskip("numpy")
+numba: Any = importlib.import_module("numba") if importlib.util.find_spec("numba") else None
+if numba is not None:  # now, not in a test: its compiler starts a thread that stays
+    numba.cfunc("int32(int32)")(lambda x: x)
 PAGE = 4096
 COMPILER = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")
 needs_compiler = pytest.mark.skipif(shutil.which(COMPILER[0]) is None, reason="no C compiler")
@@ -158,6 +163,33 @@ def test_libraries(library: str, pool: Runtime) -> None:
         Kernel.from_library("libc.so.6", "no_such_function")
 
 
+def test_the_example_package(tmp_path: Path) -> None:
+    """Built against this package, into a folder of its own, and found by a worker there."""
+    pytest.importorskip("Cython")
+    if shutil.which(COMPILER[0]) is None:
+        pytest.skip("no C compiler")
+    root = Path(__file__).resolve().parent.parent
+    source = shutil.copytree(root / "examples" / "kernel_package", tmp_path / "source")
+    (tmp_path / "check.py").write_text(EXAMPLE)
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(tmp_path / "built")])}
+    build = [sys.executable, "setup.py", "-q", "build", "--build-lib", str(tmp_path / "built")]
+    subprocess.run(build, cwd=source, env=env, check=True, timeout=300)
+    subprocess.run(
+        [sys.executable, str(tmp_path / "check.py")], cwd=tmp_path, env=env, check=True, timeout=60
+    )
+
+
+EXAMPLE = """
+import runtime
+
+with runtime.Runtime(2) as rt:
+    image = bytes(range(256)) * 100
+    out = bytearray(len(image))
+    rt.run_kernel(runtime.Kernel("brighten.kernels:brighten"), image, out, params=b"\\x20", grain=4096)
+    assert out == bytes(min(255, pixel + 0x20) for pixel in image)
+"""
+
+
 def test_functions_of_ctypes_that_are_none() -> None:
     kind = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p, ctypes.c_size_t] * 2, ctypes.c_void_p)
     with pytest.raises(LookupError, match="no other process"):
@@ -171,7 +203,8 @@ def test_functions_of_ctypes_that_are_none() -> None:
 
 
 def test_numba(pool: Runtime) -> None:
-    numba = pytest.importorskip("numba")
+    if numba is None:
+        pytest.skip("numba is not installed")
     types = numba.types
     shift = 3
 

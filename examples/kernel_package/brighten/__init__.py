@@ -1,0 +1,1 @@
+"""A package with a kernel of its own."""
