@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from tools.stepkill.engine import Scenario, at_call, at_entry, at_lock
 from tools.stepkill.extents import HOST, HeapWorld
+from tools.stepkill.grains import GrainWorld
 from tools.stepkill.growth import GrowthWorld
 from tools.stepkill.leases import PARKED, PARKED_HERE, HostDies, WorkerDies
 from tools.stepkill.pools import PoolWorld
@@ -86,6 +87,11 @@ def growth(name: str, *args: object, **kwargs: object) -> Scenario:
 
 OFFERS: dict[str, object] = {"claimed": 1, "result": 5000, "full": 5}  # a result for which there is no room
 ASKS: dict[str, object] = {"claimed": 1, "args": 5000, "full": 5}  # arguments for which there was none
+
+
+def grains(name: str, *args: object, **kwargs: object) -> Scenario:
+    return Scenario(name, partial(GrainWorld, *args, **kwargs))  # type: ignore[arg-type]
+
 
 SLOW = ("pool enroll", "piece by piece")  # these are begun first
 PRIMITIVES = (
@@ -470,5 +476,27 @@ PRIMITIVES = (
             "_harvest.Harvest.settle_task",
             "_slots.Slots.open_slot",
         ),
+    ),
+    Primitive(
+        "grains of a kernel",
+        (
+            grains("claimed, saved, finished", "participate"),
+            grains("with partials", "participate", partial="each"),
+            grains("with partials for pages", "participate", partial="per page"),
+            grains("stopped", "participate", stopped=True),
+            grains("stopped when all is taken", "participate", saved=True, stopped=True),
+            grains("the kernel fails", "participate", fails=True),
+            grains("another takes the first", "participate").amid(at_lock("run_grain")),
+            grains("after half a grain", "participate", saved=True),
+        ),
+        whole=("_kernel.work", "_kernel.run_grain"),
+    ),
+    Primitive(
+        "grains of the dead",
+        (
+            grains("restored", "restore", saved=True),
+            grains("none begun", "restore"),
+        ),
+        whole=("_kernel.recover_grain",),
     ),
 )
