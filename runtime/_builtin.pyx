@@ -2,8 +2,8 @@
 """The kernels that come with the package, and how their partials are combined.
 
 Written so that a compiler vectorises them for whatever the baseline of the platform is: fixed numbers of
-lanes side by side, no dependence between them. Sums of doubles are added in an order that the data's place alone
-decides, never the grains or who ran them: each page by itself, then the pages from first to last.
+lanes side by side, no dependence between them. Sums of doubles are added in an order that the data's place
+alone decides, never the grains or who ran them: each page by itself, then the pages from first to last.
 
     kernel         partial                            result
     crc32          CRC of the grain                   that of all
