@@ -6,7 +6,7 @@
     _extent    Arena, HostBlock                      a runtime's region: tables, and blocks of any size
     _growth    GrowingArena                          one that gets memory as it is needed, and gives it back
     _frame     Frame, BlockSlice, read_frame         how pickles and their buffers lie in a block
-    _lease, _runner  Runner                          a worker's end of its slot, and its inner loop
+    _lease, _runner  Runner, Share                   a worker's end of its slot, and its inner loop
     _report                                          reports of progress in a lease
     _plain     unpack_plain                          values that take the short way
     _series    read_series                           several plain values in one piece
@@ -44,6 +44,7 @@ from runtime._frame cimport S_ERROR as _S_ERROR, S_PLAIN as _S_PLAIN, S_VALUE as
 from runtime._future import Promise
 from runtime._growth import GrowingArena
 from runtime._layout cimport P_FAILED as _FAILED, P_LEAVING as _LEAVING, P_READY as _READY
+from runtime._lease import Share
 from runtime._identity import memfd_create, pidfd_open, pidfd_send_signal
 from runtime._kernel import (
     PAGE_BYTES,
@@ -60,6 +61,7 @@ from runtime._leasing import (
     OUTCOME_FRAME,
     OUTCOME_KILLED,
     OUTCOME_LOST,
+    OUTCOME_NEIGHBOUR,
 )
 from runtime._plain import unpack_plain
 from runtime._pool import Block, MemoryPool

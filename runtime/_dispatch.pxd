@@ -14,7 +14,7 @@ cdef class Dispatcher(Waiting):
     cdef HostBlock room_for(self, Task task, uint64_t nbytes)
     cdef int rouse(self) except -1
     cdef bint enter(self, Task task) except -1
-    cdef int retry_now(self, Task task, int64_t delay) except -1
+    cdef int retry_now(self, Task task, int64_t delay, bint counted) except -1
     cdef int retry_item_now(self, Batch batch, Span span, int64_t delay) except -1
     cdef int drop_now(self, Batch batch) except -1
     cdef int collect_now(self, uint32_t index) except -1

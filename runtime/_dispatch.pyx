@@ -29,7 +29,7 @@ from runtime._leasing import OUTCOME_ABANDONED
 from runtime._extent cimport HostBlock
 from runtime._frame cimport COLD_BYTES, S_VALUE, BlockSlice, Frame
 from runtime._report cimport read_report
-from runtime._threads cimport guard_acquire, guard_release, guard_t, kill_lease
+from runtime._threads cimport guard_acquire, guard_of, guard_release, guard_t, kill_lease
 
 CANCEL_NO = 0               # it has started, or is over
 CANCEL_DONE = 1             # it never started and never will
@@ -99,7 +99,7 @@ cdef class Dispatcher(Waiting):
         elif what == DO_SETTLE:
             self.settle_now(subject, (<tuple>entry)[2])
         elif what == DO_RETRY:
-            self.retry_now(<Task>subject, (<tuple>entry)[2])
+            self.retry_now(<Task>subject, (<tuple>entry)[2], (<tuple>entry)[3])
         elif what == DO_RETRY_ITEM:
             self.retry_item_now(<Batch>subject, (<tuple>entry)[2], (<tuple>entry)[3])
         elif what == DO_FORGET:
@@ -198,16 +198,17 @@ cdef class Dispatcher(Waiting):
         self.work()
         return True
 
-    def retry(self, Task task not None, int64_t delay=0, tuple deaths=None):
+    def retry(self, Task task not None, int64_t delay=0, tuple deaths=None, bint counted=True):
         """Queue a call once more, ahead of the others, but not before so many nanoseconds.
 
-        Meanwhile it counts as waiting, and can be cancelled. deaths: how its attempts died so far.
+        Meanwhile it counts as waiting, and can be cancelled. deaths: how its attempts died so far. counted:
+        it is another attempt; else the last one was cut short through no fault of its own.
         """
         task.deaths = deaths
-        self.inbox.append((DO_RETRY, task, delay))
+        self.inbox.append((DO_RETRY, task, delay, counted))
         self.work()
 
-    cdef int retry_now(self, Task task, int64_t delay) except -1:
+    cdef int retry_now(self, Task task, int64_t delay, bint counted) except -1:
         if task.unwanted or self.closed:
             self.over(task, T_CANCELLED if task.unwanted else T_OVER)
             self.forget(task)
@@ -215,18 +216,19 @@ cdef class Dispatcher(Waiting):
             return 0
         task.state = T_WAITING
         task.reason = ""
-        task.attempt += 1
+        task.attempt += counted
         if task.future is not None:
             task.future.reported = None
         self.waiting += 1
         return self.put_off(task, None, delay)
 
-    def retry_item(self, Task task not None, uint64_t item, int64_t delay=0, tuple deaths=None):
+    def retry_item(self, Task task not None, uint64_t item, int64_t delay=0, tuple deaths=None,
+                   bint counted=True):
         """Queue an item of a chunk once more, ahead of the others and alone, but not before so many
-        nanoseconds. deaths: how its attempts died so far.
+        nanoseconds. deaths, counted: as of `retry`.
         """
         cdef Span span = task.one(item)
-        span.attempts += 1
+        span.attempts += counted
         span.alone = True
         span.deaths = deaths
         self.inbox.append((DO_RETRY_ITEM, task.batch, span, delay))
@@ -279,7 +281,7 @@ cdef class Dispatcher(Waiting):
         if task.state != T_LEASED:
             return CANCEL_NO
         lease = self.arena.lease(task.slot, task.entry)
-        guard = &self.keeper.guards[task.slot]
+        guard = guard_of(self.keeper, task.slot)
         guard_acquire(guard)
         word = a64_load_acquire(&lease.word)
         if l_tag(word) == task.tag and l_state(word) == L_LEASED and a64_cas_acq_rel(
@@ -343,16 +345,19 @@ cdef class Dispatcher(Waiting):
         return self.work()
 
     def make_ready(self, uint32_t index):
-        """Lease to this slot from now on."""
-        (<SlotTable>self.slots[index]).ready = True
-        (<SlotTable>self.slots[index]).draining = False
+        """Lease to the process in this slot from now on."""
+        for table in self.slots[index:index + self.arena.threads]:
+            (<SlotTable>table).ready = True
+            (<SlotTable>table).draining = False
         self.work()
 
     def stop_slot(self, uint32_t index):
-        """Lease nothing more to a slot; its worker finishes what it runs and leaves."""
-        (<SlotTable>self.slots[index]).draining = True
-        a32_store_release(&self.arena.slot(index).control, C_STOP)
-        self.inbox.append((DO_UNLOAD, index))       # what it has not started goes to the others
+        """Lease nothing more to the process in a slot; it finishes what it runs and leaves."""
+        cdef uint32_t i
+        for i in range(index, index + self.arena.threads):
+            (<SlotTable>self.slots[i]).draining = True
+            a32_store_release(&self.arena.slot(i).control, C_STOP)
+            self.inbox.append((DO_UNLOAD, i))       # what it has not started goes to the others
         self.work()
 
     def settle(self, uint32_t index, information):
@@ -366,12 +371,15 @@ cdef class Dispatcher(Waiting):
         self.work()
 
     def killed(self, uint32_t index):
-        """Resolve the leases of a slot that were killed, without waiting for the death of its process.
+        """Resolve the leases of a process that were killed, without waiting for its death; what it has not
+        started goes to others.
 
         After KILLED nothing else is an answer; but results that a chunk had delivered before count.
         """
-        if self.keeper.guards[index].killing:
-            self.inbox.append((DO_UNLOAD, index))
+        cdef uint32_t i
+        if guard_of(self.keeper, index).killing:
+            for i in range(index, index + self.arena.threads):
+                self.inbox.append((DO_UNLOAD, i))
             self.work()
 
     def rescan(self):
@@ -599,6 +607,20 @@ cdef class Dispatcher(Waiting):
             if self.running(<Task>table.tasks[running - 1]):
                 number = (<Task>table.tasks[running - 1]).number
         return slot.incarnation, self.phase(index), a64_load_relaxed(&slot.tasks_done), number, table.inflight
+
+    def tasks_in(self, uint32_t index):
+        """Numbers of the tasks that the process in a slot runs, the one that has run longest first."""
+        cdef uint32_t i, running
+        found = []
+        for i in range(index, min(index + self.arena.threads, self.arena.slots)):
+            number = self.look(i)[3]
+            if number is not None:
+                running = a32_load_acquire(&self.arena.slot(i).running)
+                began = 0                           # its clock stands: it has just begun, or has just ended
+                if 0 < running <= self.arena.leases:
+                    began = a64_load_acquire(&self.arena.lease(i, running - 1).started)
+                found.append((began or 0xFFFFFFFFFFFFFFFF, number))
+        return [number for _, number in sorted(found)]
 
     def counts(self):
         """For tests: (blocks kept for views in workers, leases out, announcements due)."""

@@ -27,6 +27,7 @@ cdef class Arena:
     cdef arena_t *head      # == base
     cdef heap_t heap
     cdef readonly uint32_t slots, leases, outbox
+    cdef readonly uint32_t threads  # slots of one process
     cdef readonly uint64_t bounce_bytes
     cdef readonly bint lanes  # parked words are heeded
     cdef readonly uint32_t room  # slots that are laid out; those from `slots` on have no memory yet
@@ -85,6 +86,11 @@ cdef bint heap_adopt(heap_t *heap, uint64_t at, uint64_t tag, uint64_t slot) noe
 cdef uint64_t heap_sweep(heap_t *heap, uint64_t slot) noexcept nogil
 cdef uint64_t heap_run(heap_t *heap, uint64_t at) noexcept nogil
 cdef uint64_t heap_used(heap_t *heap) noexcept nogil
+
+
+cdef inline uint32_t first_lane(Arena arena, uint32_t index) noexcept nogil:
+    """The first slot of the process that a slot belongs to."""
+    return index if arena.threads == 1 else index - index % arena.threads
 
 
 cdef inline uint64_t round_up(uint64_t n, uint64_t to) noexcept nogil:

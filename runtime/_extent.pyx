@@ -227,11 +227,12 @@ cdef class Arena:
 
     @classmethod
     def create(cls, uint64_t size, uint32_t slots, uint32_t leases, uint32_t outbox, uint64_t bounce_bytes,
-               bint lanes=True, uint32_t spin=50_000, uint32_t room=0, uint64_t most=0):
+               bint lanes=True, uint32_t spin=50_000, uint32_t room=0, uint64_t most=0, uint32_t threads=1):
         """A fresh region with `size` bytes for blocks beside the tables.
 
         `room`: slots that are laid out, if more than `slots`; `most`: bytes for blocks, if more than `size`.
         The others are a hole in the file: address space, no memory, until `add_slots` and `grow`.
+        `threads`: slots that a process has.
         """
         cdef Arena self = <Arena>cls.__new__(cls)
         cdef uint64_t stride = Arena.footprint(slots, leases, outbox, bounce_bytes)
@@ -241,6 +242,7 @@ cdef class Arena:
         cdef uint64_t extents = (size + EXTENT - 1) // EXTENT
         cdef uint64_t capacity = max(extents, (most + EXTENT - 1) // EXTENT)
         cdef uint64_t extents_at = round_up(words_at + 8 * capacity, PAGE)
+        assert slots % threads == 0 and room % threads == 0
         assert leases <= MAX_LEASES and leases & (leases - 1) == 0 and outbox & (outbox - 1) == 0
         if capacity >= NO_SLOT:
             limit = <uint64_t>NO_SLOT * EXTENT
@@ -262,6 +264,7 @@ cdef class Arena:
         self.head.least = extents
         a64_store_relaxed(&self.head.extents, extents)
         self.head.lanes = lanes
+        self.head.threads = threads
         self.head.spin = spin
         self.head.magic = MAGIC
         self.read_geometry()
@@ -297,6 +300,7 @@ cdef class Arena:
         self.slots = self.room = self.head.slots
         self.leases = self.head.leases
         self.outbox = self.head.outbox
+        self.threads = self.head.threads
         self.bounce_bytes = self.head.bounce_bytes
         self.lanes = self.head.lanes == 1
         self.spin = self.head.spin if self.lanes else 0

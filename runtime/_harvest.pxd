@@ -22,8 +22,10 @@ cdef class Harvest(Leasing):
     cdef int serve(self, uint32_t index, Task task, record_t *record) except -1
     cdef int accept(self, uint32_t index, Task task, record_t *record) except -1
     cdef int settle_now(self, uint32_t index, information) except -1
-    cdef int settle_task(self, uint32_t index, Task task, information) except -1
-    cdef int blame(self, Task task, uint64_t word, information) except -1
+    cdef int take_last(self, uint32_t index) except -1
+    cdef int sweep(self, uint32_t index) except -1
+    cdef int settle_task(self, Task task, information, uint32_t ran, Task culprit) except -1
+    cdef int blame(self, Task task, uint64_t word, information, uint32_t ran, Task culprit) except -1
     cdef int keep_report(self, Task task) except -1
     cdef int unload_now(self, uint32_t index) except -1
     cdef bint plain_result(self, Task task, lease_t *copy, list found) except -1

@@ -11,15 +11,16 @@ from libc.signal cimport SIGKILL
 from libc.string cimport memcpy
 
 from runtime._atomics cimport *
-from runtime._extent cimport HostBlock, heap_adopt, heap_run, heap_sweep
+from runtime._extent cimport HostBlock, first_lane, heap_adopt, heap_run, heap_sweep
 from runtime._frame cimport S_PLAIN, SINGLE_HEAD, frame_refs, read_single
 from runtime._layout cimport *
 from runtime._lease cimport outbox_take, outbox_waiting
 from runtime._records cimport T_LEASED, T_OVER, T_WAITING, SlotTable
 from runtime._plain cimport plain_loads
 from runtime._report cimport read_report
-from runtime._leasing import OUTCOME_DIED, OUTCOME_FRAME, OUTCOME_KILLED, OUTCOME_LOST
-from runtime._threads cimport guard_acquire, guard_release, guard_t
+from runtime._leasing import (
+    OUTCOME_DIED, OUTCOME_FRAME, OUTCOME_KILLED, OUTCOME_LOST, OUTCOME_NEIGHBOUR)
+from runtime._threads cimport guard_acquire, guard_of, guard_release, guard_t
 
 
 cdef uint64_t NO_MEMORY = 0xFFFFFFFFFFFFFFFFULL     # inbound_total: the host has none for the rest
@@ -264,28 +265,53 @@ cdef class Harvest(Leasing):
         return 0
 
     cdef int settle_now(self, uint32_t index, information) except -1:
+        """All slots of the process together: what any of them had finished counts before one is blamed."""
+        cdef uint32_t i, ran = 0
+        cdef uint32_t end = index + self.arena.threads
+        cdef uint64_t state
+        cdef Task task, culprit = None
+        cdef list held
+        for i in range(index, end):
+            self.take_last(i)
+        held = [pair[1] for pair in sorted(
+            [(<Task>t).number, t] for i in range(index, end) for t in (<SlotTable>self.slots[i]).tasks
+            if t is not None)]
+        for entry in held:
+            task = <Task>entry
+            state = l_state(a64_load_acquire(&self.arena.lease(task.slot, task.entry).word))
+            if state == L_DONE:
+                self.harvest(task.slot, task)
+            ran += state == L_RUNNING
+            if culprit is None and (state == L_KILLED or task.killed):
+                culprit = task
+        for entry in reversed(held):                # the oldest ends up at the very front of the queue
+            task = <Task>entry
+            if (<SlotTable>self.slots[task.slot]).tasks[task.entry] is task:
+                self.settle_task(task, information, ran, culprit)
+        for i in range(index, end):
+            self.sweep(i)
+        return 0
+
+    cdef int take_last(self, uint32_t index) except -1:
+        """The records that a dead worker has left."""
         cdef SlotTable table = self.slots[index]
         cdef slot_t *slot = self.arena.slot(index)
         cdef record_t record
-        cdef Task task
         cdef uint64_t waiting = outbox_waiting(slot, table.outbox_head)
-        cdef a64_t *word
-        cdef uint32_t i
         table.ready = False
         while 0 < waiting <= self.arena.outbox:
             outbox_take(slot, self.arena.records(index), &table.outbox_head, self.arena.outbox - 1, &record)
             if record.kind != R_ASK and record.kind != R_OFFER:     # nobody waits for a piece any more
                 self.process(index, table, &record)
             waiting -= 1
-        held = [pair[1] for pair in sorted([(<Task>t).number, t] for t in table.tasks if t is not None)]
-        for entry in held:
-            task = <Task>entry
-            if l_state(a64_load_acquire(&self.arena.lease(index, task.entry).word)) == L_DONE:
-                self.harvest(index, task)
-        for entry in reversed(held):                # the oldest ends up at the very front of the queue
-            task = <Task>entry
-            if table.tasks[task.entry] is task:
-                self.settle_task(index, task, information)
+        return 0
+
+    cdef int sweep(self, uint32_t index) except -1:
+        """No lease of a slot has an outcome to come: what its worker held and owned is given back."""
+        cdef SlotTable table = self.slots[index]
+        cdef slot_t *slot = self.arena.slot(index)
+        cdef a64_t *word
+        cdef uint32_t i
         for i in range(self.arena.leases):          # a worker that ran wild may have left nonsense anywhere
             word = &self.arena.lease(index, i).word
             if l_state(a64_load_relaxed(word)) != L_FREE:
@@ -302,9 +328,9 @@ cdef class Harvest(Leasing):
         table.state = S_FREE
         return 0
 
-    cdef int settle_task(self, uint32_t index, Task task, information) except -1:
+    cdef int settle_task(self, Task task, information, uint32_t ran, Task culprit) except -1:
         """What becomes of a lease that a dead worker has not finished."""
-        cdef lease_t *lease = self.arena.lease(index, task.entry)
+        cdef lease_t *lease = self.arena.lease(task.slot, task.entry)
         cdef uint64_t word = a64_load_acquire(&lease.word)
         a64_store_release(&lease.word, lease_word(L_FREE, 0, task.tag))
         if task.state != T_LEASED:                  # its outcome is known: killed, or cancelled just now
@@ -317,11 +343,14 @@ cdef class Harvest(Leasing):
             self.release(task)
             self.requeue(task)
         else:
-            self.blame(task, word, information)
+            self.blame(task, word, information, ran, culprit)
         return 0
 
-    cdef int blame(self, Task task, uint64_t word, information) except -1:
-        """The process died, or was killed, while it ran this: only the item that ran answers for it."""
+    cdef int blame(self, Task task, uint64_t word, information, uint32_t ran, Task culprit) except -1:
+        """The process died, or was killed, while it ran this: only the item that ran answers for it.
+
+        ran: tasks that ran in it. culprit: the one that it was killed for; another one is its neighbour.
+        """
         cdef uint64_t item = l_item(word) if task.batch is not None else 0
         cdef bint killed = l_state(word) == L_KILLED
         self.keep_report(task)
@@ -331,8 +360,10 @@ cdef class Harvest(Leasing):
         if task.batch is None or task.delivered <= item < task.count:
             if killed:
                 self.outcomes.append((OUTCOME_KILLED, task, item, task.reason))
+            elif self.arena.threads > 1 and guard_of(self.keeper, task.slot).killing:
+                self.outcomes.append((OUTCOME_NEIGHBOUR, task, item, information, culprit))
             else:
-                self.outcomes.append((OUTCOME_DIED, task, item, information))
+                self.outcomes.append((OUTCOME_DIED, task, item, information, ran))
         self.release(task)
         return 0
 
@@ -372,12 +403,12 @@ cdef class Harvest(Leasing):
 
     cdef bint send_signal(self, uint32_t index, int number) noexcept:
         """A signal to the process in a slot. False: there is none."""
-        cdef guard_t *guard = &self.keeper.guards[index]
+        cdef guard_t *guard = guard_of(self.keeper, index)
         cdef bint sent = False
         guard_acquire(guard)
         if guard.armed and guard.pidfd >= 0:
             sent = sys_pidfd_send_signal(guard.pidfd, number) == 0
             if number == SIGKILL:
-                (<SlotTable>self.slots[index]).signalled = True
+                (<SlotTable>self.slots[first_lane(self.arena, index)]).signalled = True
         guard_release(guard)
         return sent

@@ -18,7 +18,7 @@ from runtime._atomics cimport a32_t, a64_t
 
 
 cdef enum:
-    LAYOUT_VERSION = 4
+    LAYOUT_VERSION = 5
     PAGE = 4096
     EXTENT = 4096           # bytes of one extent: a page, so that a block can be mapped by itself
     INLINE_BYTES = 320      # bytes of payload that fit into the lease entry itself
@@ -172,11 +172,14 @@ ctypedef struct record_t:
 # death, or by its own backstop; for a stopped one there is the rescan.
 cdef enum:
     AWAKE = 0
-    PARKED = 1              # asleep in zmq: send a message
+    PARKED = 1              # asleep in zmq: send a message. A lane sleeps on this word, and its main thread in zmq
     PARKED_HERE = 2         # a thread of the host that needs a result sleeps on this very word: futex_wake
 
 
 # ---- slots -------------------------------------------------------------------------------------------
+# A worker has arena_t.threads slots: slot g*threads + k is lane k of process g. Each is one consumer with a ring,
+# an outbox and leases of its own. What is said of the process as a whole (phase, failure_bytes) stands in lane 0.
+#
 # slot_t.state, written by the host alone, for those who look from outside (the host itself goes by its own
 # copy): S_FREE -> S_LIVE -> S_DYING -> S_FREE, the last step at the end of the sweep
 cdef enum:
@@ -248,7 +251,9 @@ ctypedef struct arena_t:
     uint32_t spin           # ns that a waiter watches the memory before it sleeps
     uint64_t capacity       # extents that are laid out
     uint64_t least          # extents that it began with: if these are all, it never grows
-    char pad0[PAGE - 96]
+    uint32_t threads        # slots of one process: its lanes, neighbours in the table, opened and swept together
+    uint32_t spare
+    char pad0[PAGE - 104]
     a64_t frees             # blocks freed so far, by anyone: who found no room waits for it to move
     char pad1[56]
     a32_t parked            # the host's; see "Parking" above

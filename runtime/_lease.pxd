@@ -88,6 +88,15 @@ cdef inline void outbox_take(slot_t *slot, record_t *records, uint64_t *head, ui
     a64_store_release(&slot.outbox_head, head[0])
 
 
+cdef class Share:
+    cdef readonly int64_t left
+    cdef bint watching          # a lane watches its ring
+
+    cdef bint take(self) noexcept
+    cdef void give_back(self) noexcept
+    cdef bint sit(self) noexcept
+
+
 cdef class WorkerPort(Viewer):
     """A worker's end of its slot: claims leases, reads arguments, delivers results."""
     cdef slot_t *slot
@@ -102,7 +111,9 @@ cdef class WorkerPort(Viewer):
     cdef bint woke              # a thread that waited for the result was woken; it may have more to do
     cdef list unkept            # (head, tag) of released views whose record found the outbox full
     cdef object notify          # called to tell the host to look at the outbox
-    cdef unsigned long thread   # the main one, which alone may do that
+    cdef unsigned long thread   # the one that claims here, which alone may do that
+    cdef public bint leaving    # finish what runs, claim nothing more, exit
+    cdef Share share            # of a lane: what it has in common with the others; else None
 
     cdef lease_t *lease(self, uint32_t entry) noexcept nogil
     cdef int64_t claim(self) noexcept nogil
@@ -123,5 +134,6 @@ cdef class WorkerPort(Viewer):
     cdef int tell(self) except -1
     cdef int take_room(self, uint64_t nbytes, bint patient, uint64_t *at, uint64_t *tag) except -1
     cdef int wish(self, uint64_t nbytes) except -1
+    cdef bint wanted(self) noexcept
     cdef bint await_room(self, uint64_t frees, int64_t until, int64_t last) noexcept nogil
     cdef int wait_turn(self, uint32_t seen) except -1

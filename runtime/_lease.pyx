@@ -37,10 +37,39 @@ cdef void nap(int64_t ns) noexcept nogil:
     nanosleep(&t, NULL)
 
 
+cdef class Share:
+    """What the lanes of a process have in common. Thread-safety: no method lets the GIL go.
+
+    left: items that may still be begun, negative: any number.
+    """
+
+    def __init__(self, int64_t left):
+        self.left = left
+
+    cdef bint take(self) noexcept:
+        """One item is begun. False: there is none left."""
+        if self.left > 0:
+            self.left -= 1
+            return True
+        return self.left < 0
+
+    cdef void give_back(self) noexcept:
+        """It was not."""
+        if self.left >= 0:
+            self.left += 1
+
+    cdef bint sit(self) noexcept:
+        """Be the one lane that watches its ring: each of them would keep a processor busy. False: one does."""
+        if self.watching:
+            return False
+        self.watching = True
+        return True
+
+
 cdef class WorkerPort(Viewer):
     """A worker's end of its slot.
 
-    Thread-safety: for the worker's main thread; the views it hands out may be dropped in any thread.
+    Thread-safety: for the worker's main thread, or that of its lane; `rouse` for any; the views it hands out may be dropped in any thread.
     Fork-safety: for the process that made it; in a fork of it `owned` is False and nothing may be called.
     Blocking: `finish` and `commit` wait while the outbox is full, or for the host to take a piece.
     """
@@ -66,6 +95,11 @@ cdef class WorkerPort(Viewer):
     def incarnation(self):
         """The count of processes that lived in this slot, this one included."""
         return self.slot.incarnation
+
+    @property
+    def worked(self):
+        """Whether an item has been finished here."""
+        return a64_load_relaxed(&self.slot.tasks_done) > 0
 
     @property
     def stopping(self):
@@ -446,7 +480,7 @@ cdef class WorkerPort(Viewer):
         """
         cdef int64_t until
         cdef uint32_t _k
-        if self.arena.spin == 0 or self.pushed:
+        if self.arena.spin == 0 or self.pushed or (self.share is not None and not self.share.sit()):
             return False
         with nogil:
             until = now_ns() + self.arena.spin * (WAKING if self.woke else 1)
@@ -455,6 +489,8 @@ cdef class WorkerPort(Viewer):
                     cpu_relax()
                 if now_ns() >= until:
                     break
+        if self.share is not None:
+            self.share.watching = False
         return ring_waiting(self.slot)
 
     def park(self):
@@ -464,6 +500,33 @@ cdef class WorkerPort(Viewer):
             self.unpark()
             return False
         return True
+
+    def adopt_thread(self):
+        """This thread is the one that claims here, from now on."""
+        self.thread = PyThread_get_thread_ident()
+
+    def doze(self, int64_t ns):
+        """A lane: sleep until its process's main thread wakes it, for so many nanoseconds at most.
+
+        The main thread is told of leases by a message; it knows from the words whom that is for.
+        """
+        park(&self.slot.parked, PARKED)
+        if not self.wanted():
+            with nogil:
+                futex_wait(&self.slot.parked, PARKED, ns)
+        self.unpark()
+
+    def rouse(self):
+        """The main thread: wake the lane, if it sleeps and is wanted. Whether it did."""
+        if not self.wanted():
+            return False
+        a32_cas_relaxed(&self.slot.parked, PARKED, AWAKE)   # it may be about to sleep: then it does not
+        return futex_wake(&self.slot.parked, 1) > 0
+
+    cdef bint wanted(self) noexcept:
+        """Whether there is something in the ring, or nothing more to be claimed."""
+        return (self.leaving or ring_waiting(self.slot)
+                or (a32_load_acquire(&self.slot.control) & C_STOP) != 0)
 
     def unpark(self):
         """The worker is awake and looks at its ring before it sleeps again."""

@@ -4,7 +4,7 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from runtime._extent cimport Arena, HostBlock
 from runtime._frame cimport Frame
-from runtime._records cimport Batch, Span, Task
+from runtime._records cimport Batch, SlotTable, Span, Task
 from runtime._threads cimport DeadlineKeeper
 
 
@@ -49,6 +49,8 @@ cdef class Leasing:
     cdef void over(self, Task task, int state) noexcept
     cdef int release(self, Task task) except -1
     cdef int64_t pick(self, uint32_t depth) except -2
+    cdef int64_t pick_lane(self, uint32_t depth) except -2
+    cdef bint takes(self, uint32_t index, SlotTable table) except -1
     cdef int pump(self) except -1
     cdef Task cut(self, Batch batch, uint32_t workers)
     cdef int uncut(self, Task task) except -1

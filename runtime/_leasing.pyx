@@ -20,6 +20,7 @@ from runtime._layout cimport *
 from runtime._frame cimport S_PLAIN, S_VALUE, SINGLE_HEAD, write_single
 from runtime._lease cimport must_tell, ring_place, ring_put, ring_room
 from runtime._records cimport T_CANCELLED, T_LEASED, T_OVER, T_WAITING, SlotTable, Span
+from runtime._threads cimport guard_of
 
 cdef int64_t ROOM_PATIENCE = 50_000_000     # ns a task waits for room before it travels by value
 cdef int64_t GROWTH_PATIENCE = 2_000_000_000    # the same, while the region may grow
@@ -32,10 +33,11 @@ cdef int64_t FUNCTION_BYTES = 256 << 10     # bytes of one, at most
 
 # what an outcome tuple begins with
 OUTCOME_FRAME = 0           # (.., task, first item, items, exporter of the frame, what it refers to)
-OUTCOME_DIED = 1            # (.., task, item or -1, information that settle() was given)
+OUTCOME_DIED = 1            # (.., task, item, information that settle() was given, tasks that ran in the process)
 OUTCOME_KILLED = 2          # (.., task, item, reason)
 OUTCOME_LOST = 3            # (.., task, first item, end, what went wrong; None: no memory in the host)
 OUTCOME_ABANDONED = 4       # (.., task or None, batch or None, its entries, whether they count as cancelled)
+OUTCOME_NEIGHBOUR = 5       # (.., task, item, information, the task that its process was killed for or None)
 
 
 cdef class Leasing:
@@ -158,18 +160,50 @@ cdef class Leasing:
         cdef SlotTable table
         cdef int64_t best = -1
         cdef uint32_t i, least = depth
+        if self.arena.threads > 1:
+            return self.pick_lane(depth)
         for i in range(self.arena.slots):
             table = self.slots[i]
-            if (table.ready and not table.draining and table.inflight < least
-                    and not self.keeper.guards[i].killing and self.room(i) > 0):
-                if table.suspect and a64_load_relaxed(&self.arena.slot(i).ring_head) == table.suspect_at:
-                    continue                        # it has not moved since leases were taken back from it
-                table.suspect = False
+            if table.inflight < least and self.takes(i, table):
                 best = i
                 least = table.inflight
                 if least == 0:
                     break
         return best
+
+    cdef int64_t pick_lane(self, uint32_t depth) except -2:
+        """As `pick`; of lanes with as few leases, one whose process has fewer: it has a GIL of its own."""
+        cdef SlotTable table
+        cdef int64_t best = -1, lane
+        cdef uint32_t first, i, few, load
+        cdef uint32_t least = depth, lightest = 0
+        for first in range(0, self.arena.slots, self.arena.threads):
+            if not (<SlotTable>self.slots[first]).ready:
+                continue
+            lane = -1
+            few = depth
+            load = 0
+            for i in range(first, first + self.arena.threads):
+                table = self.slots[i]
+                load += table.inflight
+                if table.inflight < few and self.takes(i, table):
+                    lane = i
+                    few = table.inflight
+            if lane >= 0 and (few < least or (few == least and load < lightest)):
+                best = lane
+                least = few
+                lightest = load
+        return best
+
+    cdef bint takes(self, uint32_t index, SlotTable table) except -1:
+        """Whether a slot may be leased to."""
+        if (not table.ready or table.draining or guard_of(self.keeper, index).killing
+                or self.room(index) == 0):
+            return False
+        if table.suspect and a64_load_relaxed(&self.arena.slot(index).ring_head) == table.suspect_at:
+            return False                            # it has not moved since leases were taken back from it
+        table.suspect = False
+        return True
 
     cdef int pump(self) except -1:
         """Lease from the head of the queue while a worker has credit."""

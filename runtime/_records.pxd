@@ -78,7 +78,7 @@ cdef class Task:
     cdef bint retry_timeouts                # after its deadline too, once the killed process is dead
     cdef bint killed                        # it was resolved while its process was still to die
     cdef int64_t killed_item                # by this item of the chunk
-    cdef str reason                         # why it was killed, "" for the deadline
+    cdef readonly str reason                # why it was killed, "" for the deadline
     cdef bint unwanted                      # cancelled when its attempt could not be stopped: no further one
     cdef readonly tuple deaths              # as of a Span
 

@@ -28,8 +28,7 @@ cdef class Answers:
 
 
 cdef class Runner(WorkerPort):
-    cdef public bint leaving    # finish what runs, claim nothing more, exit
-    cdef public int64_t left    # items that may still be run; negative: any number
+    cdef public int64_t left    # items that may still be run; negative: any number, or `share` says
     cdef object worker          # what is not ordinary is its business
     cdef object context         # what runtime.current() shows
     cdef uint64_t born          # incarnation of the slot whose process this is
@@ -47,5 +46,6 @@ cdef class Runner(WorkerPort):
     cdef int answer(self, Answers answers, fn, list values, uint32_t k, uint32_t status) except -1
     cdef int tick(self, lease_t *lease, Clock *clock, bint last) except -1
     cdef int commit_answers(self, uint32_t entry, Answers answers) except -1
+    cdef bint another(self) noexcept
     cdef int check(self) except -1
     cdef uint64_t runs(self) noexcept

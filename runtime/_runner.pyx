@@ -16,6 +16,7 @@ from runtime._atomics cimport *
 from runtime._frame cimport S_CALLS, S_PLAIN, SINGLE_HEAD, read_single, write_single
 from runtime._frame import read_frame
 from runtime._layout cimport *
+from runtime._lease cimport Share
 from runtime._plain cimport PLAIN_MAX, fixed_bytes, plain_bytes, plain_dumps, plain_loads, weigh_int
 from runtime._report cimport fill_report, write_report
 from runtime._series cimport is_series, pack_series, unpack_series
@@ -76,6 +77,15 @@ cdef class Runner(WorkerPort):
         self.born = self.slot.incarnation
         self.quick = {}
 
+    def join(self, Share share not None):
+        """This is a lane: how many items it may run is for all lanes of the process together."""
+        self.share = share
+        self.left = -1
+
+    cdef bint another(self) noexcept:
+        """Whether one more item may be begun; if so, it counts as that."""
+        return self.left != 0 if self.share is None else self.share.take()
+
     def serve(self):
         """Run what is in the ring. The entry of a call that needs more; -1: there is nothing;
         LEASE_LOST: the host has killed the lease that ran, or takes this process for dead: exit.
@@ -89,8 +99,13 @@ cdef class Runner(WorkerPort):
         while not (self.leaving or a32_load_acquire(&self.slot.control) & C_STOP):
             if a32_load_relaxed(&self.slot.state) != S_LIVE or self.slot.incarnation != self.born:
                 return LOST                     # a zygote that was killed had not told the host of us
+            if self.share is not None and not self.share.take():
+                self.leaving = True
+                return -1
             found = self.claim()
             if found < 0:
+                if self.share is not None:
+                    self.share.give_back()
                 return -1
             entry = <uint32_t>found
             lease = self.lease(entry)
@@ -121,6 +136,8 @@ cdef class Runner(WorkerPort):
         was read when the task ended.
         """
         self.context.task = None
+        if self.share is not None:
+            self.functions.leave()
         if self.left == 0:
             self.leaving = True
         if not sys_is_open(self.host_pidfd):
@@ -254,7 +271,8 @@ cdef class Runner(WorkerPort):
                 if clock.skipped == 0:
                     PyErr_CheckSignals()
                 self.tick(lease, &clock, k + 1 == count and not items)
-                if self.left == 0 or self.leaving or a32_load_relaxed(&self.slot.control) & C_STOP:
+                if (self.leaving or a32_load_relaxed(&self.slot.control) & C_STOP
+                        or ((items or k + 1 < count) and not self.another())):
                     if clock.skipped:
                         self.ended_at = self.stop(lease)
                     items.clear()

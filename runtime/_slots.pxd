@@ -16,5 +16,7 @@ cdef class Slots(Harvest):
     cdef tally_t *tallies   # by number
 
     cdef int stop_looking(self) except -1
+    cdef int open_lane(self, uint32_t index, uint32_t number, uint32_t generation) except -1
+    cdef bint lane_worked(self, uint32_t index) except -1
     cdef list counted_of(self, uint32_t number)
     cpdef uint64_t busy_ns(self, uint32_t index) except? 0xFFFFFFFFFFFFFFFF

@@ -8,10 +8,10 @@ from cpython.mem cimport PyMem_Calloc, PyMem_Free
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from runtime._atomics cimport *
-from runtime._extent cimport Arena
+from runtime._extent cimport Arena, first_lane
 from runtime._layout cimport *
 from runtime._records cimport SlotTable, Task
-from runtime._threads cimport guard_acquire, guard_release, guard_t
+from runtime._threads cimport guard_acquire, guard_of, guard_release, guard_t
 
 
 cdef class Slots(Harvest):
@@ -47,49 +47,54 @@ cdef class Slots(Harvest):
         return 0
 
     def open_slot(self, uint32_t number, uint32_t generation):
-        """A free slot, made LIVE for a new process; -1: none is free."""
-        cdef uint32_t i
-        cdef slot_t *slot
-        cdef SlotTable table
-        for i in range(self.arena.slots):
-            slot = self.arena.slot(i)
-            table = self.slots[i]
-            if table.state == S_FREE:
-                table.state = S_LIVE
-                table.incarnation += 1
-                table.ring_tail = 0
-                table.outbox_head = 0
-                table.suspect = False
-                table.nonsense = 0
-                table.acted = False
-                table.untold = 0
-                table.number = number
-                table.counted = number < self.arena.room
-                a64_store_relaxed(&slot.rescued, 0)
-                slot.incarnation = table.incarnation
-                slot.number = number
-                slot.generation = generation
-                slot.failure_bytes = 0
-                a32_store_relaxed(&slot.control, 0)
-                a64_store_relaxed(&slot.ring_tail, 0)
-                a64_store_relaxed(&slot.ring_head, 0)
-                a64_store_relaxed(&slot.outbox_tail, 0)
-                a64_store_relaxed(&slot.outbox_head, 0)
-                a32_store_relaxed(&slot.phase, P_BOOT)
-                a32_store_relaxed(&slot.running, 0)
-                a64_store_relaxed(&slot.tasks_done, 0)
-                a64_store_relaxed(&slot.busy, 0)
-                table.signalled = False
-                a32_store_relaxed(&slot.turn, 0)
-                a32_store_relaxed(&slot.parked, AWAKE)
-                a32_store_release(&slot.state, S_LIVE)
+        """The first of the free slots that were made LIVE for a new process; -1: there are none."""
+        cdef uint32_t i, k
+        for i in range(0, self.arena.slots, self.arena.threads):
+            if (<SlotTable>self.slots[i]).state == S_FREE:      # then all of them are: they are swept together
+                for k in range(i, i + self.arena.threads):
+                    self.open_lane(k, number, generation)
                 return i
         return -1
 
+    cdef int open_lane(self, uint32_t index, uint32_t number, uint32_t generation) except -1:
+        cdef slot_t *slot = self.arena.slot(index)
+        cdef SlotTable table = self.slots[index]
+        table.state = S_LIVE
+        table.incarnation += 1
+        table.ring_tail = 0
+        table.outbox_head = 0
+        table.suspect = False
+        table.nonsense = 0
+        table.acted = False
+        table.untold = 0
+        table.number = number
+        table.counted = number < self.arena.room
+        a64_store_relaxed(&slot.rescued, 0)
+        slot.incarnation = table.incarnation
+        slot.number = number
+        slot.generation = generation
+        slot.failure_bytes = 0
+        a32_store_relaxed(&slot.control, 0)
+        a64_store_relaxed(&slot.ring_tail, 0)
+        a64_store_relaxed(&slot.ring_head, 0)
+        a64_store_relaxed(&slot.outbox_tail, 0)
+        a64_store_relaxed(&slot.outbox_head, 0)
+        a32_store_relaxed(&slot.phase, P_BOOT)
+        a32_store_relaxed(&slot.running, 0)
+        a64_store_relaxed(&slot.tasks_done, 0)
+        a64_store_relaxed(&slot.busy, 0)
+        table.signalled = False
+        a32_store_relaxed(&slot.turn, 0)
+        a32_store_relaxed(&slot.parked, AWAKE)
+        a32_store_release(&slot.state, S_LIVE)
+        return 0
+
     def occupy(self, uint32_t index, int pidfd):
-        """A process lives in the slot: its leases may be killed through this pidfd."""
-        cdef guard_t *guard = &self.keeper.guards[index]
-        self.keeper.standing[index].word = 0        # of the last one: words of two entries may be alike
+        """A process lives in the slots from `index` on: its leases may be killed through this pidfd."""
+        cdef guard_t *guard = guard_of(self.keeper, index)
+        cdef uint32_t i
+        for i in range(index, index + self.arena.threads):
+            self.keeper.standing[i].word = 0    # of the last one: words of two entries may be alike
         guard_acquire(guard)
         guard.pidfd = pidfd
         guard.killing = False
@@ -98,30 +103,40 @@ cdef class Slots(Harvest):
 
     def vacate(self, uint32_t index):
         """The process is gone: nothing is signalled through its pidfd any more, which is returned."""
-        cdef guard_t *guard = &self.keeper.guards[index]
+        cdef guard_t *guard = guard_of(self.keeper, index)
         cdef int pidfd
-        cdef SlotTable table = self.slots[index]
+        cdef uint32_t i
+        cdef SlotTable table
         guard_acquire(guard)
         pidfd = guard.pidfd
         guard.pidfd = -1
         guard.armed = False
         guard_release(guard)
-        if table.counted:
-            self.tallies[table.number].tasks += a64_load_relaxed(&self.arena.slot(index).tasks_done)
-            self.tallies[table.number].busy += self.busy_ns(index)
-            table.counted = False
-        table.ready = False
-        table.state = S_DYING
-        a32_store_release(&self.arena.slot(index).state, S_DYING)
+        for i in range(index, index + self.arena.threads):
+            table = self.slots[i]
+            if table.counted:
+                self.tallies[table.number].tasks += a64_load_relaxed(&self.arena.slot(i).tasks_done)
+                self.tallies[table.number].busy += self.busy_ns(i)
+                table.counted = False
+            table.ready = False
+            table.state = S_DYING
+            a32_store_release(&self.arena.slot(i).state, S_DYING)
         return pidfd
 
     def worked(self, uint32_t index):
-        """Whether the process in a slot has done any of its work, or was killed for it.
+        """Whether the process in a slot has done any of its work, or was killed for it."""
+        cdef uint32_t i
+        if guard_of(self.keeper, index).killing:
+            return True
+        for i in range(index, index + self.arena.threads):
+            if self.lane_worked(i):
+                return True
+        return False
 
-        From the words, not from the worker's hints: it may have been killed between the two.
-        """
+    cdef bint lane_worked(self, uint32_t index) except -1:
+        """From the words, not from the worker's hints: it may have been killed between the two."""
         cdef uint64_t word
-        if self.keeper.guards[index].killing or a64_load_relaxed(&self.arena.slot(index).tasks_done):
+        if a64_load_relaxed(&self.arena.slot(index).tasks_done):
             return True
         for task in (<SlotTable>self.slots[index]).tasks:
             if task is not None:
@@ -136,7 +151,8 @@ cdef class Slots(Harvest):
 
     def sent_kill(self, uint32_t index):
         """Whether the process in a slot, or the last one, was sent SIGKILL by us."""
-        return self.keeper.guards[index].killing or (<SlotTable>self.slots[index]).signalled
+        return (guard_of(self.keeper, index).killing
+                or (<SlotTable>self.slots[first_lane(self.arena, index)]).signalled)
 
     cpdef uint64_t busy_ns(self, uint32_t index) except? 0xFFFFFFFFFFFFFFFF:
         """Nanoseconds that the worker in a slot has spent in user code, what runs now included."""

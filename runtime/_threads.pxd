@@ -3,18 +3,18 @@
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from runtime._atomics cimport *
-from runtime._extent cimport Arena
+from runtime._extent cimport Arena, first_lane
 from runtime._layout cimport *
 
 
-# Host-private, one per slot. The lock orders the deadline thread against the host's Python threads: a
+# Host-private, one per process, in the row of its first slot. The lock orders the deadline thread against the host's Python threads: a
 # pidfd may be used or closed, and a lease may be killed, only under it. Sections are short, run without
 # bytecode and never wait for the GIL, so a thread that holds the GIL may spin for it.
 ctypedef struct guard_t:
     a32_t lock              # 0 free, 1 held
     int pidfd               # of the process in the slot; -1: none
-    bint armed              # leases of this slot may be killed: a process lives in it
-    bint killing            # a lease was killed: lease nothing more to this slot
+    bint armed              # leases of its slots may be killed: the process lives
+    bint killing            # a lease was killed: lease nothing more to any of its slots
     char pad[48]
 
 
@@ -39,7 +39,7 @@ cdef bint kill_lease(guard_t *guard, lease_t *lease, uint64_t word) noexcept nog
 cdef class DeadlineKeeper:
     """Ends tasks that run longer than their timeout, also while user code holds the GIL."""
     cdef Arena arena
-    cdef guard_t *guards        # one per slot
+    cdef guard_t *guards        # one per slot; see guard_of
     cdef int64_t *timeouts      # per slot and entry, ns, 0: none. The host's own: a worker may run wild
     cdef standing_t *standing   # one per slot
     cdef int64_t looked         # monotonic ns of the last look
@@ -55,3 +55,8 @@ cdef class DeadlineKeeper:
                     int64_t step) noexcept nogil
     cdef void arm(self) noexcept nogil
     cdef void disarm(self) noexcept nogil
+
+
+cdef inline guard_t *guard_of(DeadlineKeeper keeper, uint32_t index) noexcept nogil:
+    """The guard of the process that a slot belongs to."""
+    return &keeper.guards[first_lane(keeper.arena, index)]

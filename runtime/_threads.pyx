@@ -110,7 +110,7 @@ cdef class DeadlineKeeper:
         cdef int64_t step = min(now - self.looked, 2 * KEEPER_PERIOD)
         self.looked = now
         for i in range(self.arena.slots):
-            if not self.guards[i].armed:
+            if not guard_of(self, i).armed:
                 continue
             entry = self.claimed(i)
             if entry >= 0 and self.overdue(i, <uint32_t>entry, now, step):
@@ -157,6 +157,7 @@ cdef class DeadlineKeeper:
         """
         cdef lease_t *lease = self.arena.lease(i, entry)
         cdef int64_t timeout = self.timeouts[i * self.arena.leases + entry]
+        cdef guard_t *guard = guard_of(self, i)
         # The word is read before the clock: a worker stops the clock of item n before it moves the word
         # to n + 1, so whoever sees n + 1 cannot see n's start, and the CAS in kill_lease fails if the
         # word has moved since.
@@ -173,9 +174,9 @@ cdef class DeadlineKeeper:
                 self.standing[i].ns = 0
             if now - started < timeout:
                 return False
-        guard_acquire(&self.guards[i])
-        killed = kill_lease(&self.guards[i], lease, word)
-        guard_release(&self.guards[i])
+        guard_acquire(guard)
+        killed = kill_lease(guard, lease, word)
+        guard_release(guard)
         return killed
 
 

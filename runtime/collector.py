@@ -11,10 +11,11 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import logging
+import signal
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from runtime import _core, serializer
@@ -34,6 +35,7 @@ _LOOK = HintKind.LOOK  # an enum's member takes its time to be looked up
 _TICK = 0.001  # what a wait may fall short of: zmq counts in milliseconds
 _LOCKED = 0.001  # the same, while somebody else has the lock of a future whose outcome is there
 _POLL = 0.001  # seconds after which hints are read even if the outboxes alone keep the collector busy
+NEIGHBOUR = "neighbour"  # the reason of who died with a worker that was killed for another task
 _WORTH = 2  # times in a row that watching the outboxes may be in vain
 
 log = logging.getLogger("runtime")
@@ -64,12 +66,19 @@ class Death:
     rss: int | None
     stack: str = ""
 
-    def blamed(self, attempts: int, task: str, history: tuple[str, ...]) -> WorkerDied:
-        """The exception of a task that the worker was running."""
+    def blamed(self, attempts: int, task: str, history: tuple[str, ...], beside: str = "") -> WorkerDied:
+        """The exception of a task that the worker was running. beside: why it was killed for another one."""
         return WorkerDied(
-            self.pid, self.number, self.exitcode, self.signal, self.reason, attempts, self.stack, self.rss,
-            task=task, history=history,
+            self.pid, self.number, self.exitcode, self.signal, NEIGHBOUR if beside else self.reason, attempts,
+            self.stack, self.rss, task=task, history=history, beside=beside,
         )  # fmt: skip
+
+    def among(self, ran: int) -> Death:
+        """The same for one of so many tasks that ran: nobody knows whose doing it was."""
+        if ran < 2:
+            return self
+        reason = f"{self.reason}; {ran} tasks were running in it, and any of them may be the cause"
+        return replace(self, reason=reason)
 
     def line(self) -> str:
         """For the history of a task."""
@@ -110,6 +119,7 @@ class Collector:
         dispatcher.tell = self.tell
         self.broken: BrokenRuntime | None = None  # set when no task can run any more: what they are told
         self.stopped = False
+        self._threads = dispatcher.arena.threads
         self._worth = 0
         self._polled = 0.0
         self._busy = 0.0  # when something was last seen to be out
@@ -225,11 +235,26 @@ class Collector:
 
     def announce(self) -> None:
         """Tell workers of leases in their rings."""
-        for slot in self.dispatcher.announcements():
+        slots = self.dispatcher.announcements()
+        if self._threads > 1:
+            self.announce_lanes(slots)
+            return
+        for slot in slots:
             if self.link.send(_LOOK, slot, self.dispatcher.incarnation(slot)):
                 self.dispatcher.told(slot)
         for slot in self.dispatcher.repetitions():
             self.link.send(HintKind.AGAIN, slot, self.dispatcher.incarnation(slot))
+
+    def announce_lanes(self, slots: tuple[int, ...]) -> None:
+        """One message for all lanes of a process, which are neighbours: it finds out whom that is for."""
+        for kind, lanes in ((_LOOK, slots), (HintKind.AGAIN, self.dispatcher.repetitions())):
+            processes: dict[int, list[int]] = {}
+            for lane in lanes:
+                processes.setdefault(lane - lane % self._threads, []).append(lane)
+            for slot, announced in processes.items():
+                if self.link.send(kind, slot, self.dispatcher.incarnation(slot)) and kind == _LOOK:
+                    for lane in announced:
+                        self.dispatcher.told(lane)
 
     # ---- outcomes ------------------------------------------------------------------------------------
 
@@ -283,7 +308,10 @@ class Collector:
         if kind == _core.OUTCOME_FRAME:
             self.deliver(task, *rest)
         elif kind == _core.OUTCOME_DIED:
-            self.died(task, *rest)
+            item, death, ran = rest
+            self.died(task, item, death.among(ran))
+        elif kind == _core.OUTCOME_NEIGHBOUR:
+            self.beside(task, *rest)
         elif kind == _core.OUTCOME_KILLED:
             item, reason = rest
             if reason:  # cancelled by the user: final, whatever retry_on says
@@ -374,35 +402,51 @@ class Collector:
         if not (retry and self.retried(task, item, task.history(item))):
             self.finish(task, item, False, error)
 
-    def retried(self, task: _core.Task, item: int, deaths: tuple[str, ...] = ()) -> bool:
+    def retried(
+        self, task: _core.Task, item: int, deaths: tuple[str, ...] = (), counted: bool = True
+    ) -> bool:
         """Run it once more, if an attempt is left: the first time at once, then later and later.
 
-        deaths: how its attempts died so far.
+        deaths: how its attempts died so far. counted: this one does; else the next one is at once.
         """
         if self.broken is not None:
             return False
-        delay = int(retry_delay(task.attempts(item)) * 1e9)
+        delay = int(retry_delay(task.attempts(item)) * 1e9) if counted else 0
         if task.batch is None:
             if not task.retries:
                 return False
-            task.retries -= 1
-            self.dispatcher.retry(task, delay, deaths)
+            task.retries -= counted
+            self.dispatcher.retry(task, delay, deaths, counted)
         else:
             if task.attempts(item) > task.batch.sink.retries:
                 return False
-            self.dispatcher.retry_item(task, item, delay, deaths)
+            self.dispatcher.retry_item(task, item, delay, deaths, counted)
         return True
 
     def died(self, task: _core.Task, item: int, death: Death) -> None:
         """Its worker died while it ran this: again, or WorkerDied."""
         deaths = (*task.history(item), death.line())[-HISTORY:]
-        if self.retried(task, item, deaths):
-            return
+        if not self.retried(task, item, deaths):
+            self.lost(task, item, death, deaths)
+
+    def beside(self, task: _core.Task, item: int, death: Death, culprit: _core.Task | None) -> None:
+        """Its worker was killed for another task: again, at no cost if it may be run again; or WorkerDied."""
+        if death.signal not in (None, signal.SIGKILL):  # it crashed before the kill came
+            self.died(task, item, death)
+        elif not self.retried(task, item, task.history(item), False):
+            what = "another task" if culprit is None else _name(culprit)
+            how = "was cancelled" if culprit is None or culprit.reason else "ran longer than its timeout"
+            self.lost(task, item, death, task.history(item), f"{what}, which ran beside it, {how}")
+
+    def lost(
+        self, task: _core.Task, item: int, death: Death, deaths: tuple[str, ...], beside: str = ""
+    ) -> None:
+        """It ends with its worker. beside: why that was killed for another task."""
         if self.broken is not None:
             self.finish(task, item, False, again(self.broken))
-            return
-        name = f"task {task.number} ({task.fn.module}.{task.fn.name})"
-        self.finish(task, item, False, death.blamed(task.attempts(item), name, deaths))
+        else:
+            error = death.blamed(task.attempts(item), _name(task), deaths, beside)
+            self.finish(task, item, False, error)
 
     def abandoned(self, task: Any, batch: Any, spans: Any, cancelled: bool) -> None:
         """It never started, and never will."""
@@ -497,6 +541,10 @@ class Collector:
             except RuntimeError:
                 self._finishing = False
                 log.error("no thread can be made for the %d futures whose locks are held", len(self._late))
+
+
+def _name(task: _core.Task) -> str:
+    return f"task {task.number} ({task.fn.module}.{task.fn.name})"
 
 
 def _unpacked(status: int, data: memoryview, views: list[memoryview]) -> Any:

@@ -21,6 +21,7 @@ from runtime.limits import available_cpus, cpu_quota, memory_limit, memory_total
 
 __all__ = [
     "INHERIT",
+    "MAX_LANES",
     "MAX_REGION",
     "MAX_THREADS",
     "MAX_WORKERS",
@@ -42,7 +43,8 @@ __all__ = [
 ]
 
 MAX_WORKERS: Final = 2000
-MAX_THREADS: Final = 256  # as many as a worker has lease entries: more could never be busy
+MAX_THREADS: Final = 64
+MAX_LANES: Final = 2000  # threads of all workers together: each has a slot of the table
 _MAX_COUNT: Final = 2**31 - 1
 _MAX_SECONDS: Final = 1e9  # 31 years: a deadline in nanoseconds stays far from 2^63
 MAX_REGION: Final = (2**28 - 2) << 12  # bytes that extent words can tell apart, see _layout.pxd
@@ -71,7 +73,7 @@ class Settings:
     """What a Runtime was asked for. Immutable, so any thread may read it."""
 
     max_workers: int  # workers to start
-    threads: int  # native threads in each worker
+    threads: int  # tasks that a worker runs at a time, each in a thread of its own
     initializer: Callable[..., object] | None  # called once in each worker before its first task
     initargs: tuple[Any, ...]
     max_tasks_per_child: int | None  # items after which a worker is replaced
@@ -155,9 +157,10 @@ def settings(
     if (most or first) > MAX_REGION:
         what, size = ("region_size", first) if most is None else ("region_max", most)
         raise ValueError(f"{what} must be at most {MAX_REGION:,} bytes, not {size:,}")
+    lanes = _count("threads", threads, 1, MAX_THREADS)
     return Settings(
-        max_workers=_workers(max_workers),
-        threads=_count("threads", threads, 1, MAX_THREADS),
+        max_workers=_workers(max_workers, lanes),
+        threads=lanes,
         initializer=initializer,
         initargs=_initargs(initargs),
         max_tasks_per_child=_count_or_none("max_tasks_per_child", max_tasks_per_child),
@@ -267,26 +270,31 @@ _FALLS_BACK_TO_OMP = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREA
 _ON_ITS_OWN = ("VECLIB_MAXIMUM_THREADS", "NUMBA_NUM_THREADS")
 
 
-def thread_caps(workers: int) -> dict[str, str]:
-    """Environment for the workers, so that their numeric libraries share the CPUs among them.
+def thread_caps(workers: int, threads: int = 1) -> dict[str, str]:
+    """Environment for the workers, so that their numeric libraries share the CPUs among them; each of so many
+    threads of a worker may call one.
 
     Without it each of n workers starts a BLAS pool of all CPUs: n times too many threads. What the
     user has set stays. A user's OMP_NUM_THREADS also stands for the libraries that fall back to it:
     their own variables would win over it, so they are then left unset.
     """
-    share = str(max(1, available_cpus() // max(1, workers)))
+    share = str(max(1, available_cpus() // max(1, workers * threads)))
     names = [_OMP, *_FALLS_BACK_TO_OMP] if not os.environ.get(_OMP) else []
     return {name: share for name in (*names, *_ON_ITS_OWN) if not os.environ.get(name)}
 
 
-def _workers(value: int | None) -> int:
+def _workers(value: int | None, threads: int) -> int:
     if value is None:
-        return default_workers()
+        return min(default_workers(), MAX_LANES // threads)
     number = _whole("max_workers", value)
     if number <= 0:
         raise ValueError("max_workers must be greater than 0")
     if number > MAX_WORKERS:
         raise ValueError(f"max_workers must be at most {MAX_WORKERS:,}, not {number:,}")
+    if number * threads > MAX_LANES:
+        raise ValueError(
+            f"max_workers times threads must be at most {MAX_LANES:,}, not {number:,} x {threads}"
+        )
     return number
 
 

@@ -46,7 +46,8 @@ class WorkerDied(_Record):
     a signal ended it. signal: the number of that signal, or None. reason: the likely cause
     in words. attempts: how often the task had been started. stack: the worker's Python
     stack at the crash, or "". rss: its largest resident size in bytes, or None. task: its number
-    and function. history: how the attempts died that did, a line each, the last ones.
+    and function. history: how the attempts died that did, a line each, the last ones. beside: why the
+    worker was killed for another task that ran in it; then reason is "neighbour".
     """
 
     fields = ("pid", "number", "exitcode", "signal", "reason", "attempts", "stack", "rss")
@@ -64,12 +65,15 @@ class WorkerDied(_Record):
         *,
         task: str = "",
         history: tuple[str, ...] = (),
+        beside: str = "",
     ) -> None:
         self.pid, self.number, self.exitcode, self.signal = pid, number, exitcode, signal
         self.reason, self.attempts, self.stack, self.rss = reason, attempts, stack, rss
-        self.task, self.history = task, tuple(history)
+        self.task, self.history, self.beside = task, tuple(history), beside
         what = task or "this task"
         text = f"worker {number} (pid {pid}) died while it ran {what}: {reason or 'cause unknown'}"
+        if beside:
+            text += f": it was killed because {beside}"
         if attempts > 1:
             text += f"; the task was started {attempts} times"
         if len(self.history) > 1:
@@ -80,7 +84,7 @@ class WorkerDied(_Record):
 
     def __reduce__(self) -> tuple[Any, ...]:
         kind, values, state = super().__reduce__()
-        named = {name: state.pop(name) for name in ("task", "history")}
+        named = {name: state.pop(name) for name in ("task", "history", "beside")}
         return _made, (kind, values, named), state
 
 

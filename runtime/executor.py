@@ -43,7 +43,9 @@ class Runtime(Front, Store, Kernels):
     or when it is garbage-collected, pending tasks are finished, as the stdlib's executors do; but Ctrl-C that
     nobody catches ends running tasks after a second, and so it does when it leaves a `with` block.
 
-    max_workers: processes; by default what the cgroup's quota and the affinity allow. initializer, initargs:
+    max_workers: processes; by default what the cgroup's quota and the affinity allow. threads: tasks that one
+    of them runs at a time, in threads that share its memory, its GIL and its death (docs/threads.md); at most
+    64, and 2,000 in all workers together. initializer, initargs:
     called in each worker before its first task. max_tasks_per_child: tasks, or items of a map, after which a
     worker is replaced. preload: modules to import before workers are forked. start_method: "exec", from a
     fresh interpreter; or "fork", from this process as it is now (its modules and data by copy-on-write, but
@@ -92,8 +94,6 @@ class Runtime(Front, Store, Kernels):
         )  # fmt: skip
         if _exiting:
             raise RuntimeError("cannot make a Runtime after interpreter shutdown")
-        if self._settings.threads > 1:
-            raise ValueError("threads must be 1: several native threads per worker are not in this version")
         if self._settings.state_max_items is not None or self._settings.state_max_bytes is not None:
             raise ValueError("state_max_items and state_max_bytes: shared state is not in this version")
         self._options = TaskOptions(
@@ -205,7 +205,8 @@ class Runtime(Front, Store, Kernels):
         try:
             return Results(
                 fn, iterables, run=Run(options, ordered, return_exceptions, bar), options=options,
-                submit=submit, drop=drop, table=self._table, workers=max(1, self._max_workers),
+                submit=submit, drop=drop, table=self._table,
+                workers=max(1, self._max_workers) * self._settings.threads,
                 timeout=timeout, chunksize=chunksize or 0, buffersize=buffersize, bar=bar, feed=feed,
                 locate=core.arena.locate,
             )  # fmt: skip
@@ -270,7 +271,7 @@ class Runtime(Front, Store, Kernels):
             slot = pid = started = task = None
             if worker is not None:
                 slot, pid, started = worker.slot, worker.pid, worker.started
-                task = self._core.dispatcher.look(slot)[3]
+                task = next(iter(self._core.dispatcher.tasks_in(slot)), None)
             rss = resident(pid) if pid is not None else None
             found.append(WorkerInfo(number, slot, pid, 1, status, started, done, task, rss, busy[number]))
         return tuple(found)
@@ -279,8 +280,7 @@ class Runtime(Front, Store, Kernels):
         """Counts and sizes; each is exact, but they are read one after the other."""
         core = self._core
         dispatcher, arena = core.dispatcher, core.arena
-        looks = [dispatcher.look(slot) for slot in core.occupied()]
-        running = sum(look[3] is not None for look in looks)
+        running = sum(len(dispatcher.tasks_in(slot)) for slot in core.occupied())
         ready = sum(status is WorkerStatus.READY for _, status, _, _ in core.workers())
         return Stats(
             queued=dispatcher.waiting,

@@ -15,6 +15,7 @@ import os
 import socket
 import sys
 import warnings
+from collections.abc import Callable
 from typing import Any, TextIO
 
 from runtime import _core, logrecords
@@ -60,8 +61,10 @@ def flush() -> None:
 # ---- log records and warnings --------------------------------------------------------------------------
 
 
-def forward_records(channel: socket.socket, context: Any, levels: dict[str, int]) -> None:
-    """From now on records and warnings go to the host. levels: of the host's loggers, "" is the root's."""
+def forward_records(channel: socket.socket, context: Callable[[], Any], levels: dict[str, int]) -> None:
+    """From now on records and warnings go to the host. context: the Context of the thread that asks. levels: of
+    the host's loggers, "" is the root's.
+    """
     root = logging.getLogger()
     if not root.handlers:  # else a preloaded module has set up logging as it wants it
         root.setLevel(levels.get("", logging.WARNING))
@@ -110,7 +113,7 @@ class _Handler(logging.Handler):
     that text arrives in the host by itself.
     """
 
-    def __init__(self, channel: socket.socket, context: Any) -> None:
+    def __init__(self, channel: socket.socket, context: Callable[[], Any]) -> None:
         super().__init__()
         self._channel = channel
         self._context = context
@@ -119,7 +122,8 @@ class _Handler(logging.Handler):
         if _is_shown(record):
             return
         try:
-            data = logrecords.encode_log(record, self._context.number, self._context.task)
+            context = self._context()
+            data = logrecords.encode_log(record, context.number, context.task)
         except Exception:
             self.handleError(record)
             return

@@ -23,7 +23,7 @@ from typing import Any
 from runtime._core import Recent
 from runtime.byvalue import SHARED, Session, dumps_by_value, raise_if_inherited
 from runtime.guards import Guard, holds, watch
-from runtime.linking import Links, Record, load_logged, note_import, relink
+from runtime.linking import Crowd, Links, Record, load_logged, note_import, relink, went_apart
 from runtime.lookup import LRU_TYPE, locate, names_by_value_module, resolve
 from runtime.payload import digest_of
 
@@ -200,7 +200,15 @@ class FunctionCache:
 
     def settled(self, id: int) -> bool:
         """Whether a loaded function refers to no global that a message may rebind."""
-        return not self._loaded[id].records
+        loaded = self._loaded.get(id)
+        return loaded is not None and not loaded.records
+
+    def needs(self, id: int) -> bool:
+        """Whether `load` must be given the pickle."""
+        return id not in self._loaded
+
+    def leave(self) -> None:
+        """The call has ended."""
 
     def drop(self, id: int) -> None:
         loaded = self._loaded.pop(id, None)
@@ -210,6 +218,44 @@ class FunctionCache:
     def clear(self) -> None:
         self._loaded.clear()
         self._held = 0
+
+
+class SharedCache(FunctionCache):
+    """That of a worker with several threads. Thread-safety: any thread, at the price of a lock."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._crowd = Crowd()
+
+    def load(self, id: int, data: bytes | memoryview | None = None) -> Callable[..., Any]:
+        """As FunctionCache.load; LookupError, too, when the function needs its globals to itself now, and there
+        is no data. `leave` ends the call.
+        """
+        with self._crowd.lock:
+            loaded = self._loaded.get(id)
+            if loaded is not None and not self._crowd.fits(loaded.records):
+                if data is None:
+                    raise LookupError(f"function {id} must be loaded once more: other calls use its globals")
+                fn: Callable[..., Any] = load_logged(data)[0]
+                return fn
+            if loaded is not None and loaded.records:
+                self._crowd.enter()
+            return super().load(id, data)
+
+    def _load(self, id: int, data: bytes | memoryview) -> Callable[..., Any]:
+        fn = super()._load(id, data)
+        if went_apart():  # it is for this call alone
+            self.drop(id)
+        return fn
+
+    def needs(self, id: int) -> bool:
+        """Whether `load` must be given the pickle: it may be, if other calls use the function's globals."""
+        loaded = self._loaded.get(id)
+        return loaded is None or bool(loaded.records)
+
+    def leave(self) -> None:
+        """The call of this thread has ended."""
+        self._crowd.leave()
 
 
 class _Loaded:

@@ -95,16 +95,19 @@ class Number:
         return self.worker is not None and self.worker.ready and not self.worker.stopping
 
 
-def geometry(workers: int) -> tuple[int, int, int, int]:
+def geometry(workers: int, threads: int = 1) -> tuple[int, int, int, int]:
     """(slots, leases per slot, outbox records per slot, bytes of a bounce block).
 
-    Twice as many slots as workers, and two more: a dead worker's slot is swept while its successor starts.
-    Many workers get smaller tables each, so that a region stays small.
+    Many slots get smaller tables each, so that a region stays small; those of threads are many soon.
     """
-    leases, bounce = (
-        (256, 256 << 10) if workers <= 16 else (64, 64 << 10) if workers <= 128 else (16, 16 << 10)
-    )
-    return slots_for(workers), leases, 4 * leases, bounce
+    lanes = workers * threads
+    if threads == 1 and lanes <= 16:
+        leases, bounce = 256, 256 << 10
+    elif lanes <= 16 or (threads == 1 and lanes <= 128):
+        leases, bounce = 64, 64 << 10
+    else:
+        leases, bounce = 16, 16 << 10
+    return slots_for(workers, threads), leases, 4 * leases, bounce
 
 
 def new_arena(settings: config.Settings) -> _core.Arena:
@@ -120,10 +123,11 @@ def new_arena(settings: config.Settings) -> _core.Arena:
         try:
             return _core.GrowingArena.create(
                 least,
-                *geometry(settings.max_workers),
+                *geometry(settings.max_workers, settings.threads),
                 *config.lanes(),
-                slots_for(room_for(settings.max_workers)),
+                slots_for(room_for(settings.max_workers, settings.threads), settings.threads),
                 most,
+                settings.threads,
             )
         except RegionFull:
             if settings.region_max is not None or most == least:
@@ -131,18 +135,21 @@ def new_arena(settings: config.Settings) -> _core.Arena:
             most = max(least, most // 2)
 
 
-def slots_for(workers: int) -> int:
-    """Slots that so many workers need."""
-    return 2 * workers + 2
+def slots_for(workers: int, threads: int = 1) -> int:
+    """Slots that so many workers need: one for each thread of twice as many workers, and of two more.
+
+    A dead worker's slots are swept while its successor starts.
+    """
+    return (2 * workers + 2) * threads
 
 
-def room_for(workers: int) -> int:
+def room_for(workers: int, threads: int = 1) -> int:
     """Workers that a runtime made with so many may be scaled to.
 
     Their slots are laid out at its creation, as a hole in the region's file: a slot that was never used
     costs its address space (436 KiB with up to 16 workers) and no memory.
     """
-    return max(workers, min(config.MAX_WORKERS, max(_ROOM, _ROOM_FACTOR * workers)))
+    return max(workers, min(config.MAX_LANES // threads, max(_ROOM, _ROOM_FACTOR * workers)))
 
 
 def fill_standard_descriptors() -> None:
@@ -207,6 +214,7 @@ def zygote_settings(settings: config.Settings, table: serializer.FunctionTable) 
         "initializer": initializer,
         "max_tasks": settings.max_tasks_per_child,
         "max_rss": settings.max_worker_rss,
+        "threads": settings.threads,
     }
 
 

@@ -12,12 +12,17 @@ global is set only when its version is not the current one: what the receiver it
 initializer's `global model`) stays until the sender rebinds the name. Contents of a class likewise.
 `relink` moves what an older function refers to back to the versions it was sent with.
 
+In a worker with several threads (`Crowd`) a call may need other versions of a space's globals than those in
+place, while another thread's call uses these. Then it gets the space to itself: a copy, with its own versions,
+which no other call sees.
+
 The functions at the end are what pickles name: `link` for the message, the others for what is in it.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 import threading
 import types
 import weakref
@@ -44,14 +49,15 @@ class _Current:
 class _InSpace:
     """One globals dict of this process, shared by all functions by value of one module of the sender."""
 
-    __slots__ = ("__weakref__", "globals", "label", "names")
+    __slots__ = ("__weakref__", "globals", "label", "names", "origin")
 
-    def __init__(self, label: str, base: Mapping[str, Any]) -> None:
+    def __init__(self, label: str, base: Mapping[str, Any], adopt: bool = True) -> None:
         import builtins
 
         self.label = label
         self.names: dict[str, _Current] = {}
-        adopted = _Adopted.module if label == "__main__" else None
+        self.origin: _InSpace | None = None  # what this is a copy of
+        adopted = _Adopted.module if adopt and label == "__main__" else None
         self.globals: dict[str, Any] = {} if adopted is None else adopted.__dict__
         self.globals.update(base)
         self.globals["__builtins__"] = builtins
@@ -59,6 +65,30 @@ class _InSpace:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return nothing, ()
+
+    def copied(self) -> _InSpace:
+        """A space for one call, which brings the globals that it needs along; what this process has assigned
+        itself is there, too.
+        """
+        own = {name: value for name, value in self.globals.items() if name not in self.names}
+        copy = _InSpace(self.label, own, False)
+        copy.origin = self
+        return copy
+
+    def holds(self, name: str, version: int) -> bool:
+        """Whether it would not have to change for this version."""
+        current = self.names.get(name)
+        return current is None or current.version == version
+
+    def assigned(self, name: str, version: int) -> object:
+        """What this process has assigned itself, in place of this version of a global; or MISSING."""
+        current = self.names.get(name)
+        if current is None:
+            return MISSING
+        if current.version != version:
+            return current.own.get(version, MISSING)
+        mine = self.globals.get(name, MISSING)
+        return MISSING if mine is current.given else mine
 
     def deliver(self, name: str, version: int, blob: bytes, views: Sequence[Any]) -> None:
         """Sets the global unless this version of it is the current one."""
@@ -80,6 +110,10 @@ class _InSpace:
 
     def _locally_rebound(self, name: str, given: object) -> object:
         """That value, if the real module is loaded here and its code (an initializer) rebound the name."""
+        if self.origin is not None:
+            mine = self.origin.assigned(name, self.names[name].version)
+            if mine is not MISSING:
+                return mine
         at_import = _at_import.get(self.label)
         if at_import is not None:
             own = getattr(modules.get(self.label), "__dict__", {}).get(name, MISSING)
@@ -119,6 +153,7 @@ class Links(threading.local):
 
     stamp = 0  # on the class, for all threads: how often a global or class moved to another version
     spaces: dict[str, _InSpace] | None = None
+    apart = False  # whether what was loaded has copies of spaces to itself
     log: list[Record] | None = None
 
 
@@ -130,6 +165,13 @@ def _in_space(key: str) -> _InSpace:
     if local is not None and key in local:
         return local[key]
     return _in_spaces.get(key) or _anonymous[key]
+
+
+def _find_space(key: str) -> _InSpace | None:
+    local = _links.spaces
+    if local is not None and key in local:
+        return local[key]
+    return _in_spaces.get(key) or _anonymous.get(key)
 
 
 def _open_space(key: str, base: Mapping[str, Any]) -> _InSpace:
@@ -152,8 +194,7 @@ def link(records: Sequence[Record], root: bytes, buffers: Sequence[Any]) -> Any:
     _links.spaces = dict(outer or ())
     keep: list[Any] = []  # a class that only the tracker knows would be gone before the root is loaded
     try:
-        for record in records:
-            _take(record, keep)
+        _take_all(records, keep)
         if _links.log is not None and outer is None:
             _links.log += records
         return loads(root, buffers)
@@ -165,11 +206,17 @@ def load_logged(data: bytes | memoryview) -> tuple[Any, tuple[Record, ...]]:
     """The object again, and the records that came with it, for `relink`."""
     log: list[Record] = []
     _links.log = log
+    _links.apart = False
     try:
         loaded = loads(data)
     finally:
         _links.log = None
     return loaded, tuple(log)
+
+
+def went_apart() -> bool:
+    """Whether what this thread has loaded last got copies of spaces to itself."""
+    return _links.apart
 
 
 def relink(records: Sequence[Record]) -> None:
@@ -178,10 +225,72 @@ def relink(records: Sequence[Record]) -> None:
     _links.spaces = dict(outer or ())
     keep: list[Any] = []
     try:
-        for record in records:
-            _take(record, keep)
+        _take_all(records, keep)
     finally:
         _links.spaces = outer
+
+
+def _take_all(records: Sequence[Record], keep: list[Any]) -> None:
+    if _Crowded.crowd is not None:
+        _Crowded.crowd.take(records, keep)
+        return
+    for record in records:
+        _take(record, keep)
+
+
+class Crowd:
+    """The threads of one worker whose calls refer to globals by value, from when one is loaded to its end.
+
+    Thread-safety: any thread. A fork has a lock of its own. Blocking: while another thread loads by value.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self._inside: set[int] = set()  # threads whose call uses the spaces as they are
+        os.register_at_fork(after_in_child=self._forked)
+        _Crowded.crowd = self
+
+    def _forked(self) -> None:
+        self.lock = threading.RLock()
+        self._inside.clear()
+
+    def fits(self, records: Sequence[Record]) -> bool:
+        """Whether these can be taken without a change under another thread's call. With the lock held."""
+        if not self._inside - {threading.get_ident()}:
+            return True
+        for kind, key, *rest in records:
+            if kind == "G":
+                space = _find_space(key)
+                if space is not None and not space.holds(rest[0], rest[1]):
+                    return False
+        return True
+
+    def take(self, records: Sequence[Record], keep: list[Any]) -> None:
+        """Take the records of a message, in copies of the spaces if another thread's call needs these."""
+        with self.lock:
+            if self.fits(records):
+                self.enter()
+            else:
+                _links.apart = True
+                assert _links.spaces is not None
+                for record in records:
+                    space = _find_space(record[1]) if record[0] == "G" else None
+                    if space is not None and space.origin is None and record[1][0] != "~":
+                        _links.spaces[record[1]] = space.copied()
+            for record in records:
+                _take(record, keep)
+
+    def enter(self) -> None:
+        """This thread's call uses the spaces as they are."""
+        self._inside.add(threading.get_ident())
+
+    def leave(self) -> None:
+        """The call of this thread has ended."""
+        self._inside.discard(threading.get_ident())
+
+
+class _Crowded:
+    crowd: Crowd | None = None  # in a worker with several threads
 
 
 def _take(record: Record, keep: list[Any]) -> None:

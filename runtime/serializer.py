@@ -42,7 +42,7 @@ from typing import Any
 from runtime.arrays import register
 from runtime.byvalue import PORTABLE, RESULT, SHARED, dumps_by_value
 from runtime.errors import RemoteError
-from runtime.functions import CODE_TYPES, FunctionCache, FunctionRef, FunctionTable, name_of
+from runtime.functions import CODE_TYPES, FunctionCache, FunctionRef, FunctionTable, SharedCache, name_of
 from runtime.linking import adopt_main, keep_main
 from runtime.lookup import locate as find_name
 from runtime.lookup import names_by_value_module
@@ -54,6 +54,7 @@ __all__ = [
     "FunctionRef",
     "FunctionTable",
     "Payload",
+    "SharedCache",
     "adopt_main",
     "bound",
     "dump_exception",

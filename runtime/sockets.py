@@ -25,7 +25,7 @@ import zmq
 from runtime import _core
 from runtime.wire import HINT_BYTES, Hint, HintKind, WireError, decode_hint, encode_hint
 
-__all__ = ["HostLink", "Paths", "WorkerLink", "make_folder"]
+__all__ = ["CrewLink", "HostLink", "Paths", "WorkerLink", "make_folder"]
 
 MAX_PATH = 107  # bytes of a socket's path: sun_path less its end
 _LONGEST_NAME = len("/65535-ffffffff.up")
@@ -337,3 +337,31 @@ class WorkerLink:
         for socket in (self._push, self._pull, self._control):
             socket.close(200)  # milliseconds: the last hint should still leave
         self._context.term()
+
+
+class CrewLink(WorkerLink):
+    """A worker's sockets, with a PUSH that any of its threads may send through. Else as WorkerLink."""
+
+    def __init__(self, paths: Paths, slot: int, incarnation: int) -> None:
+        super().__init__(paths, slot, incarnation)
+        self._incarnation = incarnation
+        self._outlet = _core.Outlet(_send, self._push, _NOBLOCK)
+        self._tell = self.notifier(slot)
+
+    def notifier(self, slot: int) -> Callable[[], None]:
+        """What tells the host to look at the outbox of a lane. Thread-safety: any thread."""
+        look = encode_hint(HintKind.LOOK, slot, self._incarnation)
+
+        def notify() -> None:
+            with contextlib.suppress(zmq.Again):
+                self._outlet.send(look)
+
+        return notify
+
+    def notify(self) -> None:
+        """Tell the host to look at the outbox of the first lane, and at the phase."""
+        self._tell()
+
+    def watch(self, fd: int) -> None:
+        """`wait` also ends when there is something to read from this descriptor."""
+        self._poller.register(fd, select.POLLIN)

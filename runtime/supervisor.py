@@ -67,7 +67,7 @@ class Supervisor(Zygotes):
             os.rmdir(folder)
             self.arena.release()
             raise
-        self.link = HostLink(folder, self.arena.room)
+        self.link = HostLink(folder, self.arena.room // settings.threads)
         self._bell = _core.Bell()
         self.keeper = _core.DeadlineKeeper(self.arena, self._bell.fd)
         self.dispatcher = _core.Dispatcher(self.arena, self.keeper)
@@ -155,16 +155,18 @@ class Supervisor(Zygotes):
         """
         if self._stopping or self.ended.is_set():
             raise RuntimeError("cannot scale a runtime after shutdown")
-        room = room_for(self.settings.max_workers)
+        threads = self.settings.threads
+        room = room_for(self.settings.max_workers, threads)
         if workers > room:
             raise ValueError(
                 f"this runtime was made with max_workers={self.settings.max_workers} and has room for "
                 f"{room} workers, not {workers:,}: make one with a larger max_workers"
+                + (" or fewer threads" if threads > 1 else "")
             )
         unborn = [it for it in self._wanted.values() if it.worker is None]
         if workers > len(self._wanted):
             raise_descriptor_limit(workers - len(self._wanted) + len(unborn))
-            self.dispatcher.add_slots(slots_for(workers))
+            self.dispatcher.add_slots(slots_for(workers, threads))
         self._unpaused = workers or self._unpaused
         self._want(workers)
         self.wake()
@@ -281,7 +283,7 @@ class Supervisor(Zygotes):
         now = time.monotonic()
         for worker in self._slots.values():
             if worker.leave_by and now >= worker.leave_by and not worker.died:
-                if self.dispatcher.look(worker.slot)[3] is not None:  # it finishes a task: that may take long
+                if self.dispatcher.tasks_in(worker.slot):  # it finishes a task: that may take long
                     worker.leave_by = now + self.settings.drain_timeout
                     continue
                 self.dispatcher.signal(worker.slot, signal.SIGKILL)

@@ -47,7 +47,7 @@ class Zygotes(Lives):
     def __init__(self, settings: config.Settings, table: serializer.FunctionTable) -> None:
         super().__init__(settings)
         self._zygote_settings = zygote_settings(settings, table)
-        self._environment = {**os.environ, **config.thread_caps(settings.max_workers)}
+        self._environment = {**os.environ, **config.thread_caps(settings.max_workers, settings.threads)}
         self._zygote_failures = 0
         self._zygote_at = 0.0  # monotonic time of the next attempt to start one
         self._heir: Heir | None = None  # of a zygote that was forked from the host

@@ -51,6 +51,10 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("kernels",),
     ("sockets", "children", "inherit", "heirs", "logrecords", "channels"),
     ("forwarding", "stacks", "handle"),
+    ("contexts",),
+    ("calls",),
+    ("loop",),  # of a worker with one thread
+    ("lanes",),  # and with several
     ("worker",),
     ("zygote",),  # forks, and then calls worker.main
     ("collector", "mapping"),
