@@ -87,7 +87,7 @@ SUPERVISION: tuple[tuple[str, str, str], ...] = (
     ("_leasing.pyx", "lease.flags = (F_PRIVATE_VIEW", "deadlines"),
     ("_leasing.pyx", "self.keeper.timeouts[at]", "deadlines"),
     ("_leasing.pyx", "if task.timeout:", "deadlines"),
-    ("_leasing.pyx", "and not self.keeper.guards[i].killing", "deadlines"),
+    ("_leasing.pyx", "if guard_of(self.keeper, index).killing:", "deadlines"),
     ("_lease.pyx", "a32_store_release(&self.slot.running, entry + 1)", "deadlines"),
     ("_lease.pyx", "a32_store_release(&self.slot.running, 0)", "deadlines"),
     ("_lease.pyx", "a64_store_release(&lease.started, <uint64_t>now)", "deadlines"),

@@ -38,7 +38,7 @@ class Loop(Worker):
         self.share = -1
         self.functions = serializer.FunctionCache()
         self.children = Children()
-        self.port.attend(self, Context(self.orders), self.functions, host, self.share, 1)
+        self.port.attend(self, Context(0, slot, 1), self.functions, host, self.share, 1)
 
     def check(self) -> None:
         """Due every 10 ms; valgrind's are short. How much it costs is counted by itself."""

@@ -172,13 +172,13 @@ ctypedef struct record_t:
 # death, or by its own backstop; for a stopped one there is the rescan.
 cdef enum:
     AWAKE = 0
-    PARKED = 1              # asleep in zmq: send a message. A lane sleeps on this word, and its main thread in zmq
+    PARKED = 1              # asleep in zmq: send a message; or a lane, whose main thread is: send that one
     PARKED_HERE = 2         # a thread of the host that needs a result sleeps on this very word: futex_wake
 
 
 # ---- slots -------------------------------------------------------------------------------------------
-# A worker has arena_t.threads slots: slot g*threads + k is lane k of process g. Each is one consumer with a ring,
-# an outbox and leases of its own. What is said of the process as a whole (phase, failure_bytes) stands in lane 0.
+# A worker has arena_t.threads slots: slot g*threads + k is lane k of process g. Each is one consumer with a
+# ring, an outbox and leases of its own. What is said of the process (phase, failure_bytes) stands in lane 0.
 #
 # slot_t.state, written by the host alone, for those who look from outside (the host itself goes by its own
 # copy): S_FREE -> S_LIVE -> S_DYING -> S_FREE, the last step at the end of the sweep
@@ -251,7 +251,7 @@ ctypedef struct arena_t:
     uint32_t spin           # ns that a waiter watches the memory before it sleeps
     uint64_t capacity       # extents that are laid out
     uint64_t least          # extents that it began with: if these are all, it never grows
-    uint32_t threads        # slots of one process: its lanes, neighbours in the table, opened and swept together
+    uint32_t threads        # slots of one process, its lanes: neighbours, opened and swept together
     uint32_t spare
     char pad0[PAGE - 104]
     a64_t frees             # blocks freed so far, by anyone: who found no room waits for it to move

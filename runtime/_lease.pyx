@@ -59,7 +59,7 @@ cdef class Share:
             self.left += 1
 
     cdef bint sit(self) noexcept:
-        """Be the one lane that watches its ring: each of them would keep a processor busy. False: one does."""
+        """Be the one lane that watches its ring: each keeps a processor busy. False: another one is."""
         if self.watching:
             return False
         self.watching = True
@@ -69,7 +69,8 @@ cdef class Share:
 cdef class WorkerPort(Viewer):
     """A worker's end of its slot.
 
-    Thread-safety: for the worker's main thread, or that of its lane; `rouse` for any; the views it hands out may be dropped in any thread.
+    Thread-safety: for the worker's main thread, or its lane's; `rouse` for any; the views it hands out may be
+    dropped in any thread.
     Fork-safety: for the process that made it; in a fork of it `owned` is False and nothing may be called.
     Blocking: `finish` and `commit` wait while the outbox is full, or for the host to take a piece.
     """

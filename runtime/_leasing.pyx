@@ -33,7 +33,7 @@ cdef int64_t FUNCTION_BYTES = 256 << 10     # bytes of one, at most
 
 # what an outcome tuple begins with
 OUTCOME_FRAME = 0           # (.., task, first item, items, exporter of the frame, what it refers to)
-OUTCOME_DIED = 1            # (.., task, item, information that settle() was given, tasks that ran in the process)
+OUTCOME_DIED = 1            # (.., task, item, information that settle() was given, tasks that ran then)
 OUTCOME_KILLED = 2          # (.., task, item, reason)
 OUTCOME_LOST = 3            # (.., task, first item, end, what went wrong; None: no memory in the host)
 OUTCOME_ABANDONED = 4       # (.., task or None, batch or None, its entries, whether they count as cancelled)
@@ -197,8 +197,9 @@ cdef class Leasing:
 
     cdef bint takes(self, uint32_t index, SlotTable table) except -1:
         """Whether a slot may be leased to."""
-        if (not table.ready or table.draining or guard_of(self.keeper, index).killing
-                or self.room(index) == 0):
+        if not table.ready or table.draining or self.room(index) == 0:
+            return False
+        if guard_of(self.keeper, index).killing:
             return False
         if table.suspect and a64_load_relaxed(&self.arena.slot(index).ring_head) == table.suspect_at:
             return False                            # it has not moved since leases were taken back from it

@@ -50,7 +50,7 @@ cdef class Slots(Harvest):
         """The first of the free slots that were made LIVE for a new process; -1: there are none."""
         cdef uint32_t i, k
         for i in range(0, self.arena.slots, self.arena.threads):
-            if (<SlotTable>self.slots[i]).state == S_FREE:      # then all of them are: they are swept together
+            if (<SlotTable>self.slots[i]).state == S_FREE:      # then all of its process are
                 for k in range(i, i + self.arena.threads):
                     self.open_lane(k, number, generation)
                 return i

@@ -7,9 +7,9 @@ from runtime._extent cimport Arena, first_lane
 from runtime._layout cimport *
 
 
-# Host-private, one per process, in the row of its first slot. The lock orders the deadline thread against the host's Python threads: a
-# pidfd may be used or closed, and a lease may be killed, only under it. Sections are short, run without
-# bytecode and never wait for the GIL, so a thread that holds the GIL may spin for it.
+# Host-private, one per process, in the row of its first slot. The lock orders the deadline thread against the
+# host's Python threads: a pidfd may be used or closed, and a lease may be killed, only under it. Sections are
+# short, run without bytecode and never wait for the GIL, so a thread that holds the GIL may spin for it.
 ctypedef struct guard_t:
     a32_t lock              # 0 free, 1 held
     int pidfd               # of the process in the slot; -1: none

@@ -1,6 +1,6 @@
-"""What is not ordinary about a task: a function that is new, arguments or results that are large or pickled.
+"""What is not ordinary about a task: a new function, arguments or results that are large or pickled.
 
-The inner loop in `_runner` comes here with it; a worker does this in its main thread, or in each of its lanes.
+The inner loop in `_runner` comes here with it: in the worker's main thread, or in each of its lanes.
 """
 
 from __future__ import annotations

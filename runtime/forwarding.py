@@ -62,8 +62,8 @@ def flush() -> None:
 
 
 def forward_records(channel: socket.socket, context: Callable[[], Any], levels: dict[str, int]) -> None:
-    """From now on records and warnings go to the host. context: the Context of the thread that asks. levels: of
-    the host's loggers, "" is the root's.
+    """From now on records and warnings go to the host. context: the Context of the thread that asks.
+    levels: of the host's loggers, "" is the root's.
     """
     root = logging.getLogger()
     if not root.handlers:  # else a preloaded module has set up logging as it wants it

@@ -228,8 +228,8 @@ class SharedCache(FunctionCache):
         self._crowd = Crowd()
 
     def load(self, id: int, data: bytes | memoryview | None = None) -> Callable[..., Any]:
-        """As FunctionCache.load; LookupError, too, when the function needs its globals to itself now, and there
-        is no data. `leave` ends the call.
+        """As FunctionCache.load; LookupError, too, when the function needs its globals to itself now, and
+        there is no data. `leave` ends the call.
         """
         with self._crowd.lock:
             loaded = self._loaded.get(id)

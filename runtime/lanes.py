@@ -5,9 +5,9 @@
                     │   lane 1: slot n+1    ...                                              │
                     └────────────────────────────────────────────────────────────────────────┘
 
-A lane is to the host what a worker with one thread is: a ring, an outbox and leases of its own, and one thread
-that claims them. So nothing about a lease is shared between threads. What they do share is the process: its
-memory, its GIL, its globals, how many items it may run, and its death.
+A lane is to the host what a worker with one thread is: a ring, an outbox and leases of its own, and one
+thread that claims them. So nothing about a lease is shared between threads. What they do share is the process:
+its memory, its GIL, its globals, how many items it may run, and its death.
 
 The lanes are Python's threads, daemons, since one that hangs must not keep the process from ending. Whichever
 thread the kernel gives a signal, Python's handler runs in the main thread, which is woken through a pipe.
@@ -51,7 +51,7 @@ class Lane(Calls):
         port.join(crew.common)
 
     def run(self) -> None:
-        """The thread: until told to leave. A fault of ours ends the process, as in a worker with one thread."""
+        """The thread: until told to leave. A fault of ours ends the process."""
         ident = threading.get_ident()
         Here.lanes[ident] = self.context
         self.crew.ports[ident] = self.port
@@ -74,7 +74,7 @@ class Lane(Calls):
                 self.execute(entry)
             elif entry == _core.LEASE_LOST:
                 os._exit(EXIT_KILLED)
-            elif not port.leaving and not port.watch():
+            elif not port.watch():
                 port.flush()
                 port.tell_untold()
                 port.doze(int(_IDLE * 1e9))
@@ -117,7 +117,7 @@ class Crew(Worker):
         return any(lane.port.worked for lane in self.lanes)
 
     def ask_to_leave(self) -> None:
-        """Every lane finishes what it runs. Also in the handler of SIGTERM, whose pipe wakes the main thread."""
+        """Every lane finishes what it runs. Also in SIGTERM's handler, whose pipe wakes the main thread."""
         for lane in self.lanes:
             lane.port.leaving = True
         self.port.leave()
@@ -132,7 +132,9 @@ class Crew(Worker):
             lane.thread.start()
         while not all(lane.ended for lane in self.lanes):
             repeated = self.link.forget()
-            if not told and any(lane.port.leaving for lane in self.lanes):  # the last item is begun, or SIGTERM
+            if not told and any(
+                lane.port.leaving for lane in self.lanes
+            ):  # the last item is begun, or SIGTERM
                 told = True
                 self.ask_to_leave()
                 self.notify()

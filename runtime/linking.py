@@ -12,9 +12,9 @@ global is set only when its version is not the current one: what the receiver it
 initializer's `global model`) stays until the sender rebinds the name. Contents of a class likewise.
 `relink` moves what an older function refers to back to the versions it was sent with.
 
-In a worker with several threads (`Crowd`) a call may need other versions of a space's globals than those in
-place, while another thread's call uses these. Then it gets the space to itself: a copy, with its own versions,
-which no other call sees.
+In a worker with several threads (`Crowd`) a call may need other versions of a space's globals than those
+in place, while another thread's call uses these. Then it gets the space to itself: a copy, with its own
+versions, which no other call sees.
 
 The functions at the end are what pickles name: `link` for the message, the others for what is in it.
 """

@@ -17,7 +17,7 @@ import os
 import socket
 import time
 import warnings
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from runtime import _core, memory, serializer
 from runtime.calls import EXIT_KILLED, Calls, Leave, item_of
@@ -53,14 +53,14 @@ class Orders(NamedTuple):
     records: socket.socket  # channels.py
     stack: int
     levels: dict[str, int] | None  # of the host's loggers; None: records stay here
-    threads: int
+    threads: int = 1
 
 
 class Worker(Calls):
     """The loop, and what it needs."""
 
-    Link = WorkerLink
-    Cache = serializer.FunctionCache
+    Link: type[WorkerLink] = WorkerLink
+    Cache: type[serializer.FunctionCache] = serializer.FunctionCache
 
     def __init__(self, arena: _core.Arena, orders: Orders, context: Context) -> None:
         self.orders = orders

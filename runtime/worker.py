@@ -11,7 +11,6 @@ import os
 import signal
 import sys
 import threading
-from typing import Any
 
 from runtime import _core, forwarding, limits, serializer, stacks
 from runtime.calls import EXIT_KILLED, Leave

@@ -211,8 +211,9 @@ class _Process(Heirs):
                 slot=order["slot"], number=order["number"], generation=order["generation"],
                 paths=Paths(*order["paths"]), host_pidfd=self.host_pidfd, zygote_pid=parent,
                 initializer=self.settings["initializer"], max_tasks=self.settings["max_tasks"],
-                max_rss=self.settings["max_rss"], threads=self.settings["threads"], folder=os.fsencode(self.settings["folder"]),
+                max_rss=self.settings["max_rss"], folder=os.fsencode(self.settings["folder"]),
                 imports=tuple(self.settings["imports"]), records=records, stack=stack, levels=order["levels"],
+                threads=self.settings["threads"],
             )  # fmt: skip
             worker.main(self.arena, orders)
         finally:

@@ -116,7 +116,7 @@ def test_accepts(argument, value, expected):
         ("max_workers", 2.0, TypeError, "max_workers must be an int, not float 2.0"),
         ("max_workers", "2", TypeError, "max_workers must be an int, not str '2'"),
         ("threads", 0, ValueError, "threads must be >= 1"),
-        ("threads", 257, ValueError, "threads must be at most 256"),
+        ("threads", 65, ValueError, "threads must be at most 64"),
         ("threads", None, TypeError, "threads must be an int, not NoneType"),
         ("initializer", 3, TypeError, "initializer must be a callable"),
         ("initargs", 3, TypeError, "initargs must be a tuple of arguments, not int 3"),
