@@ -6,7 +6,7 @@
                     └────────────────────────────────────────────────────────────────────────┘
 
 A lane is to the host what a worker with one thread is: a ring, an outbox and leases of its own, and one
-thread that claims them. So nothing about a lease is shared between threads. What they do share is the process:
+thread that claims them. So nothing about a lease is shared between threads. What they share is the process:
 its memory, its GIL, its globals, how many items it may run, and its death.
 
 The lanes are Python's threads, daemons, since one that hangs must not keep the process from ending. Whichever

@@ -79,6 +79,12 @@ def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         help="worker processes (default: $RUNTIME_MAX_WORKERS, else the CPUs that this process may use)",
     )
     run.add_argument(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="tasks that a worker runs at a time, in threads (default: $RUNTIME_THREADS, else 1)",
+    )
+    run.add_argument(
         "--preload",
         action="append",
         default=[],

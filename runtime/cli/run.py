@@ -65,11 +65,14 @@ def _call(
 
 def _options(arguments: argparse.Namespace) -> dict[str, Any]:
     """The Runtime's arguments. Precedence: option, environment, default."""
-    workers = arguments.workers
+    workers, threads = arguments.workers, arguments.threads
     if workers is None:
-        workers = _workers_of_environment()
+        workers = _number_of_environment("RUNTIME_MAX_WORKERS")
+    if threads is None:
+        threads = _number_of_environment("RUNTIME_THREADS")
     options = {
         "max_workers": workers,
+        "threads": 1 if threads is None else threads,
         "preload": [name for names in arguments.preload for name in names.split(",") if name],
         "timeout": arguments.timeout,
         "retries": arguments.retries,
@@ -82,14 +85,12 @@ def _options(arguments: argparse.Namespace) -> dict[str, Any]:
     return options
 
 
-def _workers_of_environment() -> int | None:
-    text = os.environ.get("RUNTIME_MAX_WORKERS", "").strip()
+def _number_of_environment(name: str) -> int | None:
+    text = os.environ.get(name, "").strip()
     try:
         return int(text) if text else None
     except ValueError:
-        raise exits.Usage(
-            f"RUNTIME_MAX_WORKERS is {text!r} in the environment: it must be a number"
-        ) from None
+        raise exits.Usage(f"{name} is {text!r} in the environment: it must be a number") from None
 
 
 def _exit_code(result: object, target: str) -> int:

@@ -3,6 +3,9 @@
 A death explains that something ran twice: of what the dead process had begun it is the last; or, in a chunk
 of a map, one of the finished neighbours right before that, whose results had not been committed. The dead are
 those that the weather has killed, and those whose own task was the reason: it dies, hangs, or was cancelled.
+
+With several threads in a worker (`threads`) its tasks share that: one that dies, hangs or was cancelled explains
+the death of whatever ran beside it, and that may run again without a new attempt.
 """
 
 from __future__ import annotations
@@ -64,15 +67,22 @@ class Ledger:
 # ---- outcomes --------------------------------------------------------------------------------------------
 
 
-def check_orders(orders, ledger, killed):
+def check_orders(orders, ledger, killed, threads=1):
     """Each has exactly one outcome, one that it may have, and ran as often as it may. Counts by kind."""
     known = {order.key for order in orders}
     if strange := ledger.starts.keys() - known:
         raise Unbalanced("nobody asked for these", *strange)
+    if threads > 1:
+        guilty = [order for order in orders if order.fatal or order.timed]
+        killed = {*killed, *(pid for order in guilty for pid, _ in ledger.starts.get(order.key, ()))}
     kinds = Counter()
     for order in orders:
         kinds[check_outcome(order, ledger, killed)] += 1
-    check_runs({order.key: order for order in orders}, ledger, killed)
+    by_key = {order.key: order for order in orders}
+    if threads > 1:
+        check_runs_beside(by_key, ledger, killed)
+    else:
+        check_runs(by_key, ledger, killed)
     return kinds
 
 
@@ -150,6 +160,18 @@ def check_runs(orders, ledger, killed):
             raise Unbalanced(f"{keys} ran again, but {pid} ended in {tail}", *keys)
         if not all(orders[key].chunk for key in keys if key != last.key):
             raise Unbalanced(f"{keys} ran again, and are no neighbours", *keys)
+
+
+def check_runs_beside(orders, ledger, killed):
+    """The same where tasks run beside others: each further run is a further attempt, or for a death."""
+    for key, starts in ledger.starts.items():
+        order = orders[key]
+        attempts = [attempt for _, attempt in starts]
+        if not order.chunk and (attempts != sorted(attempts) or attempts[-1] > order.runs):
+            raise Unbalanced(f"attempts {attempts}, of {order.runs}: {order}", key)
+        for pid, _ in starts[:-1]:
+            if not (order.again or order.fatal or pid in killed):
+                raise Unbalanced(f"it ran again, but nobody has killed {pid}: {order}", key)
 
 
 def check_share(begun, limit):

@@ -152,12 +152,18 @@ class Storm:
             lambda: f"ended: {self.rt.stats()}",
         )
         self.ledger = accounts.Ledger(recording.entries(str(path)))
-        self.counts.update(accounts.check_orders(wave.orders, self.ledger, self.weather.killed))
+        self.counts.update(self.balance(wave))
         self.counts.update({"tasks": len(wave.orders), "runs": sum(map(len, self.ledger.starts.values()))})
         self.words.add(self.ledger)
         self.descendants.update(self.ledger.descendants)
         for pid, keys in self.ledger.begun.items():
             self.begun[pid] += len(keys)
+
+    def balance(self, wave):
+        """Every order of a wave against the ledger; counts of outcomes."""
+        return accounts.check_orders(
+            wave.orders, self.ledger, self.weather.killed, self.settings.get("threads", 1)
+        )
 
     def hear(self):
         """What was printed, until now."""
@@ -236,6 +242,7 @@ def drawn(draw, method):
             [None, None, ROOM + (unshared("self") if method == "fork" else ZYGOTE)]
         ),
         "preload": draw.choice([["numpy"], ["numpy", "storm.tasks"], ["numpy", "storm.tasks"]]),
+        "threads": draw.choice([1, 1, 3]),
     }
 
 
