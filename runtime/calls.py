@@ -55,7 +55,7 @@ class Calls:
             result = fn(*args, **kwargs)
         except BaseException as error:
             return self.failed(error)
-        return self.succeeded(result)
+        return self.port.plain_outcome(result) or self.succeeded(result)
 
     def function_data(self, entry: int, items: list[Any]) -> bytes | None:
         """The function's pickle: from its block, or the item that leads the frame; None: it is loaded."""
