@@ -384,8 +384,8 @@ def test_a_crash_with_several_running(factory: Factory, gate: Gate, tmp_path: Pa
     beside = rt.submit(gated, gate.path, str(log), "beside")
     again = rt.options(retries=1).submit(gated, gate.path, str(log), "again")
     gate.arrived(2)
-    crash = rt.submit(_crash, str(tmp_path / "own"))
     own = Gate(tmp_path, "own")
+    crash = rt.submit(_crash, str(tmp_path / "own"))
     own.arrived()
     waiting = [rt.submit(abs, -n) for n in range(20)]
     own.open()
