@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import ctypes
+import functools
 import importlib.util
 import math
 import mmap
@@ -29,10 +30,10 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from watching import all_ready, send, until
+from watching import all_ready, fork, join, send, until
 
 import runtime
-from runtime import Kernel, KernelFailed, Runtime, TaskTimeout, WorkerDied
+from runtime import Kernel, KernelFailed, Runtime, TaskTimeout, WorkerDied, _core
 
 np = pytest.importorskip("numpy")
 numba: Any = importlib.import_module("numba") if importlib.util.find_spec("numba") else None
@@ -686,3 +687,84 @@ def test_a_kernel_that_crashes(library: str, factory: Callable[..., Runtime]) ->
     failed = rt.submit(Kernel.from_library(library, "crash"), bytes(10)).exception(30)
     assert isinstance(failed, WorkerDied)
     assert rt.run_kernel(CRC, b"abc") == zlib.crc32(b"abc")
+
+
+# ---- the words ---------------------------------------------------------------------------------------
+
+KIND = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p
+)
+FREE, CLAIM, SAVED, DONE, FAILED = range(5)  # G_* of _kernel.pxd
+
+
+def adder(die_in: int = -1, fail_in: int = -1) -> Any:
+    """A kernel: dst += src, of bytes. It ends its process half-way in the n-th grain that it gets."""
+    count = [0]
+
+    def run(src: int, n: int, dst: int, m: int, params: int) -> int:
+        x = np.frombuffer((ctypes.c_char * n).from_address(src), np.uint8)
+        y = np.frombuffer((ctypes.c_char * m).from_address(dst), np.uint8)
+        y[: m // 2] += x[: m // 2]
+        count[0] += 1
+        if count[0] - 1 == die_in:
+            os._exit(0)
+        if count[0] - 1 == fail_in:
+            return -7
+        y[m // 2 :] += x[m // 2 :]
+        return 0
+
+    return KIND(run)
+
+
+def participate(job: Any, src: Any, dst: Any, kernel: Any, number: int) -> None:
+    address = ctypes.cast(kernel, ctypes.c_void_p).value or 0
+    _core.run_grains(memoryview(job.block), src, dst, address, b"", number)
+
+
+@pytest.mark.parametrize("inout", [True, False])
+@pytest.mark.parametrize("grain", range(4))
+def test_deaths_in_each_grain(grain: int, inout: bool) -> None:
+    arena = _core.Arena.create(16 * PAGE, 2, 4, 4, PAGE)
+    try:
+        src, dst = memoryview(arena.take(100)), memoryview(arena.take(100))
+        src[:], dst[:] = bytes(range(100)), bytes([50]) * 100
+        job = _core.JobBlock.create(arena, 100, 100, 32, 3, inout=inout)
+        pid = fork(functools.partial(participate, job, src, dst, adder(die_in=grain), 1))
+        join(pid)
+        state = SAVED if inout else CLAIM
+        assert job.word_states() == [(DONE, 1)] * grain + [(state, 1)] + [(FREE, 0)] * (3 - grain)
+        assert (job.left, job.done, job.lengths()) == (4 - grain, grain, [32, 32, 32, 4])
+        assert job.recover(0, dst) == [] and job.recover(2, dst) == []  # others have nothing there
+        assert job.recover(1, dst) == [grain] and job.recover(1, dst) == []
+        assert job.word_states()[grain] == (FREE, 0)
+        half = (grain * 32, min(100, grain * 32 + 32))
+        assert inout == (bytes(dst[slice(*half)]) == bytes([50]) * (half[1] - half[0]))
+        participate(job, src, dst, adder(), 2)
+        assert job.left == 0 and job.failure is None
+        if inout:
+            assert bytes(dst) == bytes(50 + i for i in range(100))
+        job = None
+        src.release(), dst.release()
+    finally:
+        arena.release()
+
+
+def test_the_first_failure_counts_and_stops() -> None:
+    arena = _core.Arena.create(16 * PAGE, 2, 4, 4, PAGE)
+    try:
+        src, dst = memoryview(arena.take(100)), memoryview(arena.take(100))
+        job = _core.JobBlock.create(arena, 100, 100, 32, 2)
+        participate(job, src, dst, adder(fail_in=1), 0)
+        assert job.word_states() == [(DONE, 0), (FAILED, 0), (FREE, 0), (FREE, 0)]
+        participate(job, src, dst, adder(), 1)  # it claims nothing
+        assert job.failure == (-7, 1) and job.left == 3 and job.done == 1
+        with pytest.raises(ValueError, match="no job"):
+            participate(job, src[:50], dst, adder(), 1)
+        with pytest.raises(ValueError, match="no job"):
+            participate(job, src, dst, adder(), 2)
+        with pytest.raises(ValueError, match="another dst"):
+            participate(job, src, dst[:50], adder(), 1)
+        job = None
+        src.release(), dst.release()
+    finally:
+        arena.release()
