@@ -33,6 +33,9 @@ def executor() -> None:
         assert_type(ref.nbytes, int)
         ref.release()
         assert_type(rt.alloc(100), memoryview)
+        assert_type(runtime.Kernel("runtime:crc32"), runtime.Kernel)
+        rt.run_kernel(runtime.Kernel("runtime:crc32"), b"abc", params=b"", grain=4096, timeout=1.0)
+        assert_type(rt.stats().kernels, tuple[tuple[str, int, int], ...])
         rt.empty((3, 4), "i4")[0] = 1
         assert_type(rt.workers()[0].status, runtime.WorkerStatus)
         assert_type(rt.dump_stacks(0), dict[int, str])
