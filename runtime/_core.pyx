@@ -52,6 +52,7 @@ from runtime._kernel import (
     address_of,
     copy_bytes,
     locate_shared,
+    place_of,
     read_capsule,
     run_grains,
 )

@@ -72,7 +72,9 @@ ctypedef struct line_t:
 cdef class JobBlock:
     """The host's end of a job."""
     cdef readonly HostBlock block
-    cdef job_t *job
+    cdef job_t about            # as it was made
+    cdef char *base
+    cdef job_t *job             # in the block, for what participants change
     cdef readonly uint64_t grains, grain
 
     cdef line_t *line(self, uint64_t p) noexcept
@@ -81,4 +83,4 @@ cdef class JobBlock:
 
 cdef void work(job_t *job, const char *src, char *dst, kernel_t kernel, const void *params,
                uint64_t p) noexcept nogil
-cdef bint recover_grain(job_t *job, uint64_t i, char *dst, uint64_t p) noexcept nogil
+cdef bint recover_grain(job_t *job, char *base, uint64_t i, char *dst, uint64_t p) noexcept nogil

@@ -23,7 +23,7 @@ from libc.string cimport memcpy, memset
 from runtime._atomics cimport *
 from runtime._extent cimport Arena, round_up
 from runtime._frame cimport B_FROZEN, B_SHARED, BlockSlice
-from runtime._layout cimport PAGE
+from runtime._layout cimport EXTENT, PAGE
 
 cdef uint64_t MAGIC = 0x52544D4B45524E4CULL     # "RTMKERNL"
 cdef uint64_t MOST_GRAINS = 0xFFFFFFFEULL       # so that grain + 1 fits into the failure word
@@ -35,11 +35,13 @@ PAGE_BYTES = PAGE
 cdef inline uint64_t grain_word(uint64_t state, uint64_t p) noexcept nogil:
     return state | (p << 3)
 
-cdef inline line_t *line_at(job_t *job, uint64_t p) noexcept nogil:
-    return <line_t *>(<char *>job + sizeof(job_t)) + p
+# `job` says where what is, `base` is where the block lies: for a participant that is one thing. The host has a
+# copy of job_t of its own, since a kernel that writes where it should not may hit the one in the region.
+cdef inline line_t *line_at(char *base, uint64_t p) noexcept nogil:
+    return <line_t *>(base + sizeof(job_t)) + p
 
-cdef inline a64_t *word_at(job_t *job, uint64_t i) noexcept nogil:
-    return <a64_t *>(<char *>job + job.words_at) + i
+cdef inline a64_t *word_at(job_t *job, char *base, uint64_t i) noexcept nogil:
+    return <a64_t *>(base + job.words_at) + i
 
 cdef inline uint64_t bytes_of(job_t *job, uint64_t i) noexcept nogil:
     """Bytes of src in a grain."""
@@ -54,7 +56,7 @@ cdef inline uint64_t partial_bytes(job_t *job, uint64_t i) noexcept nogil:
 cdef bint run_grain(job_t *job, uint64_t i, const char *src, char *dst, kernel_t kernel,
                     const void *params, uint64_t p) noexcept nogil:
     """Claim a grain and run it. False: the kernel has failed."""
-    cdef a64_t *word = word_at(job, i)
+    cdef a64_t *word = word_at(job, <char *>job, i)
     cdef uint64_t nbytes = bytes_of(job, i)
     cdef uint64_t out_bytes = 0
     cdef char *out = NULL
@@ -78,7 +80,7 @@ cdef bint run_grain(job_t *job, uint64_t i, const char *src, char *dst, kernel_t
     code = kernel(src + i * job.grain, nbytes, out, out_bytes, params)
     if code == 0:
         a64_store_release(word, grain_word(G_DONE, p))      # K3 pairs with K4 in left: the grain is written
-        a64_store_relaxed(&line_at(job, p).done, a64_load_relaxed(&line_at(job, p).done) + 1)
+        a64_store_relaxed(&line_at(<char *>job, p).done, a64_load_relaxed(&line_at(<char *>job, p).done) + 1)
         return True
     # In this order: killed in between, it has either failed or not.
     a64_cas_acq_rel(&job.failure, 0, ((i + 1) << 32) | <uint32_t>code)
@@ -106,42 +108,37 @@ cdef void work(job_t *job, const char *src, char *dst, kernel_t kernel, const vo
             return
 
 
-def run_grains(job_block, src, dst, uintptr_t kernel, bytes params not None, uint64_t p):
+cdef char *placed(Arena arena, tuple place, uint64_t least) except? NULL:
+    """Where {offset, bytes} of the region lies. Raises: ValueError for what is not among its blocks."""
+    cdef uint64_t at = place[0], nbytes = place[1]
+    cdef uint64_t end = arena.extents_at + arena.counted() * EXTENT
+    if at < arena.extents_at or at > end or nbytes < least or nbytes > end - at:
+        raise ValueError(f"there are no blocks with {nbytes} bytes from {at} on")
+    return arena.base + at
+
+
+def run_grains(Arena arena not None, tuple job_place not None, tuple src_place not None, tuple dst_place,
+               uintptr_t kernel, bytes params not None, uint64_t p):
     """In a worker: participant p of a job. Without the GIL until there is nothing left to do.
 
-    Raises: ValueError for a job that does not fit its buffers; what a kernel has raised that should not.
+    job_place, src_place, dst_place: (offset in the region, bytes); dst_place: None without a dst. Whoever has
+    asked for it keeps the blocks. Raises: ValueError for a job that does not fit its buffers; what a kernel
+    has raised that should not.
     """
-    cdef Py_buffer whole, source, target
-    cdef job_t *job
-    cdef char *out = NULL
+    cdef job_t *job = <job_t *>placed(arena, job_place, sizeof(job_t))
+    cdef char *src = placed(arena, src_place, 1)
+    cdef char *dst = placed(arena, dst_place, 1) if dst_place is not None else NULL
     cdef const char *arguments = PyBytes_AS_STRING(params)
     cdef int64_t since
-    PyObject_GetBuffer(job_block, &whole, PyBUF_WRITABLE)
-    try:
-        PyObject_GetBuffer(src, &source, PyBUF_SIMPLE)
-        try:
-            job = <job_t *>whole.buf
-            if (<uint64_t>whole.len < sizeof(job_t) or job.magic != MAGIC or p >= job.participants
-                    or job.src_bytes != <uint64_t>source.len):
-                raise ValueError("this is no job, or not with this src")
-            if dst is not None:
-                PyObject_GetBuffer(dst, &target, PyBUF_WRITABLE)
-                out = <char *>target.buf
-            try:
-                if out != NULL and job.dst_bytes != <uint64_t>target.len:
-                    raise ValueError("this job has another dst")
-                with nogil:
-                    since = now_ns()
-                    work(job, <const char *>source.buf, out, <kernel_t>kernel, arguments, p)
-                    a64_fetch_add_relaxed(&line_at(job, p).ns, <uint64_t>(now_ns() - since))
-                raise_pending()
-            finally:
-                if out != NULL:
-                    PyBuffer_Release(&target)
-        finally:
-            PyBuffer_Release(&source)
-    finally:
-        PyBuffer_Release(&whole)
+    if job.magic != MAGIC or p >= job.participants or job.src_bytes != <uint64_t>src_place[1]:
+        raise ValueError("this is no job, or not with this src")
+    if dst != NULL and job.dst_bytes != <uint64_t>dst_place[1]:
+        raise ValueError("this job has another dst")
+    with nogil:
+        since = now_ns()
+        work(job, src, dst, <kernel_t>kernel, arguments, p)
+        a64_fetch_add_relaxed(&line_at(<char *>job, p).ns, <uint64_t>(now_ns() - since))
+    raise_pending()
 
 
 cdef int raise_pending() except? -1:
@@ -151,13 +148,13 @@ cdef int raise_pending() except? -1:
 
 # ---- the host ------------------------------------------------------------------------------------------
 
-cdef bint recover_grain(job_t *job, uint64_t i, char *dst, uint64_t p) noexcept nogil:
+cdef bint recover_grain(job_t *job, char *base, uint64_t i, char *dst, uint64_t p) noexcept nogil:
     """Free a grain that p, which is dead for certain, has claimed and not finished. Whether it had."""
-    cdef a64_t *word = word_at(job, i)
+    cdef a64_t *word = word_at(job, base, i)
     cdef uint64_t w = a64_load_acquire(word)
     if w == grain_word(G_SAVED, p):
         memcpy(dst + i * job.grain * job.times // job.over,
-               <char *>job + job.scratch_at + p * job.scratch_stride,
+               base + job.scratch_at + p * job.scratch_stride,
                bytes_of(job, i) * job.times // job.over)
     elif w != grain_word(G_CLAIM, p):
         return False
@@ -202,17 +199,19 @@ cdef class JobBlock:
         at = job.partials_at + grains * job.partial_stride
         self.block = arena.take(at)
         self.block.share()
-        self.job = <job_t *>self.block.data
+        self.about = job
+        self.base = self.block.data
+        self.job = <job_t *>self.base
         self.grains, self.grain = grains, grain
-        memset(self.job, 0, job.scratch_at)
-        memcpy(self.job, &job, sizeof(job_t))
+        memset(self.base, 0, job.scratch_at)
+        memcpy(self.base, &job, sizeof(job_t))
         return self
 
     cdef line_t *line(self, uint64_t p) noexcept:
-        return line_at(self.job, p)
+        return line_at(self.base, p)
 
     cdef a64_t *word(self, uint64_t i) noexcept:
-        return word_at(self.job, i)
+        return word_at(&self.about, self.base, i)
 
     def stop(self):
         """No participant claims a grain from now on."""
@@ -228,7 +227,7 @@ cdef class JobBlock:
     def done(self):
         """Grains that are finished: for looking at; a death may have kept one from being counted."""
         cdef uint64_t p, total = 0
-        for p in range(self.job.participants):
+        for p in range(self.about.participants):
             total += a64_load_relaxed(&self.line(p).done)
         return min(total, self.grains)
 
@@ -236,7 +235,7 @@ cdef class JobBlock:
     def ns(self):
         """ns that all participants were at work, but for those that died."""
         cdef uint64_t p, total = 0
-        for p in range(self.job.participants):
+        for p in range(self.about.participants):
             total += a64_load_relaxed(&self.line(p).ns)
         return total
 
@@ -247,7 +246,7 @@ cdef class JobBlock:
         with nogil:
             for i in range(self.grains):
                 # K4: who sees that it is finished sees what it has written.
-                n += a64_load_acquire(word_at(self.job, i)) & 7 != G_DONE
+                n += a64_load_acquire(word_at(&self.about, self.base, i)) & 7 != G_DONE
         return n
 
     def recover(self, uint64_t p, dst):
@@ -256,26 +255,26 @@ cdef class JobBlock:
         cdef char *out = NULL
         cdef uint64_t i
         cdef list found = []
-        if self.job.inout:
+        if self.about.inout:
             PyObject_GetBuffer(dst, &target, PyBUF_WRITABLE)
             out = <char *>target.buf
         for i in range(self.grains):
-            if recover_grain(self.job, i, out, p):
+            if recover_grain(&self.about, self.base, i, out, p):
                 found.append(i)
-        if self.job.inout:
+        if self.about.inout:
             PyBuffer_Release(&target)
         return found
 
     def lengths(self):
         """Bytes of src in each grain."""
-        return [bytes_of(self.job, i) for i in range(self.grains)]
+        return [bytes_of(&self.about, i) for i in range(self.grains)]
 
     def parts(self):
         """The partial of each grain."""
         cdef uint64_t i
         return [PyBytes_FromStringAndSize(
-            <char *>self.job + self.job.partials_at + i * self.job.partial_stride,
-            <Py_ssize_t>partial_bytes(self.job, i)) for i in range(self.grains)]
+            self.base + self.about.partials_at + i * self.about.partial_stride,
+            <Py_ssize_t>partial_bytes(&self.about, i)) for i in range(self.grains)]
 
     def word_states(self):
         """For tests: (state, participant) of each grain."""
@@ -289,6 +288,11 @@ def locate_shared(Arena arena not None, view):
     if found is not None and not found.about.flags & B_FROZEN:
         found.about.flags |= B_SHARED
     return found
+
+
+def place_of(BlockSlice part not None):
+    """(offset in the region, bytes) of a part of a block."""
+    return part.about.block + part.about.start, part.about.nbytes
 
 
 def copy_bytes(dst, src):

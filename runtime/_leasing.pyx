@@ -111,6 +111,7 @@ cdef class Leasing:
         """Let go of what a task holds; its blocks are freed unless a view still needs them."""
         task.data = None
         task.buffers = None
+        task.named = None
         task.block = None
         task.fn_block = None
         task.by_value = None

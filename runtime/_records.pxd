@@ -64,6 +64,7 @@ cdef class Task:
     cdef object data                        # of a call: its pickle, see Frame; None: it is in `block`
     cdef bint plain                         # `data` is no pickle, see _plain
     cdef tuple buffers, readonly            # out-of-band buffers of it, frozen
+    cdef tuple named                        # blocks whose offsets `data` names: they live as long
     cdef HostBlock block                    # the frame, if it is in the region already
     cdef HostBlock fn_block
     cdef Frame by_value                     # the frame, while it travels through the bounce block

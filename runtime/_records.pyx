@@ -146,8 +146,12 @@ cdef class Task:
         self.count = 1
         self.reason = ""
 
-    def hold(self, data, tuple buffers, tuple readonly):
-        """The arguments of a call, in private memory until there is a lease for them."""
+    def hold(self, data, tuple buffers, tuple readonly, tuple named=()):
+        """The arguments of a call, in private memory until there is a lease for them.
+
+        named: blocks that they name by offset; they live until no process runs the task.
+        """
+        self.named = named
         self.data = data
         self.buffers = buffers
         self.readonly = readonly

@@ -36,17 +36,18 @@ _CRASHES, _KILLS = 3, 32  # deaths after which a grain is not tried again: of it
 class Area:
     """src or dst: the user's buffer, and where it lies in the region."""
 
-    __slots__ = ("outside", "placed", "user")
+    __slots__ = ("outside", "part", "placed", "user")
 
     def __init__(self, arena: _core.Arena, user: memoryview, align: int, copy: bool) -> None:
         self.user = user
-        located = user.nbytes == 0 or _core.locate_shared(arena, user) is not None
-        self.outside = not located or bool(user.nbytes and _core.address_of(user) % align)
+        self.part = _core.locate_shared(arena, user) if user.nbytes else None
+        self.outside = bool(user.nbytes) and (self.part is None or bool(_core.address_of(user) % align))
         self.placed = user
         if self.outside:
             block = arena.take(user.nbytes)
             block.share()
             self.placed = memoryview(block)
+            self.part = _core.locate_shared(arena, self.placed)
             if copy:
                 _core.copy_bytes(self.placed, user)
 
@@ -154,7 +155,9 @@ class Owner(Protocol):
 
     def _usable(self) -> Supervisor: ...
 
-    def _participate(self, options: TaskOptions, arguments: tuple[Any, ...]) -> Future[None]: ...
+    def _participate(
+        self, options: TaskOptions, arguments: tuple[Any, ...], named: tuple[Any, ...]
+    ) -> Future[None]: ...
 
     def _measured(self, kernel: Kernel, ns: int, nbytes: int) -> None: ...
 
@@ -188,20 +191,15 @@ class Job:
 
     def launch(self, number: int) -> Future[None] | None:
         """One more task, for a participant. None: the runtime takes none any more, which is the outcome."""
-        dst = None if self.dst is None else pickle.PickleBuffer(self.dst.placed)
-        arguments = (
-            pickle.PickleBuffer(self.block.block), pickle.PickleBuffer(self.src.placed), dst,
-            self.kernel._spec, self.plan.params, number,
-        )  # fmt: skip
+        parts = [None if area is None else area.part for area in (self.src, self.dst)]
+        job = (self.block.block.offset, self.block.block.nbytes)
+        src, dst = [None if part is None else _core.place_of(part) for part in parts]
+        arguments = (job, src, dst, self.kernel._spec, self.plan.params, number)
         try:
-            future = self.owner._participate(self.options, arguments)
+            future = self.owner._participate(self.options, arguments, (self.block.block, *parts))
         except Exception as error:
             self.fail(error)
             return None
-        finally:
-            for part in arguments[:3]:
-                if part is not None:
-                    part.release()
         self.out[number] = future
         return future
 

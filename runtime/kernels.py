@@ -19,11 +19,12 @@ from typing import Any, NamedTuple
 
 from runtime import _core
 
-__all__ = ["FOREIGN", "Builtin", "Kernel", "participate"]
+__all__ = ["FOREIGN", "Builtin", "Kernel", "participate", "work_in"]
 
 SIGNATURE = "int (const void *, size_t, void *, size_t, const void *)"
 Combine = Callable[[list[bytes], list[int]], Any]
 _Spec = tuple[Any, ...]  # how to find it, then what that needs
+_Place = tuple[int, int]  # offset in the region, bytes
 
 
 class Builtin(NamedTuple):
@@ -192,9 +193,21 @@ class Kernel:
         return f"<Kernel {self.name}>"
 
 
-def participate(job: Any, src: Any, dst: Any, spec: _Spec, params: bytes, number: int) -> None:
+_arena: _core.Arena | None = None  # of the worker that this process is
+
+
+def work_in(arena: _core.Arena) -> None:
+    """This process is a worker, and jobs lie there."""
+    global _arena
+    _arena = arena
+
+
+def participate(
+    job: _Place, src: _Place, dst: _Place | None, spec: _Spec, params: bytes, number: int
+) -> None:
     """In a worker: the task that works on a job until no grain is left."""
-    _core.run_grains(job, src, dst, _find(spec).address, params, number)
+    assert _arena is not None
+    _core.run_grains(_arena, job, src, dst, _find(spec).address, params, number)
 
 
 # ---- finding -------------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import abc
 import concurrent.futures
-import functools
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -221,15 +220,18 @@ class Kernels(abc.ABC):
         future.start(participant)
         return future
 
-    def _participate(self, options: TaskOptions, arguments: tuple[Any, ...]) -> Future[None]:
-        """The task of one participant. Raises: RuntimeError, BrokenRuntime when the runtime has ended."""
+    def _participate(
+        self, options: TaskOptions, arguments: tuple[Any, ...], named: tuple[Any, ...]
+    ) -> Future[None]:
+        """The task of one participant; the arguments name blocks by their offsets. Raises: RuntimeError,
+        BrokenRuntime when the runtime has ended.
+        """
         core = self._usable()
-        locate = functools.partial(_core.locate_shared, core.arena)
-        ref, payload = serializer.pack_call(self._table, participate, arguments, freeze=False, locate=locate)
+        ref, payload = serializer.pack_call(self._table, participate, arguments)
         future: Future[None] = Future()
         future._core = core
         task = _core.Task(ref, future, options.timeout_ns, options.priority, 0, False)
-        task.hold(payload.data, payload.buffers, payload.readonly)
+        task.hold(payload.data, payload.buffers, payload.readonly, named)
         self._enter(task, future)
         return future
 

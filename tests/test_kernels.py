@@ -716,9 +716,10 @@ def adder(die_in: int = -1, fail_in: int = -1) -> Any:
     return KIND(run)
 
 
-def participate(job: Any, src: Any, dst: Any, kernel: Any, number: int) -> None:
+def participate(arena: Any, job: Any, src: Any, dst: Any, kernel: Any, number: int) -> None:
     address = ctypes.cast(kernel, ctypes.c_void_p).value or 0
-    _core.run_grains(memoryview(job.block), src, dst, address, b"", number)
+    src, dst = [_core.place_of(_core.locate_shared(arena, view)) for view in (src, dst)]
+    _core.run_grains(arena, (job.block.offset, job.block.nbytes), src, dst, address, b"", number)
 
 
 @pytest.mark.parametrize("inout", [True, False])
@@ -729,7 +730,7 @@ def test_deaths_in_each_grain(grain: int, inout: bool) -> None:
         src, dst = memoryview(arena.take(100)), memoryview(arena.take(100))
         src[:], dst[:] = bytes(range(100)), bytes([50]) * 100
         job = _core.JobBlock.create(arena, 100, 100, 32, 3, inout=inout)
-        pid = fork(functools.partial(participate, job, src, dst, adder(die_in=grain), 1))
+        pid = fork(functools.partial(participate, arena, job, src, dst, adder(die_in=grain), 1))
         join(pid)
         state = SAVED if inout else CLAIM
         assert job.word_states() == [(DONE, 1)] * grain + [(state, 1)] + [(FREE, 0)] * (3 - grain)
@@ -739,7 +740,7 @@ def test_deaths_in_each_grain(grain: int, inout: bool) -> None:
         assert job.word_states()[grain] == (FREE, 0)
         half = (grain * 32, min(100, grain * 32 + 32))
         assert inout == (bytes(dst[slice(*half)]) == bytes([50]) * (half[1] - half[0]))
-        participate(job, src, dst, adder(), 2)
+        participate(arena, job, src, dst, adder(), 2)
         assert job.left == 0 and job.failure is None
         if inout:
             assert bytes(dst) == bytes(50 + i for i in range(100))
@@ -754,16 +755,18 @@ def test_the_first_failure_counts_and_stops() -> None:
     try:
         src, dst = memoryview(arena.take(100)), memoryview(arena.take(100))
         job = _core.JobBlock.create(arena, 100, 100, 32, 2)
-        participate(job, src, dst, adder(fail_in=1), 0)
+        participate(arena, job, src, dst, adder(fail_in=1), 0)
         assert job.word_states() == [(DONE, 0), (FAILED, 0), (FREE, 0), (FREE, 0)]
-        participate(job, src, dst, adder(), 1)  # it claims nothing
+        participate(arena, job, src, dst, adder(), 1)  # it claims nothing
         assert job.failure == (-7, 1) and job.left == 3 and job.done == 1
         with pytest.raises(ValueError, match="no job"):
-            participate(job, src[:50], dst, adder(), 1)
+            participate(arena, job, src[:50], dst, adder(), 1)
         with pytest.raises(ValueError, match="no job"):
-            participate(job, src, dst, adder(), 2)
+            participate(arena, job, src, dst, adder(), 2)
         with pytest.raises(ValueError, match="another dst"):
-            participate(job, src, dst[:50], adder(), 1)
+            participate(arena, job, src, dst[:50], adder(), 1)
+        with pytest.raises(ValueError, match="no blocks with 4096 bytes"):
+            _core.run_grains(arena, (1 << 40, PAGE), (0, 1), None, 0, b"", 0)
         job = None
         src.release(), dst.release()
     finally:

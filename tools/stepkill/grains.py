@@ -48,7 +48,9 @@ class GrainWorld:
         types = (POINTER, POINTER, POINTER, POINTER, POINTER, U64)
         self.work = native("_kernel", "work", None, *types)
         self.run_grain = native("_kernel", "run_grain", ctypes.c_int, POINTER, U64, *types[1:])
-        self.recover_grain = native("_kernel", "recover_grain", ctypes.c_int, POINTER, U64, POINTER, U64)
+        self.recover_grain = native(
+            "_kernel", "recover_grain", ctypes.c_int, POINTER, POINTER, U64, POINTER, U64
+        )
         self.at = [_core.address_of(memoryview(block)) for block in (self.job.block, self.src, self.dst)]
         if saved:
             self.half_way()
@@ -75,7 +77,7 @@ class GrainWorld:
     def restore(self) -> None:
         """What the host does after a death."""
         for grain in range(self.job.grains):
-            self.recover_grain(self.at[0], grain, self.at[2], DYING)
+            self.recover_grain(self.at[0], self.at[0], grain, self.at[2], DYING)
 
     def meddle(self) -> None:
         """Another participant is faster."""
