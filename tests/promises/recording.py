@@ -28,10 +28,13 @@ class Entry(NamedTuple):
 def record(path: str, key: int, what: int) -> None:
     fd = _open.get(path)
     if fd is None:
-        for old in _open.values():  # of an earlier round: one ledger at a time
-            os.close(old)
-        _open.clear()
-        fd = _open[path] = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        mine = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        fd = _open.setdefault(path, mine)
+        if fd != mine:  # another thread was quicker
+            os.close(mine)
+        for other in list(_open):  # of an earlier round: one ledger at a time
+            if other != path and (old := _open.pop(other, None)) is not None:
+                os.close(old)
     os.write(fd, RECORD.pack(key, os.getpid(), what))
 
 

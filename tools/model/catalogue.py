@@ -35,6 +35,7 @@ _SHOWS = {  # the scenario in which a fault of the leases shows, if that is not 
     "own-after-done": "leases: own",
     "collect-without-drain": "leases: views",
     "sweep-skips-keeps": "leases: references",
+    "blame-the-neighbour": "leases: lanes",
     "unkeep-before-record": "leases: references",
 }
 

@@ -132,6 +132,7 @@ class Scenario:
     specs: tuple[Spec, ...]
     crashes: int = 1  # processes that are killed from outside, at most
     collects: bool = False  # the host looks for leases that are DONE without a record
+    lanes: bool = False  # both slots are of one process: they live, are killed and are swept together
 
 
 class LeaseState(World):
@@ -224,6 +225,10 @@ class LeaseState(World):
             if task.outcome:
                 found[f"task {t}"] = OUTCOMES[task.outcome]
         return found
+
+    def lanes(self, s: int) -> list[Slot]:
+        """The slots of the process in slot s."""
+        return self.slots if self.scenario.lanes else [self.slots[s]]
 
     # ---- what must hold --------------------------------------------------------------------------------
 

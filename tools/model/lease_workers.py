@@ -91,7 +91,8 @@ class LeaseWorkers(LeaseState):
     @step("", "worker {0} is killed from outside")
     def crash(self, s: int) -> None:
         self.crashes -= 1
-        self.slots[s].crashed = 1
+        for slot in self.lanes(s):
+            slot.crashed = 1
         self.dead(s)
 
     @step("", "the SIGKILL for worker {0} arrives")
@@ -100,9 +101,9 @@ class LeaseWorkers(LeaseState):
 
     def dead(self, s: int) -> None:
         """The process is gone, and with it all that was its own: what it knew, and its views."""
-        slot = self.slots[s]
-        slot.process, slot.at, slot.hand, slot.fresh, slot.runs, slot.sent = DEAD, LOOK, -1, 0, -1, 0
-        slot.views, slot.ref, slot.late = [], 0, 0
+        for slot in self.lanes(s):
+            slot.process, slot.at, slot.hand, slot.fresh, slot.runs, slot.sent = DEAD, LOOK, -1, 0, -1, 0
+            slot.views, slot.ref, slot.late = [], 0, 0
 
     # ---- a worker --------------------------------------------------------------------------------------
 
@@ -284,7 +285,8 @@ class LeaseWorkers(LeaseState):
             self.keeper_sleeps()
             return
         self.keeper = [SIGNAL, s, e, -1, -1, 0]
-        slot.guard = BY_KEEPER
+        for lane in self.lanes(s):
+            lane.guard = BY_KEEPER
 
     @step("_threads.pyx:kill_lease", "the keeper sends SIGKILL, and lets the guard go")
     def send_kill(self) -> None:
@@ -297,10 +299,10 @@ class LeaseWorkers(LeaseState):
 
     def signal(self, s: int) -> None:
         """kill_lease, its last lines."""
-        slot = self.slots[s]
-        slot.killing, slot.guard = 1, OPEN
-        if slot.process == ALIVE:
-            slot.process = DOOMED
+        for slot in self.lanes(s):
+            slot.killing, slot.guard = 1, OPEN
+            if slot.process == ALIVE:
+                slot.process = DOOMED
 
 
 WORKER = {

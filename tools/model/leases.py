@@ -84,6 +84,7 @@ FAULTS = {
     "own-after-done": "finish hands the task's own block over only after DONE",
     "collect-without-drain": "collect_now harvests a DONE lease without a look at the outbox",
     "sweep-skips-keeps": "settle_now drops the records of what the dead worker went on seeing",
+    "blame-the-neighbour": "blame counts a death that was for another task's sake against the one beside it",
     "unkeep-before-record": "a result does not hold the view of what it refers to until its record is put",
 }
 
@@ -95,6 +96,8 @@ SCENARIOS = {
     "leases: cancel": Scenario((Spec(cancel=True, retries=1), Spec())),
     # two items of a map in one lease, results committed one by one or together
     "leases: chunk": Scenario((Spec(timeout=True, retries=1, batch=0), Spec(timeout=True, batch=0))),
+    # two lanes of one process: a task that is killed takes the one beside it along
+    "leases: lanes": Scenario((Spec(timeout=True), Spec(retries=1)), lanes=True),
     # views of the arguments outlive both attempts
     "leases: views": Scenario((Spec(keeps=True, raises=True, retries=1),), collects=True),
     # a view outlives its call, and the next result refers to what it shows
@@ -113,9 +116,10 @@ class Leases(LeaseWorkers):
         """Of the world, of each worker, of the keeper, of the host."""
         found: list[Step] = []
         for s, slot in enumerate(self.slots):
-            if slot.process == ALIVE and self.crashes:
+            one = s == 0 or not self.scenario.lanes  # else it happens to both, and was counted there
+            if slot.process == ALIVE and self.crashes and one:
                 found.append(Step(Leases.crash, (s,)))
-            if slot.process == DOOMED:
+            if slot.process == DOOMED and one:
                 found.append(Step(Leases.signal_arrives, (s,)))
             if slot.process in (ALIVE, DOOMED):
                 found += self.worker_steps(s, slot)
@@ -134,6 +138,8 @@ class Leases(LeaseWorkers):
             if self.scenario.collects and slot.state == S_LIVE:
                 if any(lease.state == L_DONE for lease in slot.leases):
                     yield Step(Leases.collect_now, (s,))
+            if s and self.scenario.lanes:
+                continue  # what follows happens to both
             if slot.state == S_LIVE and self.known_dead(slot) and slot.guard == OPEN:
                 yield Step(Leases.vacate, (s,))
             if slot.state == S_DYING:
@@ -235,7 +241,8 @@ class Leases(LeaseWorkers):
         elif lease.state == L_RUNNING and slot.state == S_LIVE:
             lease.state = L_KILLED
             task.reason = 1
-            slot.guard = BY_HOST
+            for lane in self.lanes(task.slot):
+                lane.guard = BY_HOST
             self.host = [CANCELLING, task.slot]
 
     @step("_dispatch.pyx:cancel", "the host sends SIGKILL to worker {0}, and lets the guard go")
@@ -384,33 +391,40 @@ class Leases(LeaseWorkers):
 
     @step("_slots.pyx:vacate", "the host has seen that worker {0} is dead: nothing of it is killed any more")
     def vacate(self, s: int) -> None:
-        self.slots[s].state = S_DYING
+        for slot in self.lanes(s):
+            slot.state = S_DYING
 
     @step(
         "_harvest.pyx:settle_now,settle_task",
         "the host settles what worker {0} has left, and the slot is free",
     )
     def settle(self, s: int) -> None:
-        if self.slots[s].process != DEAD:
-            raise Broken("a slot is swept while its process lives")
-        if self.fault == "sweep-before-harvest":
-            self.heap_sweep(s)
-        slot = self.slots[s]
+        lanes = range(len(self.slots)) if self.scenario.lanes else [s]
+        for lane in lanes:
+            if self.slots[lane].process != DEAD:
+                raise Broken("a slot is swept while its process lives")
+            if self.fault == "sweep-before-harvest":
+                self.heap_sweep(lane)
+            self.take_last(self.slots[lane], lane)
+        held = [number for number, task in enumerate(self.tasks) if task.slot in lanes]
+        for number in held:
+            self.harvest(self.tasks[number].slot, number)
+        for number in held:
+            if self.tasks[number].entry >= 0:
+                self.settle_task(self.tasks[number].slot, number)
+        for lane in lanes:
+            self.heap_sweep(lane)
+            if any(lease != EMPTY for lease in self.slots[lane].leases):
+                raise Broken("a slot is free, and something in it is not")
+            self.slots[lane] = Slot(S_FREE, NOBODY, leases=self.slots[lane].leases)
+
+    def take_last(self, slot: Slot, s: int) -> None:
+        """_harvest.pyx take_last: the records that a dead worker has left."""
         while slot.outbox:
             if slot.outbox[0][0] in OF_BLOCKS and self.fault == "sweep-skips-keeps":
                 slot.outbox.pop(0)
             else:
                 self.drain(s)
-        held = [number for number, task in enumerate(self.tasks) if task.slot == s]
-        for number in held:
-            self.harvest(s, number)
-        for number in held:
-            if self.tasks[number].entry >= 0:
-                self.settle_task(s, number)
-        self.heap_sweep(s)
-        if any(lease != EMPTY for lease in slot.leases):
-            raise Broken("a slot is free, and something in it is not")
-        self.slots[s] = Slot(S_FREE, NOBODY, leases=slot.leases)
 
     def settle_task(self, s: int, number: int) -> None:
         """_harvest.pyx settle_task: what it ran is blamed, what only waited waits again."""
@@ -444,6 +458,9 @@ class Leases(LeaseWorkers):
             return
         if not task.claimed:
             raise Broken(f"task {number} is blamed for a death, and was never started")
+        if self.scenario.lanes and self.slots[s].killing and self.fault != "blame-the-neighbour":
+            self.beside(number + item)
+            return
         if not self.slots[s].crashed:
             raise Broken(
                 f"task {number} is blamed for a death that the host has caused for another task's sake"
@@ -452,6 +469,16 @@ class Leases(LeaseWorkers):
             self.finish(number + item, DIED)
         self.tasks[number + item].losses += 1
 
+    def beside(self, number: int) -> None:
+        """collector.py beside: it ran in a process that was killed for another task: again, not counted."""
+        task, spec = self.tasks[number], self.scenario.specs[number]
+        if task.begun > task.losses:
+            task.begun -= 1  # this execution does not count
+        if task.attempt > spec.retries:
+            self.finish(number, DIED)
+        elif task.asked:
+            self.finish(number, CANCELLED)
+
     def lost_with(self, number: int, item: int) -> None:
         """Those that ran in this lease before `item` and were not delivered run once more."""
         for earlier in range(number + self.tasks[number].delivered, number + item):
@@ -459,7 +486,8 @@ class Leases(LeaseWorkers):
 
     @step("_slots.pyx:open_slot,occupy", "a new worker moves into slot {0}, and is ready")
     def open_slot(self, s: int) -> None:
-        self.slots[s] = Slot(leases=self.slots[s].leases)
+        for lane in range(len(self.slots)) if self.scenario.lanes else [s]:
+            self.slots[lane] = Slot(leases=self.slots[lane].leases)
 
 
 def model(name: str, fault: str = "") -> partial[Leases]:

@@ -4,8 +4,8 @@ A death explains that something ran twice: of what the dead process had begun it
 of a map, one of the finished neighbours right before that, whose results had not been committed. The dead are
 those that the weather has killed, and those whose own task was the reason: it dies, hangs, or was cancelled.
 
-With several threads in a worker (`threads`) its tasks share that: one that dies, hangs or was cancelled explains
-the death of whatever ran beside it, and that may run again without a new attempt.
+With several threads in a worker (`threads`) its tasks share that: one that dies, hangs or was cancelled
+explains the death of whatever ran beside it, and that may run again without a new attempt.
 """
 
 from __future__ import annotations
@@ -73,8 +73,7 @@ def check_orders(orders, ledger, killed, threads=1):
     if strange := ledger.starts.keys() - known:
         raise Unbalanced("nobody asked for these", *strange)
     if threads > 1:
-        guilty = [order for order in orders if order.fatal or order.timed]
-        killed = {*killed, *(pid for order in guilty for pid, _ in ledger.starts.get(order.key, ()))}
+        killed = Explained(killed, [order for order in orders if order.fatal or order.timed], ledger)
     kinds = Counter()
     for order in orders:
         kinds[check_outcome(order, ledger, killed)] += 1
@@ -84,6 +83,24 @@ def check_orders(orders, ledger, killed, threads=1):
     else:
         check_runs(by_key, ledger, killed)
     return kinds
+
+
+class Explained:
+    """Processes whose death is explained, where tasks run side by side: also by what ran beside others.
+
+    One that was ended between its claim and its first record has noted no process: each explains one more.
+    """
+
+    def __init__(self, killed, guilty, ledger):
+        self.known = {*killed, *(pid for order in guilty for pid, _ in ledger.starts.get(order.key, ()))}
+        unnoted = [order for order in guilty if len(ledger.starts.get(order.key, ())) < order.runs]
+        self.more = len(unnoted)
+
+    def __contains__(self, pid):
+        if pid not in self.known and self.more:
+            self.more -= 1
+            self.known.add(pid)
+        return pid in self.known
 
 
 def check_outcome(order, ledger, killed):
