@@ -142,12 +142,26 @@ def test_a_missing_import_inside_the_target_is_its_own_error(here):
 
 def test_run_hands_over_options_and_arguments(here, fake, capsys):
     (here / "job_f.py").write_text("def go(rt, argv): print(argv); rt.seen = True\n")
-    command = "run --workers 3 --preload json,csv --preload re --timeout 1.5 --retries 2 --region-size 8MiB"
-    code = main([*command.split(), "--no-progress", "job_f:go", "x", "--workers", "9", "--", "-h"])
+    command = "run --workers 3 --threads 4 --preload json,csv --preload re --timeout 1.5 --retries 2"
+    code = main(
+        [
+            *command.split(),
+            "--region-size",
+            "8MiB",
+            "--no-progress",
+            "job_f:go",
+            "x",
+            "--workers",
+            "9",
+            "--",
+            "-h",
+        ]
+    )
     assert code == 0
     (rt,) = fake
     assert rt.options == {
         "max_workers": 3,
+        "threads": 4,
         "preload": ["json", "csv", "re"],
         "timeout": 1.5,
         "retries": 2,

@@ -27,7 +27,7 @@ from tasks import own_pid
 from watching import alive, all_ready, output, read_pids, run_script, send, settled, until
 
 import runtime
-from runtime import Runtime, worker
+from runtime import Runtime, loop
 
 Factory = Callable[..., Runtime]
 
@@ -89,12 +89,12 @@ def test_a_limit_below_the_size_of_a_new_worker(factory: Factory) -> None:
 def test_a_worker_that_is_above_its_own_limit_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
     """Which is below what was said; that is what it is replaced by."""
     orders = SimpleNamespace(max_rss=1000)
-    monkeypatch.setattr(worker.memory, "unshared", lambda: 950)
+    monkeypatch.setattr(loop.memory, "unshared", lambda: 950)
     with pytest.warns(RuntimeWarning, match="max_worker_rss is 1000 bytes"):
-        worker.Worker.warn_of_size(SimpleNamespace(orders=orders, max_rss=940.0))
+        loop.Worker.warn_of_size(SimpleNamespace(orders=orders, max_rss=940.0))
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        worker.Worker.warn_of_size(SimpleNamespace(orders=orders, max_rss=960.0))
+        loop.Worker.warn_of_size(SimpleNamespace(orders=orders, max_rss=960.0))
     assert not told
 
 

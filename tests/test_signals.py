@@ -448,6 +448,7 @@ def test_a_latch() -> None:
 ARGUED = {
     "locks": "the latch: who gets it hands it on at once",
     "sockets": "between supervisor and collector",
+    "linking": "between the lanes of one worker, while one loads; there is none in the host",
     "channels": "`signalling` is tried, never waited for",
     "relay": "a fork of the host holds it, for as long as that takes; the thread of the relay waits then",
     "progress": "between users and the thread that draws, which nobody waits for longer than a second",
