@@ -1,7 +1,8 @@
 """Back-pressure: who submits large arguments faster than they are worked on waits for room in the region.
 
-Only while less and less of it is held, as the workers free room without the user's help; and only in a thread
-that may wait at all. Else the arguments stay in the host's own memory until they are leased.
+Only while less and less of it is held, as the workers free room without the user's help, or while what they
+free goes to tasks that wait already; and only in a thread that may wait at all. Else the arguments stay in
+the host's own memory until they are leased.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from runtime import _core, serializer
 
 __all__ = ["Pressed", "Pressure"]
 
-_STALLED = 1.0  # seconds in which nothing was freed, after which nobody waits
+_STALLED = 1.0  # seconds in which nothing was freed, after which nobody waits for long
+_DOUBT = 0.005  # seconds that they wait nevertheless, to see whether something is freed again
 _NAP = 0.001  # seconds between two looks whether something was
 
 
@@ -46,34 +48,44 @@ class Pressure:
 
     def __init__(self, core: Pressed) -> None:
         self._core = core
-        self._stalled: int | None = None  # bytes held when nothing had been freed for a second; None: it was
+        # Bytes held, and frees so far, when nothing had been freed for a second; None: since then it was.
+        self._stalled: tuple[int, int] | None = None
 
     def place(self, task: _core.Task, payload: serializer.Payload) -> bool:
         """Lay the arguments of a new task out in the region. False: no room, and nobody should wait for it.
 
-        Blocking: while less and less of the region is held, until there is room. If that was not so for a
-        second, nobody waits until it is. Signals are handled.
+        Blocking: until there is room, while less and less of the region is held, or what is freed goes to
+        those that wait already. If that was not so for a second, nobody waits for long until it is. Signals
+        are handled.
         """
         dispatcher, arena = self._core.dispatcher, self._core.arena
         if dispatcher.place(task, payload.data, payload.buffers, payload.readonly):
             return True
         if not self._may_wait(payload):
             return False
-        least = arena.held
-        if self._stalled is not None and least >= self._stalled:
-            return False
-        self._stalled = None
-        since = time.monotonic()
+        least, frees = arena.held, arena.frees
+        stalled = self._stalled is not None and not self._moves(*self._stalled)
+        if not stalled:
+            self._stalled = None
+        patience, since = _DOUBT if stalled else _STALLED, time.monotonic()
         while self._worked_on():
             time.sleep(_NAP)
-            if arena.held < least:
-                least, since = arena.held, time.monotonic()
-                if dispatcher.place(task, payload.data, payload.buffers, payload.readonly):
+            if self._moves(least, frees):
+                if arena.held < least and dispatcher.place(
+                    task, payload.data, payload.buffers, payload.readonly
+                ):
                     return True
-            elif time.monotonic() - since > _STALLED:
-                self._stalled = least
+                least, frees, since = min(least, arena.held), arena.frees, time.monotonic()
+                patience, self._stalled = _STALLED, None
+            elif time.monotonic() - since > patience:
+                self._stalled = least, frees
                 return False
         return False
+
+    def _moves(self, least: int, frees: int) -> bool:
+        """Whether there is more room than then, or what was freed since went to those that waited before."""
+        arena = self._core.arena
+        return arena.held < least or bool(self._core.dispatcher.waiting and arena.frees != frees)
 
     def _worked_on(self) -> bool:
         """Whether there are tasks that end without the user's help, now or as soon as workers are ready."""

@@ -6,6 +6,7 @@ What lies in blocks is checked by its bytes, what takes memory by the blocks of 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import gc
 import os
@@ -15,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,7 +25,7 @@ import tasks
 from watching import all_ready, idle, output, send, until
 
 import runtime
-from runtime import RegionFull, Runtime, WorkerDied, memory
+from runtime import RegionFull, Runtime, WorkerDied, memory, pressure
 from runtime._core import Arena, GrowingArena, HostBlock
 
 EXTENT, KIB, MIB, GIB = 4096, 1 << 10, 1 << 20, 1 << 30
@@ -514,18 +516,40 @@ def look_at(array: Any, seconds: float = 0.01) -> int:
 @pytest.fixture
 def watched() -> Iterator[Callable[[], int]]:
     """The most memory of its own that this process has had, beyond what it had at first."""
-    start = memory.unshared() or 0
-    most, stop = [start], threading.Event()
+    start = most = memory.unshared() or 0
+    stop = threading.Event()
 
     def watch() -> None:
+        nonlocal most
         while not stop.wait(0.002):
-            most.append(max(most.pop(), memory.unshared() or 0))
+            most = max(most, memory.unshared() or 0)
 
     thread = threading.Thread(target=watch)
     thread.start()
-    yield lambda: most[0] - start
+    yield lambda: most - start
     stop.set()
     thread.join()
+
+
+def test_a_producer_is_slowed_down_again_after_a_standstill(
+    factory: Callable[..., Runtime], numpy: Any, watched: Callable[[], int], monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    """What waits in the host's memory since then takes the room that is made; the next ones wait for it."""
+    monkeypatch.setattr(pressure, "_STALLED", 0.05)
+    rt = factory(2, region_max="16MiB")
+    array = filled(MIB, 7)
+    with contextlib.closing(tasks.Gate(tmp_path)) as gate:
+        blockers = [rt.submit(tasks.pass_through, gate.path, n) for n in range(2)]
+        gate.arrived(2)
+        futures = [rt.submit(look_at, array) for _ in range(32)]  # nothing moves, so nobody waits for long
+        held = watched()
+        gate.open(2)
+        futures += [rt.submit(look_at, array) for _ in range(200)]
+        assert {future.result() for future in futures} == {7}
+        assert len([blocker.result() for blocker in blockers]) == 2
+    assert watched() < held + 32 * MIB  # all of the 200 would be 200 MiB
+    in_one_run(rt)
 
 
 def test_a_producer_that_is_too_fast_is_slowed_down(
