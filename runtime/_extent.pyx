@@ -367,6 +367,11 @@ cdef class Arena:
             for i in range(at, at + heap_run(&self.heap, at)):
                 a64_fetch_add_relaxed(<a64_t *>(self.heap.extents + i * EXTENT), 0)
 
+    @property
+    def showing(self):
+        """Whether anything here may show a block."""
+        return self.held != 0 or len(self.watched) != 0
+
     def freeze(self):
         """A fork is about to happen: no block of the host is freed until `thaw`."""
         if self.dropped is None:

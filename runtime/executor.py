@@ -106,6 +106,7 @@ class Runtime(Front, Store, Kernels):
         self._core = Supervisor(self._settings, self._table)
         self._core.start()
         self._pressure = Pressure(self._core)
+        _cores.add(self._core)
         forking.watch(self._core)
         self._submitter = _core.Submitter(self._core.dispatcher, Future, self._core, self._table.plain)
         self._finalizer = weakref.finalize(self, _stop, self._core)
@@ -441,6 +442,7 @@ class Options(Front):
 # ---- the ends of a process ---------------------------------------------------------------------------
 
 _exiting = False
+_cores: weakref.WeakSet[Supervisor] = weakref.WeakSet()  # that the end of the interpreter waits for
 _INTERRUPTED = "Ctrl-C ended the program"
 
 
@@ -457,7 +459,7 @@ def _at_exit() -> None:
     """
     global _exiting
     _exiting = True
-    mine = forking.living()
+    mine = [core for core in list(_cores) if core.pid == os.getpid()]
     try:
         for core in mine:
             core.dispatcher.refusing = True

@@ -1,11 +1,15 @@
-"""What happens to a Runtime when its host forks (os.fork, multiprocessing's "fork", a library's).
+"""What happens to a region when a process that uses it forks: the host of a Runtime, or a worker in a task.
 
-    before    the parent frees no block from here on
+By os.fork, by multiprocessing's "fork", by a library's.
+
+    before    the parent frees no block from here on; a worker ends no task, as the fork is part of one
     child     the region becomes private and every page that a view may show is copied; then it says so
     parent    waits for that word, for a moment, and frees again
 
 So the child's views keep showing what they showed, whatever the parent does; the parent does not notice
 the child at all; and the child's copy of the Runtime is inert.
+
+The zygote imports this ahead of the user's modules: in a worker's child their handlers run after these.
 """
 
 from __future__ import annotations
@@ -14,57 +18,67 @@ import os
 import select
 import threading
 import weakref
+from typing import Protocol
 
-from runtime.supervisor import Supervisor
+from runtime import _core
 
-__all__ = ["living", "watch"]
+__all__ = ["watch"]
 
 _CHILD = 2000  # milliseconds that a child has to copy what its views show
 
-_supervisors: weakref.WeakSet[Supervisor] = weakref.WeakSet()
-_under_way: dict[int, tuple[int, int, list[Supervisor]]] = {}  # thread -> pipe, whose blocks are held
+
+class _User(Protocol):
+    """Who uses a region in the process `pid`."""
+
+    pid: int
+    arena: _core.Arena
+
+    def forked(self) -> None:
+        """In a child: the region becomes private, and nothing here is in use any more."""
 
 
-def watch(core: Supervisor) -> None:
+_users: weakref.WeakSet[_User] = weakref.WeakSet()
+_under_way: dict[int, tuple[int, int, list[_core.Arena]]] = {}  # thread -> pipe, whose blocks are held
+
+
+def watch(user: _User) -> None:
     """From now on forks are looked after."""
-    _supervisors.add(core)
-
-
-def living() -> list[Supervisor]:
-    """Those of this process."""
-    return [core for core in list(_supervisors) if core.pid == os.getpid()]
+    _users.add(user)
 
 
 def _before() -> None:
-    cores = [core for core in living() if core.arena.held]
-    if cores:
+    here = os.getpid()
+    arenas = [user.arena for user in list(_users) if user.pid == here and user.arena.showing]
+    if arenas:
         try:
             reading, writing = os.pipe()
         except OSError:  # no descriptor to be had: the child copies, nobody waits for it
             return
-        for core in cores:
-            core.arena.freeze()
-        _under_way[threading.get_ident()] = (reading, writing, cores)
+        for arena in arenas:
+            arena.freeze()
+        _under_way[threading.get_ident()] = (reading, writing, arenas)
 
 
 def _in_parent() -> None:
-    reading, writing, cores = _under_way.pop(threading.get_ident(), (-1, -1, []))
-    if cores:
+    reading, writing, arenas = _under_way.pop(threading.get_ident(), (-1, -1, []))
+    if arenas:
         os.close(writing)
         poller = select.poll()
         poller.register(reading, select.POLLIN)
-        poller.poll(_CHILD)  # also ends when the child has ended, or when there was none
-        os.close(reading)
-        for core in cores:
-            core.arena.thaw()
+        try:
+            poller.poll(_CHILD)  # also ends when the child has ended, or when there was none
+        finally:  # a signal handler may raise
+            os.close(reading)
+            for arena in arenas:
+                arena.thaw()
 
 
 def _in_child() -> None:
-    for core in list(_supervisors):
-        core.forked()
-    reading, writing, cores = _under_way.pop(threading.get_ident(), (-1, -1, []))
+    for user in list(_users):
+        user.forked()
+    reading, writing, arenas = _under_way.pop(threading.get_ident(), (-1, -1, []))
     _under_way.clear()
-    if cores:
+    if arenas:
         os.write(writing, b".")
         os.close(writing)
         os.close(reading)

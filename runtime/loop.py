@@ -19,10 +19,10 @@ import time
 import warnings
 from typing import NamedTuple
 
-from runtime import _core, memory, serializer
+from runtime import _core, forking, memory, serializer
 from runtime.calls import EXIT_KILLED, Calls, Leave, item_of
 from runtime.children import Children
-from runtime.contexts import Context
+from runtime.contexts import Context, Here
 from runtime.refs import resolve_with
 from runtime.sockets import Paths, WorkerLink
 
@@ -65,6 +65,8 @@ class Worker(Calls):
     def __init__(self, arena: _core.Arena, orders: Orders, context: Context) -> None:
         self.orders = orders
         self.context = context
+        self.arena = arena
+        self.pid = os.getpid()
         self.port = _core.Runner(arena, orders.slot, self.notify)
         self.link = self.Link(orders.paths, orders.slot, self.port.incarnation)
         self.functions = self.Cache()
@@ -80,6 +82,12 @@ class Worker(Calls):
             orders.max_tasks if orders.max_tasks is not None else -1
         )  # tasks and items that it may run
         self.port.attend(self, context, self.functions, orders.host_pidfd, self.share, EXIT_DESCRIPTORS)
+        forking.watch(self)
+
+    def forked(self) -> None:
+        """In a child that a task forked: what it does to the region stays its own."""
+        Here.forked = True
+        self.arena.make_private()
 
     def notify(self) -> None:
         """Tell the host to look at the outbox."""

@@ -50,9 +50,7 @@ def main(arena: _core.Arena, orders: Orders) -> None:
         threading.Thread(
             target=_core.watch_host, args=arguments, name="runtime-host-watch", daemon=True
         ).start()
-        os.register_at_fork(
-            before=_before_fork, after_in_parent=_unmask, after_in_child=lambda: _after_fork(arena)
-        )
+        os.register_at_fork(before=_before_fork, after_in_parent=_unmask, after_in_child=_after_fork)
         Here.worker = context = Context(orders.number, orders.slot, orders.generation)
         if orders.levels is not None:
             forwarding.forward_records(orders.records, Here.context, orders.levels)
@@ -87,15 +85,13 @@ def _unmask() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-def _after_fork(arena: _core.Arena) -> None:
-    """In a child that a task forked: what it does to the region stays its own, and SIGTERM ends it."""
-    Here.forked = True
+def _after_fork() -> None:
+    """In a child that a task forked: SIGTERM ends it. The region is its own already, see forking.py."""
     signal.set_wakeup_fd(-1)
     for number in _LEAVERS:
         if signal.getsignal(number) is _leave:  # a task may have set its own
             signal.signal(number, signal.SIG_DFL)
     _unmask()
-    arena.make_private()
     stacks.forked()
 
 

@@ -10,6 +10,9 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
+
+from runtime import forking, worker
 
 _importer = os.getpid()
 
@@ -215,3 +218,63 @@ def exit_code(pid: int) -> int | None:
             process.join()
             return process.exitcode
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+# ---- what a child sees of the region -------------------------------------------------------------
+
+
+def sees(array: Any) -> bytes:
+    """What a child finds in an argument that its parent changes as soon as it is back from the fork."""
+    (told, tell), (waited, go_on) = os.pipe(), os.pipe()
+    parent, thread = os.getpid(), threading.get_native_id()
+    whole = worker._leaver.forked
+
+    def late() -> None:
+        """Not before the parent waits, be it for this or for the child's end."""
+        deadline = time.monotonic() + 1
+        while fields_of(parent, thread)[0] != b"S" and time.monotonic() < deadline:
+            pass
+        whole()
+
+    def change() -> None:
+        array[:] = 2
+        os.write(go_on, b".")
+
+    array[:] = 1
+    Hold.parent, Hold.child = change, lambda: os.read(waited, 1)
+    worker._leaver.forked = late
+    try:
+        child = os.fork()
+        if child == 0:
+            os.write(tell, bytes(array.astype("u1")[::512]))
+            os._exit(0)
+    finally:
+        del worker._leaver.forked
+    os.waitpid(child, 0)
+    found = os.read(told, 100)
+    for fd in (told, tell, waited, go_on):
+        os.close(fd)
+    return found
+
+
+def fields_of(pid: int, thread: int) -> list[bytes]:
+    """The fields of a thread's state, from the letter on."""
+    with open(f"/proc/{pid}/task/{thread}/stat", "rb") as file:
+        return file.read().rpartition(b")")[2].split()
+
+
+def says_nothing(array: Any, wait: int, child: Callable[[], object]) -> int:
+    """Of a child that does this before it has come to anything, where its parent waits so many milliseconds
+    for it: how many descriptors the fork has left.
+    """
+    before = os.listdir("/proc/self/fd")
+    usual = forking._CHILD
+    worker._leaver.forked, forking._CHILD = child, wait
+    try:
+        pid = fork(3)
+    finally:
+        del worker._leaver.forked
+        forking._CHILD = usual
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return len(os.listdir("/proc/self/fd")) - len(before)

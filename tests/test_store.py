@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 from watching import alive, blocks_are_back, run_script, send, until
 
@@ -354,6 +355,26 @@ def test_a_fork_of_a_worker_shows_what_was_there(factory: Callable[..., Runtime]
     array = None if own else numpy.zeros(4 * KIB)
     assert rt.submit(os.getpid).result() and rt.submit(show, array).result() == b"\1" * 8
     del grown
+
+
+def test_a_fork_of_a_worker_waits_until_its_child_has_what_it_shows(
+    factory: Callable[..., Runtime], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # else numpy starts threads, and nothing is preloaded
+    rt = factory(1, preload="forked")
+    assert rt.submit(forked.preloaded).result()
+    assert rt.submit(forked.sees, numpy.zeros(4 * KIB)).result() == b"\1" * 8
+
+
+@pytest.mark.parametrize(
+    ("wait", "child"), [(50, signal.pause), (600_000, functools.partial(os._exit, 3))], ids=["stuck", "dead"]
+)
+def test_a_fork_of_a_worker_whose_child_says_nothing(
+    pool: Runtime, wait: int, child: Callable[[], object]
+) -> None:
+    array = numpy.zeros(4 * KIB)
+    assert pool.submit(forked.says_nothing, array, wait, child).result() == 0
+    assert pool.submit(first, array).result() == 0
 
 
 def test_no_room_for_a_block_of_a_worker(factory: Callable[..., Runtime]) -> None:
