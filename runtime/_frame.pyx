@@ -183,24 +183,23 @@ cdef int frame_error(str what) except -1:
 
 
 cdef dict frame_refs(const char *data, uint64_t total):
-    """What a frame refers to: {(block, tag): (bytes of the block, flags)}; None: nothing, or it is no frame.
+    """What a frame refers to, or as much of one as is there: {(block, tag): (bytes of the block, flags)};
+    None: nothing, or it is no frame.
 
     Every word is copied out once: another process may be writing there.
     """
     cdef frame_head_t head
     cdef frame_buffer_t buffer
-    cdef const char *at
-    cdef uint32_t i
+    cdef uint64_t at, i
     cdef dict found = None
     if total < sizeof(frame_head_t):
         return None
     memcpy(&head, data, sizeof(frame_head_t))
-    if head.buffers == 0 or (sizeof(frame_head_t) + <uint64_t>head.items * sizeof(frame_item_t)
-                             + <uint64_t>head.buffers * sizeof(frame_buffer_t)) > total:
+    at = sizeof(frame_head_t) + <uint64_t>head.items * sizeof(frame_item_t)
+    if at > total:
         return None
-    at = data + sizeof(frame_head_t) + head.items * sizeof(frame_item_t)
-    for i in range(head.buffers):
-        memcpy(&buffer, at + i * sizeof(frame_buffer_t), sizeof(frame_buffer_t))
+    for i in range(min(<uint64_t>head.buffers, (total - at) // sizeof(frame_buffer_t))):
+        memcpy(&buffer, data + at + i * sizeof(frame_buffer_t), sizeof(frame_buffer_t))
         if buffer.flags & B_REF:
             if found is None:
                 found = {}

@@ -108,7 +108,9 @@ cdef class Harvest(Leasing):
         return block if block is not None else self.adopted(index, body, tag, 0)
 
     cdef dict referred(self, uint32_t index, exporter):
-        """The blocks that a result refers to, {(offset, tag): block}; None: it refers to none."""
+        """The blocks that a result refers to, {(offset, tag): block}; None: it refers to none. What is its
+        worker's own among them is the host's from now on: so one that is dropped is looked at, too.
+        """
         cdef Py_buffer buffer
         cdef dict found
         cdef HostBlock block
@@ -148,10 +150,10 @@ cdef class Harvest(Leasing):
         exporter = self.adopted(index, record.body, record.tag, record.bytes)
         if task.state != T_LEASED:
             return 0                                # killed before this came: after that nothing is an answer
+        blocks = self.referred(index, exporter) if exporter is not None else None
         if exporter is None or task.batch is None or record.count > task.count - task.delivered:
             return self.strange()
-        self.outcomes.append(
-            (OUTCOME_FRAME, task, task.delivered, record.count, exporter, self.referred(index, exporter)))
+        self.outcomes.append((OUTCOME_FRAME, task, task.delivered, record.count, exporter, blocks))
         task.delivered += record.count
         self.leased -= record.count
         return 0
@@ -182,6 +184,8 @@ cdef class Harvest(Leasing):
         elif copy.out_where == AT_BOUNCE and task.inbound is not None:
             if task.inbound_total == <uint64_t>len(task.inbound):
                 exporter = task.inbound
+            else:
+                self.referred(index, task.inbound)          # so that they are let go of
         if exporter is not None:
             blocks = self.referred(index, exporter)
         self.over(task, T_OVER)
@@ -250,13 +254,15 @@ cdef class Harvest(Leasing):
             return self.strange()
         # It grows with what has come, not with what was announced, or a worker that runs wild could make the
         # host reserve a terabyte. One that misses a piece stays incomplete, and the harvest fails the task.
-        if (record.count == <uint64_t>len(task.inbound)
+        if (record.count == <uint64_t>len(task.inbound) and task.inbound_total != NO_MEMORY
                 and record.bytes <= task.inbound_total - record.count):
             try:
                 PyByteArray_Resize(task.inbound, <Py_ssize_t>(record.count + record.bytes))
             except MemoryError:
-                task.inbound_total = NO_MEMORY      # later pieces find it too short, and are dropped
-                PyByteArray_Resize(task.inbound, 0)
+                task.inbound_total = NO_MEMORY      # later pieces are dropped
+                # The first one says to which blocks the result refers.
+                PyByteArray_Resize(
+                    task.inbound, <Py_ssize_t>min(record.count, <uint64_t>self.arena.bounce_bytes))
             else:
                 memcpy(PyByteArray_AS_STRING(task.inbound) + record.count, self.arena.bounce(index),
                        record.bytes)

@@ -486,7 +486,7 @@ def test_results_that_the_host_has_no_memory_for() -> None:
     """Each fails by itself, and what had come of it is let go of."""
     code = """if True:
         import resource, tasks, runtime
-        from watching import shut_down_clean
+        from watching import blocks_are_back, shut_down_clean
         rt = runtime.Runtime(1, region_max="4MiB")
         assert list(rt.map(len, [b"x"])) == [1]
         with open("/proc/self/statm") as file:
@@ -498,6 +498,9 @@ def test_results_that_the_host_has_no_memory_for() -> None:
         found = rt.map(bytes, [5, 200 << 20, 5], return_exceptions=True, chunksize=1)
         print(*[type(one).__name__ for one in found])
         del found
+        beside = rt.submit(lambda n: (runtime.current().empty(1 << 20, "u1"), bytes(n)), 200 << 20)
+        print(type(beside.exception(tasks.PATIENCE)).__name__)
+        blocks_are_back(rt, 1 << 18)  # what it had of its own in the region, too
         assert rt._core.dispatcher.malformed == 0
         resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         shut_down_clean(rt)
@@ -513,6 +516,7 @@ def test_results_that_the_host_has_no_memory_for() -> None:
     assert lines == [
         *["MemoryError('the task has ended, but the host has no memory for its result')"] * 3,
         "bytes MemoryError bytes",
+        "MemoryError",
         "bytes MemoryError MemoryError bytes",  # the third had run, and its result lay in the same frame
     ]
 

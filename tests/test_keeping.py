@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from scribbling import HEAD, LEASE, RECORD, SLOT
 from watching import until
 
 from runtime import _core
@@ -121,6 +122,70 @@ def test_a_worker_that_is_taken_for_dead_claims_nothing(world: World) -> None:
     world.host.drain(world.slot)
     assert world.results() == [[]]
     del task
+
+
+OUT_BYTES = 112  # of lease_t
+
+
+def lease_at(world: World, entry: int) -> int:
+    """The offset of a lease of the worker."""
+    head = HEAD.unpack(world.arena.region.read_at(0, HEAD.size))
+    leases, outbox, slots_at, stride = head[3], head[4], head[6], head[7]
+    return slots_at + stride * world.slot + SLOT + 4 * leases + RECORD * outbox + LEASE * entry
+
+
+def own_block(world: World, result: bytes) -> Any:
+    """An outcome that names a block of the worker's own, as a task that returns it leaves it."""
+    part = world.port.locate(memoryview(world.port.empty(3 * PAGE)))
+    return (_core.S_VALUE, result, (part,), (False,))
+
+
+def test_a_partial_result_that_makes_no_sense_is_let_go_of() -> None:
+    """Items of a call, which has none."""
+    world = World()
+    world.submit()
+    entry, _ = world.claim()
+    used = world.arena.used_bytes
+    assert world.port.commit(entry, [own_block(world, b"y")], 1)
+    world.host.drain(world.slot)
+    assert world.host.malformed == 1
+    assert world.arena.used_bytes == used
+    world.finish(entry)
+    world.host.drain(world.slot)
+    assert world.results() == [[]]
+    world.end()
+
+
+def test_a_result_by_value_that_stays_incomplete_is_let_go_of() -> None:
+    """It announces more than comes."""
+    world = World()
+    world.submit()
+    entry, _ = world.claim()
+    used = world.arena.used_bytes
+    outcomes = [own_block(world, bytes(2 * PAGE))]
+    everything = []
+    while pages := world.arena.largest_free_bytes // PAGE:
+        everything.append(world.arena.take(pages * PAGE))
+    done: list[bool] = []
+    thread = threading.Thread(target=lambda: done.append(world.port.finish(entry, outcomes, 1)))
+    thread.start()
+    bytes_at = lease_at(world, entry) + OUT_BYTES
+    until(lambda: world.arena.region.load_u64(bytes_at), "the result is announced")
+    world.arena.region.store_u64(bytes_at, 1 << 40)
+
+    def over() -> bool:
+        world.host.drain(world.slot)
+        return not thread.is_alive()
+
+    until(over, "all that there is has come")
+    thread.join()
+    assert done == [True]
+    outcomes.clear()
+    del everything
+    world.host.drain(world.slot)
+    assert [kind for kind, *_ in world.host.take_outcomes()] == [_core.OUTCOME_LOST]
+    assert world.arena.used_bytes == used
+    world.end()
 
 
 def test_only_the_main_thread_of_a_worker_sends_messages() -> None:
