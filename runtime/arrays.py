@@ -3,7 +3,7 @@
     numpy.ndarray    what numpy exports stays numpy's own affair. Others (datetime64, structured, strided,
                      reversed, broadcast) are their memory from the first byte to the last, as one buffer,
                      and how they lie in it; one that lies in more memory than its items take (`array[::3]`)
-                     is made dense first, at the price of a second copy, unless that memory is shared already.
+                     is made dense first, at the price of a second copy, unless it travels by reference.
     memoryview       its memory, in C order, with its format and shape
     pyarrow          a slice that keeps much more memory alive than its rows take is written as its rows alone
 
@@ -19,12 +19,14 @@ import copyreg
 import importlib
 import pickle
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from runtime import _core
 
 _Reducer = Callable[[Any], Any]
+Locate = Callable[[memoryview], Any]  # the slice of a block that a view is part of, or None
 _registered = copyreg.dispatch_table
 _modules = sys.modules
 _added: dict[type, _Reducer] = {}
@@ -42,6 +44,15 @@ class Seen:
 
 
 seen = Seen()
+
+
+class _Asked(threading.local):
+    """Of the pickle that this thread is making: what gives a slice in place of a buffer."""
+
+    locate: Locate | None = None
+
+
+asked = _Asked()
 
 
 def register(kind: type, reduce: _Reducer) -> None:
@@ -80,6 +91,12 @@ def _half_imported(name: str) -> bool:
     return bool(getattr(spec, "_initializing", False))
 
 
+def _stays(view: memoryview) -> bool:
+    """Whether this memory travels by reference, and nothing of it is copied."""
+    locate = asked.locate
+    return locate is not None and _core.in_region(view) and isinstance(locate(view), _core.BlockSlice)
+
+
 # ---- numpy -----------------------------------------------------------------------------------------
 
 _EXPORTED = frozenset("biufcSU")  # kinds of numbers and text: numpy gives them away as they are
@@ -94,7 +111,7 @@ def _reduce_array(array: Any) -> Any:
     if kind not in _RAW or dtype.hasobject or dtype.isbuiltin == 2 or dtype.itemsize == 0:
         return array.__reduce_ex__(5)
     memory, offset = _memory_of(array)
-    if memory.nbytes > array.nbytes and not _core.in_region(memoryview(memory)):
+    if memory.nbytes > array.nbytes and not _stays(memoryview(memory)):
         dense = array.copy(order="K")
         dense.flags.writeable = flags.writeable
         return _reduce_array(dense)
@@ -211,11 +228,11 @@ def _is_extended(arrow: Any, kind: Any) -> bool:
 
 
 def _is_shared(data: Any) -> bool:
-    """Whether all of its memory lies in a region, and so goes by reference."""
+    """Whether all of its memory travels by reference."""
     columns = data.columns if hasattr(data, "columns") else [data]
     chunks = [chunk for column in columns for chunk in getattr(column, "chunks", [column])]
     buffers = [buffer for chunk in chunks for buffer in chunk.buffers() if buffer is not None]
-    return all(_core.in_region(memoryview(buffer)) for buffer in buffers)
+    return all(_stays(memoryview(buffer)) for buffer in buffers)
 
 
 def rebuild_arrow(buffer: Any, whole: bool, column: bool) -> Any:

@@ -12,13 +12,13 @@ import copyreg
 import os
 import pickle
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from runtime import _core, arrays
+from runtime.arrays import Locate
 
 OUT_OF_BAND_MIN = 16 * 1024  # bytes: smaller buffers stay inside the pickle
-Locate = Callable[[memoryview], Any]  # the slice of a block that a view is part of, or None
 Stream = bytes | tuple[bytes | memoryview, ...]  # of a pickle: whole, or in pieces that follow each other
 _c_loads = pickle.loads
 _modules, _registered, _seen = sys.modules, copyreg.dispatch_table, arrays.seen

@@ -39,14 +39,14 @@ import types
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from runtime.arrays import register
+from runtime.arrays import Locate, asked, register
 from runtime.byvalue import PORTABLE, RESULT, SHARED, dumps_by_value
 from runtime.errors import RemoteError
 from runtime.functions import CODE_TYPES, FunctionCache, FunctionRef, FunctionTable, SharedCache, name_of
 from runtime.linking import adopt_main, keep_main
 from runtime.lookup import locate as find_name
 from runtime.lookup import names_by_value_module
-from runtime.payload import OUT_OF_BAND_MIN, Locate, Payload, Stream, Taken, dump, loads, pickled_by_us
+from runtime.payload import OUT_OF_BAND_MIN, Payload, Stream, Taken, dump, loads, pickled_by_us
 
 __all__ = [
     "OUT_OF_BAND_MIN",
@@ -94,17 +94,25 @@ def dumps_frozen(obj: object, locate: Locate | None = None) -> Payload:
 
 
 def _encode(obj: object, freeze: bool, mode: str, locate: Locate | None) -> Payload:
+    before, asked.locate = asked.locate, locate  # what is being pickled may pickle something itself
+    try:
+        payload = _pickled(obj, mode, locate)
+    finally:
+        asked.locate = before
+    if freeze and (payload.buffers or type(payload.data) is tuple):
+        payload.freeze()
+    return payload
+
+
+def _pickled(obj: object, mode: str, locate: Locate | None) -> Payload:
     try:
         payload = dump(obj, locate)
     except BaseException as error:
-        payload = dumps_by_value(obj, mode, Taken(locate), error)
-    else:
-        data = payload.data
-        # The shortest stream that can name a class or function of __main__ is longer than 24 bytes.
-        if len(data) > 24 and names_by_value_module(data) if type(data) is bytes else _names_any(data):
-            payload = dumps_by_value(obj, mode, Taken(locate), None)
-    if freeze and (payload.buffers or type(payload.data) is tuple):
-        payload.freeze()
+        return dumps_by_value(obj, mode, Taken(locate), error)
+    data = payload.data
+    # The shortest stream that can name a class or function of __main__ is longer than 24 bytes.
+    if len(data) > 24 and names_by_value_module(data) if type(data) is bytes else _names_any(data):
+        return dumps_by_value(obj, mode, Taken(locate), None)
     return payload
 
 

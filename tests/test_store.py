@@ -71,6 +71,13 @@ def keep(array: Any, name: str = "it") -> int:
     return os.getpid()
 
 
+def bytes_outside(array: Any) -> int:
+    """Of the memory that an array is a view of."""
+    while isinstance(array.base, numpy.ndarray):
+        array = array.base
+    return 0 if array.base is None else memoryview(array.base).nbytes
+
+
 def kept_sum(name: str = "it") -> float:
     return float(kept[name].sum())
 
@@ -580,6 +587,23 @@ def test_a_fork_of_a_task_copies_only_what_it_shows(factory: Callable[..., Runti
     held[:] = bytes(len(held))
     dirty, total = rt.submit(fork, numpy.ones(BIG)).result()
     assert total == BIG and 2 * MIB <= dirty < 48 * MIB
+
+
+def test_of_what_cannot_go_by_reference_a_part_is_copied_not_all_that_it_was_cut_from(
+    pool: Runtime, factory: Callable[..., Runtime]
+) -> None:
+    """Into a Ref, since others may write to it; into another runtime."""
+    shared = pool.empty(BIG)
+    shared[:] = numpy.arange(BIG)
+    before = used(pool)
+    part = shared[5::1024]
+    ref = pool.put(part)
+    assert used(pool) - before <= 2 * 4096
+    shared[:] = 0
+    assert ref.get().tolist() == list(range(5, BIG, 1024))
+    other = factory(1)
+    assert other.submit(bytes_outside, part).result() <= 2 * 4096
+    ref.release()
 
 
 def test_a_fork_reads_a_ref(pool: Runtime) -> None:
