@@ -108,4 +108,4 @@ cdef class Frame:
 
 # Bytes of a pickle: of bytes, or of a tuple of pieces.
 cdef uint64_t stream_bytes(data) except? 0xFFFFFFFFFFFFFFFFULL
-cdef dict frame_refs(const char *data, uint64_t total)
+cdef set frame_refs(const char *data, uint64_t total)

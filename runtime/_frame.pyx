@@ -182,16 +182,15 @@ cdef int frame_error(str what) except -1:
     raise ValueError(f"malformed frame: {what}")
 
 
-cdef dict frame_refs(const char *data, uint64_t total):
-    """What a frame refers to, or as much of one as is there: {(block, tag): (bytes of the block, flags)};
-    None: nothing, or it is no frame.
+cdef set frame_refs(const char *data, uint64_t total):
+    """What a frame refers to, or as much of one as is there: {(block, tag)}; None: nothing, or it is no frame.
 
     Every word is copied out once: another process may be writing there.
     """
     cdef frame_head_t head
     cdef frame_buffer_t buffer
     cdef uint64_t at, i
-    cdef dict found = None
+    cdef set found = None
     if total < sizeof(frame_head_t):
         return None
     memcpy(&head, data, sizeof(frame_head_t))
@@ -202,8 +201,8 @@ cdef dict frame_refs(const char *data, uint64_t total):
         memcpy(&buffer, data + at + i * sizeof(frame_buffer_t), sizeof(frame_buffer_t))
         if buffer.flags & B_REF:
             if found is None:
-                found = {}
-            found[buffer.block, buffer.tag] = (buffer.block_bytes, buffer.flags)
+                found = set()
+            found.add((buffer.block, buffer.tag))
     return found
 
 

@@ -112,19 +112,21 @@ cdef class Harvest(Leasing):
         worker's own among them is the host's from now on: so one that is dropped is looked at, too.
         """
         cdef Py_buffer buffer
-        cdef dict found
+        cdef set found
         cdef HostBlock block
+        cdef dict blocks = None
         PyObject_GetBuffer(exporter, &buffer, PyBUF_SIMPLE)
         try:
             found = frame_refs(<const char *>buffer.buf, <uint64_t>buffer.len)
         finally:
             PyBuffer_Release(&buffer)
         if found is not None:
+            blocks = {}
             for key in found:
                 block = self.known(index, key[0], key[1])
                 if block is not None:           # else whoever reads the frame says what is missing
-                    found[key] = block
-        return found
+                    blocks[key] = block
+        return blocks
 
     cdef int strange(self) noexcept:
         """A record that makes no sense: counted, dropped."""

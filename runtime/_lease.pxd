@@ -129,7 +129,7 @@ cdef class WorkerPort(Viewer):
     cdef Frame lay_out(self, list items)
     cdef int hand_over(self, Frame frame) except -1
     cdef int close_views(self, Frame frame) except -1
-    cdef int keep(self, BlockView view, list parts, int known) except -1
+    cdef int keep(self, BlockView view, list parts) except -1
     cdef int put(self, record_t *record) except -1
     cdef int tell(self) except -1
     cdef int take_room(self, uint64_t nbytes, bint patient, uint64_t *at, uint64_t *tag) except -1

@@ -267,7 +267,7 @@ cdef class WorkerPort(Viewer):
         cdef BlockView view
         for part in parts:
             view = <BlockView>part.holder
-            part.by_value = not view.access and (view.kept or is_seen(view, parts, self.opened, 1))
+            part.by_value = not view.access and (view.kept or is_seen(view, parts, self.opened))
         frame = Frame(items)
         frame.parts = parts
         return frame
@@ -290,13 +290,13 @@ cdef class WorkerPort(Viewer):
         cdef BlockView view
         while self.opened:
             view = <BlockView>self.opened.pop()
-            self.keep(view, frame.parts, 1)
+            self.keep(view, frame.parts)
         return 0
 
-    cdef int keep(self, BlockView view, list parts, int known) except -1:
+    cdef int keep(self, BlockView view, list parts) except -1:
         """If something in this worker still sees a block of the host's: tell it."""
         cdef record_t record = record_t(R_KEEP, 0, 0, view.body, view.tag, 0, 0)
-        if not view.kept and is_seen(view, parts, None, known):
+        if not view.kept and is_seen(view, parts, None):
             view.kept = True                    # first: it may go while this waits for a place in the outbox
             self.put(&record)
         return 0

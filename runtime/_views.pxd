@@ -34,4 +34,4 @@ cdef class BlockView:
     cdef int map_private(self) except -1
 
 
-cdef bint is_seen(BlockView view, list parts, list opened, int known) except -1
+cdef bint is_seen(BlockView view, list parts, list opened) except -1

@@ -142,11 +142,11 @@ cdef class BlockView:
             munmap(self.mapping, self.nbytes)
 
 
-cdef bint is_seen(BlockView view, list parts, list opened, int known) except -1:
-    """Whether anything holds a view but the slices of it among `parts`, the list `opened`, and as many
-    references as the caller has.
+cdef bint is_seen(BlockView view, list parts, list opened) except -1:
+    """Whether anything holds a view but the slices of it among `parts`, the list `opened`, and the caller,
+    by one reference.
     """
-    cdef Py_ssize_t i
+    cdef Py_ssize_t i, known = 1
     for i in range(len(parts)):
         known += (<BlockSlice>parts[i]).holder is view
     for i in range(len(opened) if opened is not None else 0):

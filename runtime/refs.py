@@ -88,12 +88,12 @@ def resolve_with(resolve: Resolve) -> None:
 
 def resolver(blocks: Mapping[tuple[int, int], Any] | None) -> Resolve | None:
     """In the host: finds the blocks that a frame refers to among these."""
-    if not blocks:
+    if blocks is None:
         return None
 
     def resolve(block: int, tag: int, nbytes: int, flags: int) -> Any:
         found = blocks.get((block, tag))
-        if not isinstance(found, _core.HostBlock):
+        if found is None:
             raise ValueError(f"it refers to a block at offset {block} that is not there")
         return found
 
