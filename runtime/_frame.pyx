@@ -183,7 +183,7 @@ cdef int frame_error(str what) except -1:
 
 
 cdef set frame_refs(const char *data, uint64_t total):
-    """What a frame refers to, or as much of one as is there: {(block, tag)}; None: nothing, or it is no frame.
+    """What a frame, or as much of one as is there, refers to: {(block, tag)}; None: nothing.
 
     Every word is copied out once: another process may be writing there.
     """

@@ -1870,3 +1870,8 @@ def test_round_trip_in_one_process():
     assert seen == []
     assert builtins.len is len
     assert concurrent.futures is not None
+
+
+def test_a_buffer_within_a_pickle_is_never_a_piece_of_its_own():
+    """C pickle would hand over the PickleBuffer itself, and `Pieces` knows only bytes and bytearrays."""
+    assert serializer.OUT_OF_BAND_MIN < pickle._Framer._FRAME_SIZE_TARGET
