@@ -35,8 +35,8 @@ PAGE_BYTES = PAGE
 cdef inline uint64_t grain_word(uint64_t state, uint64_t p) noexcept nogil:
     return state | (p << 3)
 
-# `job` says where what is, `base` is where the block lies: for a participant that is one thing. The host has a
-# copy of job_t of its own, since a kernel that writes where it should not may hit the one in the region.
+# `job` says where what is, `base` is where the block lies: for a participant that is one thing. The host has
+# a copy of job_t of its own, since a kernel that writes where it should not may hit the one in the region.
 cdef inline line_t *line_at(char *base, uint64_t p) noexcept nogil:
     return <line_t *>(base + sizeof(job_t)) + p
 
