@@ -11,6 +11,7 @@ import os
 import pickle
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -522,6 +523,19 @@ def test_a_ref_of_another_runtime(pool: Runtime, factory: Callable[..., Runtime]
     assert pool.submit(numpy.sum, moved).result() == 8000  # an array is copied
 
 
+def test_a_ref_after_shutdown(pool: Runtime, factory: Callable[..., Runtime]) -> None:
+    rt = factory(1)
+    ref = rt.put([1, numpy.ones(BIG)])
+    rt.shutdown()
+    assert ref.get()[0] == 1 and ref.get()[1].sum() == BIG  # it lives as long as somebody has it
+    assert "another Runtime" in str(pool.submit(same, ref).exception())
+    with pytest.raises(RuntimeError, match="shutdown"):
+        rt.submit(same, ref)
+    ref.release()
+    with pytest.raises(StaleBlock, match="released"):
+        ref.get()
+
+
 def test_a_ref_travels_in_no_other_way(pool: Runtime) -> None:
     ref = pool.put([1])
     for way in (pickle.dumps, copy.copy, copy.deepcopy):
@@ -551,6 +565,31 @@ def test_code_in_a_ref(pool: Runtime) -> None:
 
     assert [pool.submit(use, ref, i).result() for i in range(6)] == [6] * 6
     assert ref.get()["fn"](1) == 2
+
+
+def keep_own(n: int) -> None:
+    runtime.current().local.setdefault("own", []).extend(runtime.current().empty(64, "u1") for _ in range(n))
+
+
+def keep_arguments(arrays: list[Any]) -> None:
+    runtime.current().local.setdefault("kept", []).extend(arrays)
+
+
+@pytest.mark.parametrize("whose", ["own", "kept"])
+def test_what_a_dead_worker_held_is_back_at_once(factory: Callable[..., Runtime], whose: str) -> None:
+    """100,000 blocks within 50 ms; here it is ten times that, on a machine that does other things, too."""
+    rt = factory(1, region_max="1GiB")
+    pid = rt.submit(os.getpid).result()
+    for _ in range(100):
+        if whose == "own":
+            rt.submit(keep_own, 1000).result()
+        else:
+            rt.submit(keep_arguments, [rt.empty(64, "u1") for _ in range(1000)]).result()
+    assert rt.stats().used >= 100_000 * 4096
+    send(pid, signal.SIGKILL)
+    killed = time.monotonic()
+    until(lambda: rt.stats().used < MIB, "the blocks are back")
+    assert time.monotonic() - killed < 0.5
 
 
 def test_a_worker_dies_over_a_ref(factory: Callable[..., Runtime]) -> None:
