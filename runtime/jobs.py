@@ -53,6 +53,7 @@ class Area:
 
     def close(self) -> None:
         """The views are not needed any more; see Plan.close."""
+        self.part = None
         self.user.release()
         self.placed.release()
 

@@ -136,6 +136,7 @@ EXPECTED = {
     "publish-after-done": "the result of task 0 is lost: its block is not the worker's to hand over",
     "clock-before-word": "an item is killed whose deadline has not passed",
     "blame-the-waiting": "task 0 is blamed for a death, and was never started",
+    "blame-the-neighbour": "task 1 is blamed for a death that the host has caused for another task's sake",
     "answer-after-killed": "task 0 gets a second outcome",
     "guessed-death": "a slot is swept while its process lives",
     "retry-without-end": "task 0 runs more often than its attempts allow",
