@@ -40,13 +40,16 @@ if TYPE_CHECKING:
     from runtime.kernels import Kernel
     from runtime.lifecycle import WorkerStatus
     from runtime.refs import Ref
+    from runtime.state import Change, SharedState
 
 # The host's side, imported when it is asked for: a zygote and its workers start sooner without it.
 _HOST = {
+    "Change": "state",
     "Future": "future",
     "Kernel": "kernels",
     "Ref": "refs",
     "Runtime": "executor",
+    "SharedState": "state",
     "Stats": "figures",
     "WorkerInfo": "figures",
     "WorkerStatus": "lifecycle",
@@ -71,6 +74,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Block",
     "BrokenRuntime",
+    "Change",
     "Future",
     "Kernel",
     "KernelFailed",
@@ -83,6 +87,7 @@ __all__ = [
     "Runtime",
     "RuntimeFailure",
     "SharedRegion",
+    "SharedState",
     "StaleBlock",
     "Stats",
     "TaskCancelled",

@@ -32,6 +32,8 @@ cdef extern from "include/atomics.h" nogil:
     bint a32_cas_acquire(a32_t *w, uint32_t expected, uint32_t desired)
 
     void fence_seq_cst()
+    void fence_acquire()
+    void fence_release()
     void words_store(void *to, const void *source, size_t n)
     void words_load(void *to, const void *source, size_t n)
     void cpu_relax()

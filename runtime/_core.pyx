@@ -24,6 +24,8 @@
     _stacks    next_question                         how a worker hears that its stacks are wanted
     _bell      Bell, Outlet, Recent, replaced        what any thread may do, without a lock
     _shaped    Shaped                                a flat buffer with a format and a shape
+    _state     StateMap, StateLock                   a map that all processes share, and its locks
+    _watch     StateWatch                            what has changed in it
     _stdio     line_buffer_stdio, flush_stdio        what C keeps of a worker's output
     _stream    Stream                                the iterator of a map
 """
@@ -72,10 +74,12 @@ from runtime._runner import LEASE_LOST, Runner
 from runtime._series import read_series
 from runtime._shaped import Shaped
 from runtime._stacks import next_question
+from runtime._state import StateLock, StateMap
 from runtime._stdio import flush_stdio, line_buffer_stdio
 from runtime._stream import Stream
 from runtime._submit import Submitter
 from runtime._threads import DeadlineKeeper, become_subreaper, kill_descendants, watch_host
+from runtime._watch import StateWatch
 
 PHASE_READY, PHASE_FAILED, PHASE_LEAVING = _READY, _FAILED, _LEAVING
 S_VALUE, S_ERROR, S_PLAIN = _S_VALUE, _S_ERROR, _S_PLAIN

@@ -6,6 +6,11 @@ from runtime._region cimport SharedRegion
 from runtime._slab cimport pool_t
 
 
+# Arguments and surroundings, as SharedState has them, too.
+cdef int64_t patience_of(object timeout) except -2
+cdef uint64_t pid_namespace()
+
+
 cdef class MemoryPool:
     cdef readonly SharedRegion region
     cdef pool_t p

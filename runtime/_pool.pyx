@@ -123,6 +123,8 @@ cdef class MemoryPool:
             at = a64_load_acquire(&head.pool.at)                                # F2
             if at != 0:
                 return self.attach(at)
+            if a64_load_acquire(&head.state.at) != 0:
+                raise ValueError("the region holds a SharedState, which uses all of it: make another one")
             if self.total > self.region.length:
                 raise ValueError(
                     f"the region has {self.region.length} bytes; "

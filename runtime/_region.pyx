@@ -50,6 +50,7 @@ cdef enum:
 cdef void layout_holds() noexcept nogil:
     _Static_assert(sizeof(region_about) == 64)
     _Static_assert(sizeof(region_pool) == 64)
+    _Static_assert(sizeof(region_state) == 64)
     _Static_assert(sizeof(region_header) == HEADER_BYTES)
 
 

@@ -66,6 +66,10 @@ static inline int a32_cas_acquire(a32_t *w, uint32_t expected, uint32_t desired)
  * want: each fence of ours orders a store before a load of another word. What one thread hands to another
  * rests on the word that is released and acquired, and where it does not, it shall be reported. */
 static inline void fence_seq_cst(void) { atomic_thread_fence(memory_order_seq_cst); }
+/* Between copying what others may overwrite and looking again whether they have; between taking memory and
+ * overwriting it. No instruction on x86. */
+static inline void fence_acquire(void) { atomic_thread_fence(memory_order_acquire); }
+static inline void fence_release(void) { atomic_thread_fence(memory_order_release); }
 
 /* ---- words of a seqlock: copied while another process may write them ---- */
 /* Relaxed and word by word, since a memcpy that races is undefined. `n` bytes, a multiple of 8; `from` and
