@@ -41,12 +41,21 @@ def arena(size: int, most: int) -> GrowingArena:
 def taken(region: Arena, nbytes: int, mark: int) -> HostBlock:
     """A block full of marks; the region grows for it."""
     block = region.take(nbytes)
-    memoryview(block)[:] = bytes([mark]) * nbytes
+    for piece, marks in pieces(block, mark):
+        piece[:] = marks
     return block
 
 
 def marked(block: HostBlock, mark: int) -> bool:
-    return bytes(memoryview(block)) == bytes([mark]) * block.nbytes
+    return all(bytes(piece) == marks for piece, marks in pieces(block, mark))
+
+
+def pieces(block: HostBlock, mark: int) -> Iterator[tuple[memoryview, bytes]]:
+    """A block by parts, so that the tests themselves need little memory, and what each shall hold."""
+    whole, marks = memoryview(block), bytes([mark]) * MIB
+    for at in range(0, block.nbytes, MIB):
+        piece = whole[at : at + MIB]
+        yield piece, marks[: len(piece)]
 
 
 def memory_of(region: Arena) -> int:

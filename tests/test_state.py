@@ -495,10 +495,10 @@ def test_one_key_is_inserted_once_by_many(state: SharedState) -> None:
 
 
 def writer(state: SharedState, seed: int) -> None:
-    """Sets, deletes, inserts for ever, and reads what others wrote."""
-    chance = random.Random(seed)
+    """Sets, deletes, inserts until its parent is gone, and reads what others wrote."""
+    chance, parent = random.Random(seed), os.getppid()
     n = 0
-    while True:
+    while os.getppid() == parent:
         n += 1
         key = f"key {chance.randrange(24)}"
         move = chance.random()
@@ -513,6 +513,7 @@ def writer(state: SharedState, seed: int) -> None:
         state.add(f"ops {seed}")
 
 
+@pytest.mark.timeout(180)
 @pytest.mark.parametrize("kills", [300])
 def test_killed_anywhere(state: SharedState, kills: int) -> None:
     """No value is torn, no block is lost, and nobody waits for the dead."""
