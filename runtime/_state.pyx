@@ -267,6 +267,9 @@ cdef class StateMap:
                 map_sweep(&self.m, False)
                 if unit_enroll(&self.m) != MAP_OK:
                     raise RegionFull(f"{self.m.row_count} living processes use this map, which is its limit")
+            # While there are rows left: one without a row could not take over what the dead own.
+            if 2 * a64_load_relaxed(&self.m.row) >= self.m.row_count:
+                map_sweep(&self.m, False)
         if self.region.base == NULL:
             self.region.check_open()
         return 0

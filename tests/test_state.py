@@ -580,6 +580,17 @@ def test_rows_of_the_dead_are_used_again(state: SharedState) -> None:
     check_blocks(state)
 
 
+def test_rows_of_those_who_died_with_locks_are_used_again(state: SharedState) -> None:
+    def child(i: int) -> None:
+        lock = state.lock(f"l{i}")
+        lock.acquire()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    for i in range(150):
+        pid = fork(lambda i=i: child(i))
+        assert os.waitpid(pid, 0)[1] == signal.SIGKILL
+
+
 def test_a_damaged_header_is_refused(tmp_path: Path) -> None:
     for at in (0, 8, 24, 32, 40, 48):
         with SharedRegion.create(SIZE) as region:
