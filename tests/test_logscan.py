@@ -70,14 +70,16 @@ def test_a_line_that_is_too_long_is_said_to_be(logscan: ModuleType, kernel: runt
     assert failed.value.code == 1
 
 
-def test_the_whole_with_kills() -> None:
-    done = subprocess.run(
-        [sys.executable, SCRIPT, "--size", "24MiB", "--workers", "2", "--kill", "3", "--rounds", "1"],
-        capture_output=True, text=True, timeout=90,
-    )  # fmt: skip
+def test_the_whole_with_kills(tmp_path: Path) -> None:
+    report, picture = tmp_path / "logscan.json", tmp_path / "logscan.svg"
+    options = ["--size", "24MiB", "--workers", "2", "--kill", "3", "--rounds", "1", "--json", report]
+    done = subprocess.run([sys.executable, SCRIPT, *options], capture_output=True, text=True, timeout=90)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "killed 3 workers" in done.stdout and "all answers are equal" in done.stdout
     assert "numpy, one thread" in done.stdout and done.stderr == ""
+    chart = SCRIPT.parent.parent / "tools" / "chart.py"
+    subprocess.run([sys.executable, chart, report, picture], check=True, timeout=30)
+    assert "numpy, one thread" in picture.read_text()
 
 
 def test_an_answer_that_differs_is_a_failure(

@@ -4,6 +4,8 @@
     python tools/chart.py pools.json docs/speed.svg
     python bench/arrays.py --json arrays.json
     python tools/chart.py arrays.json docs/arrays.svg
+    python examples/logscan.py --json logscan.json
+    python tools/chart.py logscan.json docs/logscan.svg
 
 Of pools: one panel for each of three rows (submit, round trip, 64 MiB array), a bar for each contender and
 for the limit, as long as its median, on a logarithmic scale: the figures span four orders of magnitude. Of
@@ -27,6 +29,7 @@ PANELS = (
     ("round trip", "p50", "round trip, p50", "µs", False),
     ("array", "", "64 MiB array as argument", "ms", False),
 )
+LOGSCAN = (("logscan", "", "a log on disk to its answer", "s", False),)
 
 WIDTH = 760
 LABEL = 190  # pixels for names
@@ -180,7 +183,7 @@ def draw(report: dict[str, Any]) -> str:
     rows = {row["name"]: row for row in report["rows"]}
     parts: list[str] = []
     top = 8
-    for name, part, title, unit, more in PANELS:
+    for name, part, title, unit, more in LOGSCAN if report["title"] == "logscan" else PANELS:
         row = bars(rows[name], part)
         parts += panel(title, unit, more, row, top)
         top += TITLE + len(row) * (BAR + GAP) + 14
