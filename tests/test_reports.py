@@ -269,20 +269,20 @@ def keep_reporting_behind() -> None:
 
 def test_no_torn_mix_is_ever_shown(factory: Callable[..., Runtime]) -> None:
     rt = factory(1)
-    future = rt.submit(count_up, 150_000, True)
     seen = 0
-    last = -1
-    while not future.done():
-        shown = future.progress()
-        if shown is not None:
-            done, total, note = shown
-            assert done == total and note == (str(done) * 8)[:69]
-            assert done >= last, "an older report after a newer one"
-            seen += done != last
-            last = int(done)
-    assert future.exception() is None
-    assert future.progress() == (149_999, 149_999, ("149999" * 8)[:69])
-    assert seen > 10
+    while seen <= 10:  # on a busy machine one call may be over before the host has looked so often
+        future = rt.submit(count_up, 150_000, True)
+        last = -1
+        while not future.done():
+            shown = future.progress()
+            if shown is not None:
+                done, total, note = shown
+                assert done == total and note == (str(done) * 8)[:69]
+                assert done >= last, "an older report after a newer one"
+                seen += done != last
+                last = int(done)
+        assert future.exception() is None
+        assert future.progress() == (149_999, 149_999, ("149999" * 8)[:69])
 
 
 def test_killed_in_the_middle_of_a_report_a_whole_one_is_left(factory: Callable[..., Runtime]) -> None:

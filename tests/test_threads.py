@@ -362,14 +362,15 @@ def where_logged(path: str, log: str) -> int:
 
 
 def test_items_of_a_map_beside_a_culprit(factory: Factory, tmp_path: Path) -> None:
-    """Chunks that ran beside it go on where they were."""
+    """Chunks that ran beside it go on where they were. Of two culprits one may be the other's neighbour."""
     rt = factory(1, threads=4, retries=1)
     culprits = [rt.options(timeout=0.1, retries=0).submit(time.sleep, 60) for _ in range(2)]
     found = list(rt.map(tasks.tick, range(3000)))
     assert [value for _, _, value in found] == list(range(3000))
-    for culprit in culprits:
-        with pytest.raises(TaskTimeout):
-            culprit.result()
+    errors = [culprit.exception() for culprit in culprits]
+    late = [error for error in errors if isinstance(error, TaskTimeout)]
+    beside = [error for error in errors if isinstance(error, WorkerDied) and error.reason == "neighbour"]
+    assert late and len(late) + len(beside) == 2
 
 
 def _crash(path: str) -> None:
