@@ -43,7 +43,7 @@ cdef class Arena:
     cdef dict watched       # a worker's: its BlockViews, as numbers -> index of the head
     cdef dict living        # of the host's blocks: index of the head -> its HostBlock, borrowed
     cdef int frozen         # forks under way: blocks that are dropped meanwhile are freed after them
-    cdef list dropped       # (head, tag) of those
+    cdef list dropped       # (head, tag, state, owner) of those
     cdef bint ending        # release() was called
     cdef int lookers        # threads that are in the tables: without the GIL, or inside the dispatcher
     cdef bint private       # this is a fork of the process that the mapping serves
@@ -54,6 +54,7 @@ cdef class Arena:
     cdef uint64_t index_of(self, uint64_t offset) noexcept nogil
     cdef uint64_t counted(self) noexcept nogil
     cdef bint hopeful(self, uint64_t nbytes) noexcept
+    cdef int drop(self, uint64_t at, uint64_t tag, uint64_t state, uint64_t owner) except -1
     cdef HostBlock block_at(self, uint64_t offset, uint64_t tag)
     cdef int64_t head_of(self, const char *data, uint64_t nbytes) noexcept nogil
     cdef slot_t *slot(self, uint32_t index) noexcept nogil

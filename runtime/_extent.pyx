@@ -373,17 +373,25 @@ cdef class Arena:
         return self.held != 0 or len(self.watched) != 0
 
     def freeze(self):
-        """A fork is about to happen: no block of the host is freed until `thaw`."""
+        """A fork is about to happen: this process frees no block until `thaw`."""
         if self.dropped is None:
             self.dropped = []
         self.frozen += 1
+
+    cdef int drop(self, uint64_t at, uint64_t tag, uint64_t state, uint64_t owner) except -1:
+        """Free a block of this process, or after the fork that is under way."""
+        if self.frozen:
+            self.dropped.append((at, tag, state, owner))
+        else:
+            heap_free(&self.heap, at, tag, state, owner)
+        return 0
 
     def thaw(self):
         """The child has its own copy of what its views show."""
         self.frozen -= 1
         while self.dropped and self.frozen == 0:
-            at, tag = self.dropped.pop()
-            heap_free(&self.heap, at, tag, X_HOST, NO_SLOT)
+            at, tag, state, owner = self.dropped.pop()
+            heap_free(&self.heap, at, tag, state, owner)
         if self.ending and self.held == 0:
             self.release()
 
@@ -616,9 +624,6 @@ cdef class HostBlock:
         if self.arena is not None and self.data != NULL and self.arena.pid == getpid():
             self.arena.living.pop(self.at, None)
             self.arena.held -= round_up(self.nbytes, EXTENT)
-            if self.arena.frozen:
-                self.arena.dropped.append((self.at, self.tag))
-            else:
-                heap_free(&self.arena.heap, self.at, self.tag, X_HOST, NO_SLOT)
+            self.arena.drop(self.at, self.tag, X_HOST, NO_SLOT)
             if self.arena.ending and self.arena.held == 0:
                 self.arena.release()

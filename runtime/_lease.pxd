@@ -122,6 +122,7 @@ cdef class WorkerPort(Viewer):
     cdef int64_t end(self, lease_t *lease) noexcept nogil
     cdef bint advance(self, lease_t *lease) noexcept nogil
     cdef bint complete(self, uint32_t entry, uint64_t count) except -1
+    cdef int await_forks(self) except -1
     cdef receive(self, uint32_t entry)
     cdef fill(self, Frame frame, uint64_t at)
     cdef offer(self, uint32_t entry, Frame frame)

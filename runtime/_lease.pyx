@@ -225,6 +225,8 @@ cdef class WorkerPort(Viewer):
         if not self.take_room(frame.nbytes, False, &at, &tag):
             return False
         self.fill(frame, at)
+        if self.arena.frozen:
+            self.await_forks()
         self.hand_over(frame)
         record = record_t(R_PARTIAL, entry, a64_load_relaxed(&self.lease(entry).word), self.offset_of(at),
                           tag, frame.nbytes, count)
@@ -313,9 +315,12 @@ cdef class WorkerPort(Viewer):
     cdef bint complete(self, uint32_t entry, uint64_t count) except -1:
         """RUNNING(i) -> DONE(count), and the record of it. False: the host has killed this lease."""
         cdef lease_t *lease = self.lease(entry)
-        cdef uint64_t word = a64_load_relaxed(&lease.word)
-        cdef uint64_t done = lease_word(L_DONE, count, l_tag(word))
+        cdef uint64_t word, done
         cdef record_t record
+        if self.arena.frozen:
+            self.await_forks()
+        word = a64_load_relaxed(&lease.word)
+        done = lease_word(L_DONE, count, l_tag(word))
         # D1 pairs with the acquire in the host's harvest: who sees DONE sees the result's words.
         if l_state(word) != L_RUNNING or not a64_cas_acq_rel(&lease.word, word, done):
             return False
@@ -323,6 +328,17 @@ cdef class WorkerPort(Viewer):
         record = record_t(R_DONE, entry, done, 0, 0, 0, count)
         self.put(&record)
         return True
+
+    cdef int await_forks(self) except -1:
+        """Another thread forks, and its child copies what it shows of the region: until it has, no lease ends
+        here whose blocks it may see. See forking.py; that takes two seconds at most.
+        """
+        self.clock = 0
+        while self.arena.frozen:
+            with nogil:
+                nap(NAP)
+            PyErr_CheckSignals()
+        return 0
 
     cdef uint64_t offset_of(self, uint64_t at) noexcept:
         return self.arena.extents_at + at * EXTENT
@@ -449,7 +465,7 @@ cdef class WorkerPort(Viewer):
         It tells nobody: destructors run in any thread and a socket belongs to one. The next message does.
         """
         cdef record_t record
-        while self.unkept:
+        while self.unkept and not self.arena.frozen:    # what a child is still to copy stays the host's
             body, tag = self.unkept[len(self.unkept) - 1]
             record = record_t(R_UNKEEP, 0, 0, body, tag, 0, 0)
             if not outbox_put(self.slot, self.records, self.outbox_mask, &record):

@@ -18,7 +18,6 @@ from posix.mman cimport MAP_FAILED, MAP_PRIVATE, PROT_READ, PROT_WRITE, mmap, mu
 from posix.unistd cimport getpid
 
 from runtime._atomics cimport *
-from runtime._extent cimport heap_free
 from runtime._frame cimport B_FROZEN, B_READONLY, B_REF, B_SHARED, BlockSlice, frame_buffer_t
 from runtime._layout cimport *
 
@@ -136,8 +135,7 @@ cdef class BlockView:
         if self.kept and self.port.arena.pid == getpid():
             self.port.unkeep(self.body, self.tag)
         if self.own and self.port.arena.pid == getpid():
-            heap_free(&self.port.arena.heap, self.port.arena.index_of(self.body), self.tag, X_PRIVATE,
-                      self.port.index)
+            self.port.arena.drop(self.port.arena.index_of(self.body), self.tag, X_PRIVATE, self.port.index)
         if self.mapping != NULL:
             munmap(self.mapping, self.nbytes)
 

@@ -506,7 +506,7 @@ class Collector:
             done = True
         if done:
             task, future._task = future._task, None  # it knows the future: the two would keep each other
-            if task is not None and not ok:
+            if task is not None:
                 task.part()
         return done
 

@@ -2,7 +2,7 @@
 
 By os.fork, by multiprocessing's "fork", by a library's.
 
-    before    the parent frees no block from here on; a worker ends no task, as the fork is part of one
+    before    the parent frees no block from here on; in a worker no task ends, in whatever thread
     child     the region becomes private and every page that a view may show is copied; then it says so
     parent    waits for that word, for a moment, and frees again
 

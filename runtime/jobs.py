@@ -173,11 +173,11 @@ class Job:
         self.core = owner._usable()
         kernel, arena = plan.kernel, self.core.arena
         self.owner, self.plan, self.kernel, self.options = owner, plan, kernel, options
-        self.src = Area(arena, plan.src, kernel._rules.item, True)
-        self.dst: Area | None = None
-        if plan.dst is not None:
-            same = kernel.inout and _core.address_of(plan.dst) == _core.address_of(plan.src)
-            self.dst = self.src if same else Area(arena, plan.dst, kernel._rules.item, kernel.inout)
+        item = kernel._rules.item
+        dst = None if plan.dst is None else Area(arena, plan.dst, item, kernel.inout)
+        self.dst = self.src = dst
+        if plan.dst is None or not kernel.inout or _core.address_of(plan.dst) != _core.address_of(plan.src):
+            self.src = Area(arena, plan.src, item, True)  # else both are dst's: src may be read-only
         self.block = _core.JobBlock.create(
             arena, plan.src.nbytes, 0 if plan.dst is None else plan.dst.nbytes, grain, participants,
             kernel.partial, kernel._rules.per_page, kernel.inout,
@@ -219,8 +219,8 @@ class Job:
             self.give_up()
         if self.error is None and not self.block.left:
             for future in list(self.out.values()):
-                future.cancel()  # what has not begun finds nothing to do
-            return all(future.done() for future in self.out.values())
+                future.cancel()  # what has not begun finds nothing to do, and what runs nothing more
+            return True
         if not self.out and self.error is None:
             self.launch(0)  # grains were freed when all the others had been through
         return not self.out

@@ -45,7 +45,12 @@ class KernelFuture(Future[Any]):
         job = self._job
         if job is None:
             return
-        if not job.attend():
+        try:
+            over = job.attend()
+        except BaseException as error:  # what has ended is attended to, or lost
+            job.fail(error)
+            over = not job.out
+        if not over:
             self.start(job.out[0])
             return
         self._job = None
@@ -59,18 +64,23 @@ class KernelFuture(Future[Any]):
         value = None  # a traceback knows this frame: no cycle
 
     def participants(self) -> list[Future[None]]:
-        """Tasks of it that are not over."""
-        return [] if self._job is None else list(self._job.out.values())
+        """Tasks of it that are not over; none: it is between two attempts, or its outcome is being made."""
+        job = self._job
+        return [] if job is None else list(job.out.values())
 
     def cancel(self) -> bool:
         """Cancel it if no worker has started it. True: it never runs."""
-        if not all([participant.cancel() for participant in self.participants()]):
+        if self.done():
+            return super().cancel()
+        found = self.participants()
+        if not found or not all([participant.cancel() for participant in found]):
             return False
-        return self.withdraw()
+        return self.withdraw() or self.cancelled()
 
     def running(self) -> bool:
         """Whether a worker runs it now."""
-        return any(participant.running() for participant in self.participants())
+        found = self.participants()
+        return not self.done() and (not found or any(participant.running() for participant in found))
 
 
 class Kernels(abc.ABC):

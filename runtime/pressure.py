@@ -17,6 +17,7 @@ from runtime import _core, serializer
 __all__ = ["Pressed", "Pressure"]
 
 _STALLED = 1.0  # seconds in which nothing was freed, after which nobody waits for long
+_LONGEST = 10.0  # seconds that anybody waits: what is freed may never be enough
 _DOUBT = 0.005  # seconds that they wait nevertheless, to see whether something is freed again
 _NAP = 0.001  # seconds between two looks whether something was
 
@@ -68,7 +69,8 @@ class Pressure:
         if not stalled:
             self._stalled = None
         patience, since = _DOUBT if stalled else _STALLED, time.monotonic()
-        while self._worked_on():
+        end = since + _LONGEST
+        while self._worked_on() and time.monotonic() < end:
             time.sleep(_NAP)
             if self._moves(least, frees):
                 if arena.held < least and dispatcher.place(

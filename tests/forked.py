@@ -257,6 +257,33 @@ def sees(array: Any) -> bytes:
     return found
 
 
+def fork_slowly(array: Any, held: str, copied: str) -> int:
+    """Fork; the child says that it is there, and takes its time until it has a copy of what it shows."""
+    whole = worker._leaver.forked
+
+    def slowly() -> None:
+        open(held, "w").close()
+        time.sleep(0.5)  # the parent is to do what it does meanwhile
+        whole()
+        open(copied, "w").close()
+
+    worker._leaver.forked = slowly
+    try:
+        child = os.fork()
+        if child == 0:
+            os._exit(int(array.sum()) != array.size)
+    finally:
+        del worker._leaver.forked
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def return_when(path: str, array: Any) -> int:
+    """Return as soon as there is such a file."""
+    while not os.path.exists(path):
+        time.sleep(0.001)
+    return int(array.sum())
+
+
 def fields_of(pid: int, thread: int) -> list[bytes]:
     """The fields of a thread's state, from the letter on."""
     with open(f"/proc/{pid}/task/{thread}/stat", "rb") as file:

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import ctypes
 import gc
+import itertools
 import os
 import random
 import signal
@@ -559,6 +560,22 @@ def test_a_producer_is_slowed_down_again_after_a_standstill(
         assert len([blocker.result() for blocker in blockers]) == 2
     assert watched() < held + 32 * MIB  # all of the 200 would be 200 MiB
     in_one_run(rt)
+
+
+def test_nobody_waits_for_long_for_room_that_others_hold(
+    factory: Callable[..., Runtime], numpy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is freed all the time goes to others, and what is left of the region is too little."""
+    monkeypatch.setattr(pressure, "_LONGEST", 0.2)
+    rt = factory(1, region_max="8MiB")
+    held = rt.put(filled(5 * MIB, 1))
+    others = rt.map_unordered(len, (bytes(100_000) for _ in itertools.count()))
+    next(others)
+    began = time.monotonic()
+    assert rt.submit(len, filled(200_000, 1)).result() == 200_000
+    assert time.monotonic() - began < 2
+    others.close()
+    held.release()
 
 
 def test_a_producer_that_is_too_fast_is_slowed_down(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import concurrent.futures
 import ctypes
 import functools
+import gc
 import importlib.util
 import math
 import mmap
@@ -22,6 +23,7 @@ import subprocess
 import sys
 import sysconfig
 import threading
+import weakref
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -359,6 +361,18 @@ def test_in_place(pool: Runtime) -> None:
         assert np.array_equal(array, 2 * np.arange(5000.0))
 
 
+def test_in_place_by_a_view_that_is_read_only(pool: Runtime) -> None:
+    for array in (np.ones(3000), pool.empty(3000)):
+        array[:] = 1
+        view = array.view()
+        view.flags.writeable = False
+        kernel, params = Kernel("runtime:axpy_f64"), struct.pack("d", 2.0)
+        pool.run_kernel(kernel, view, array, params=params)
+        assert (array == 3).all()
+        assert pool.submit(kernel, view, array, params=params).result() is None
+        assert (array == 9).all()
+
+
 def test_partials(library: str, pool: Runtime) -> None:
     kernel = Kernel.from_library(library, "lengths", partial=24)
     parts = pool.run_kernel(kernel, bytes(5 * PAGE + 1), grain=2 * PAGE)
@@ -574,6 +588,33 @@ def test_cancelling(library: str, factory: Callable[..., Runtime], doorway: Door
         running.result()
     assert rt.submit(CRC, b"abc").result() == zlib.crc32(b"abc")
     assert rt.stats().kernels == ()
+
+
+def test_what_has_run_cannot_be_cancelled(library: str, factory: Callable[..., Runtime]) -> None:
+    combining, go_on = threading.Event(), threading.Event()
+
+    def combine(parts: list[bytes], lengths: list[int]) -> int:
+        combining.set()
+        assert go_on.wait(30)
+        return 7
+
+    rt = factory(1)
+    future = rt.submit(Kernel.from_library(library, "lengths", partial=24, combine=combine), b"abc")
+    assert combining.wait(30)
+    assert future.running() and not future.cancel() and not future.done()
+    go_on.set()
+    assert future.result() == 7 and not future.running() and not future.cancel()
+
+
+def test_futures_of_kernels_that_failed_are_let_go_of(library: str, pool: Runtime) -> None:
+    failing, code = Kernel.from_library(library, "picky"), struct.pack("i", 5)
+    gone = []
+    for _ in range(20):
+        future = pool.submit(failing, b"\xff" * PAGE, params=code)
+        assert isinstance(future.exception(), KernelFailed)
+        gone.append(weakref.ref(future))
+        del future
+    until(lambda: gc.collect() >= 0 and sum(ref() is not None for ref in gone) <= 1, "they are gone")
 
 
 def test_shutdown(library: str, factory: Callable[..., Runtime], doorway: Doorway) -> None:

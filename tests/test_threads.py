@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forked
 import numpy as np
 import pytest
 import tasks
@@ -592,3 +593,14 @@ def test_thread_caps_count_every_thread(monkeypatch: pytest.MonkeyPatch) -> None
     assert config.thread_caps(2)["OMP_NUM_THREADS"] == "8"
     assert config.thread_caps(2, 4)["OMP_NUM_THREADS"] == "2"
     assert config.thread_caps(2, 64)["OMP_NUM_THREADS"] == "1"
+
+
+def test_no_lane_ends_a_task_while_the_child_of_another_copies(factory: Factory, tmp_path: Path) -> None:
+    """Else the host would give the memory to others that the child still has to copy."""
+    numpy = pytest.importorskip("numpy")
+    rt = factory(1, threads=2)
+    held, copied = str(tmp_path / "held"), str(tmp_path / "copied")
+    forks = rt.submit(forked.fork_slowly, numpy.ones(5000), held, copied)
+    beside = rt.submit(forked.return_when, held, numpy.ones(5000))
+    assert beside.result() == 5000 and os.path.exists(copied)
+    assert forks.result() == 0
