@@ -327,7 +327,7 @@ def test_holes_are_filled_by_whole_pieces() -> None:
 
 def minutes() -> float:
     """How long the longer variant runs."""
-    return float(os.environ.get("RUNTIME_GROWTH_MINUTES", "0.3"))
+    return float(os.environ.get("RUNTIME_GROWTH_MINUTES", "0.1"))
 
 
 @pytest.mark.parametrize(

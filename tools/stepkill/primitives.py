@@ -278,6 +278,9 @@ PRIMITIVES = (
             worker("killed before", "answer", claimed=1, how="cancel").amid(at_entry("WorkerPort.stop")),
         ),
         whole=("_lease.WorkerPort.complete", "_lease.WorkerPort.stop"),
+        unreached=(
+            Unreached("_lease.WorkerPort.complete", 10, "another thread of the worker forks at this moment"),
+        ),
     ),
     Primitive(
         "outbox put",
