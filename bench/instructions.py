@@ -73,8 +73,8 @@ SUPERVISION: tuple[tuple[str, str, str], ...] = (
     ("_lease.pyx", "word = a64_load_acquire(&lease.word)", "lease words"),
     ("_lease.pyx", "if l_state(word) != L_LEASED or ring_place(entry", "lease words"),
     ("_lease.pyx", "if a64_cas_acq_rel(&lease.word, word, lease_word(L_RUNNING, 0", "lease words"),
-    ("_lease.pyx", "cdef uint64_t word = a64_load_relaxed(&lease.word)", "lease words"),
-    ("_lease.pyx", "cdef uint64_t done = lease_word(L_DONE", "lease words"),
+    ("_lease.pyx", "word = a64_load_relaxed(&lease.word)", "lease words"),
+    ("_lease.pyx", "done = lease_word(L_DONE, count", "lease words"),
     (
         "_lease.pyx",
         "if l_state(word) != L_RUNNING or not a64_cas_acq_rel(&lease.word, word, done)",

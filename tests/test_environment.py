@@ -96,8 +96,12 @@ def test_a_host_that_has_used_up_its_descriptors():
     code = """if True:
         import os, signal, time, evil, runtime
         from watching import all_ready, alive, send, until
+        def accepted(folder):
+            rows = [line.split() for line in open("/proc/net/unix") if folder in line]
+            return sum(row[5] == "03" and row[6] != "0" for row in rows)
         with runtime.Runtime(2, retries=5) as rt:
             pids = all_ready(rt)
+            until(lambda: accepted(rt._core.link.folder) == 6, "libzmq has accepted three connections of each")
             futures = [rt.submit(time.sleep, 0.01) for _ in range(100)]
             victims = [(os.pidfd_open(pid), pid) for pid in pids.values()]
             taken = []
