@@ -101,7 +101,7 @@ def test_a_host_that_has_used_up_its_descriptors():
             return sum(row[5] == "03" and row[6] != "0" for row in rows)
         with runtime.Runtime(2, retries=5) as rt:
             pids = all_ready(rt)
-            until(lambda: accepted(rt._core.link.folder) == 6, "libzmq has accepted three connections of each")
+            until(lambda: accepted(rt._core.link.folder) == 6, "three of each are accepted")
             futures = [rt.submit(time.sleep, 0.01) for _ in range(100)]
             victims = [(os.pidfd_open(pid), pid) for pid in pids.values()]
             taken = []
