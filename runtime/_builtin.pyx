@@ -16,8 +16,9 @@ from libc.math cimport INFINITY, NAN, isfinite
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
+from runtime._layout cimport PAGE
+
 cdef enum:
-    PAGE = 4096
     DOUBLES = PAGE // 8
     LANES = 16
 

@@ -61,6 +61,17 @@ cdef inline bint outbox_put(slot_t *slot, record_t *records, uint32_t mask, reco
     return True
 
 
+cdef inline void slot_renew(slot_t *slot) noexcept nogil:
+    """Host: ring, outbox and hints as a new process shall find them; nobody looks before what comes next."""
+    a64_store_relaxed(&slot.ring_tail, 0)
+    a64_store_relaxed(&slot.ring_head, 0)
+    a64_store_relaxed(&slot.outbox_tail, 0)
+    a64_store_relaxed(&slot.outbox_head, 0)
+    a32_store_relaxed(&slot.running, 0)
+    a32_store_relaxed(&slot.turn, 0)
+    a32_store_relaxed(&slot.parked, AWAKE)
+
+
 cdef inline uint32_t must_tell(a32_t *parked) noexcept nogil:
     """A producer, after its put: how the other side sleeps, if it is on us to wake it; else AWAKE."""
     cdef uint32_t how

@@ -3,7 +3,7 @@
 
 What most tasks need is done here: a call whose arguments fit into the lease, and the items of a map. A call
 with arguments or results that are larger, or that are not plain, goes the same way with more steps in
-worker.py; there is no other kind of task.
+calls.py; there is no other kind of task.
 """
 from _pickle import loads
 
@@ -37,7 +37,7 @@ cdef int QUICK = 64                     # functions that are found without the c
 
 
 cdef class Runner(WorkerPort):
-    """A worker's end of its slot, with the loop that runs what comes. For the worker's main thread."""
+    """A worker's end of its slot, with the loop that runs what comes. For the thread that claims there."""
 
     def begin_item(self, uint32_t entry):
         """The clock of a lease starts: its timeout counts from here."""

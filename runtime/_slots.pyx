@@ -10,6 +10,7 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 from runtime._atomics cimport *
 from runtime._extent cimport Arena, first_lane
 from runtime._layout cimport *
+from runtime._lease cimport slot_renew
 from runtime._records cimport SlotTable, Task
 from runtime._threads cimport guard_acquire, guard_of, guard_release, guard_t
 
@@ -75,17 +76,11 @@ cdef class Slots(Harvest):
         slot.generation = generation
         slot.failure_bytes = 0
         a32_store_relaxed(&slot.control, 0)
-        a64_store_relaxed(&slot.ring_tail, 0)
-        a64_store_relaxed(&slot.ring_head, 0)
-        a64_store_relaxed(&slot.outbox_tail, 0)
-        a64_store_relaxed(&slot.outbox_head, 0)
+        slot_renew(slot)
         a32_store_relaxed(&slot.phase, P_BOOT)
-        a32_store_relaxed(&slot.running, 0)
         a64_store_relaxed(&slot.tasks_done, 0)
         a64_store_relaxed(&slot.busy, 0)
         table.signalled = False
-        a32_store_relaxed(&slot.turn, 0)
-        a32_store_relaxed(&slot.parked, AWAKE)
         a32_store_release(&slot.state, S_LIVE)
         return 0
 

@@ -277,10 +277,7 @@ cdef class StateMap:
     cdef int make_room(self, map_status status, uint64_t need, bint again) except -1:
         """After a write that failed for want of room: sweep, and try once more. What `again` is next time."""
         if not again:
-            self.region.enter()
-            with nogil:
-                map_sweep(&self.m, True)
-            self.region.leave()
+            self.sweep()
             return 1
         if status == MAP_MANY_ITEMS:
             raise RegionFull(f"the map has {len(self)} items, and max_items is {self.m.max_items}")
@@ -402,16 +399,7 @@ cdef class StateMap:
         return memoryview(window) if view else PyBytes_FromStringAndSize(window.data, window.length)
 
     def __contains__(self, key):
-        cdef map_key k
-        cdef map_place place
-        cdef int64_t expires
-        key_of(key, K_VALUE, &k)
-        self.check()
-        while map_find(&self.m, &k, &place):
-            expires = block_at(&self.m, place.block).expires
-            if still(&place):
-                return expires == 0 or expires > now_ns()
-        return False
+        return self.version(key) != 0
 
     def version(self, key):
         """A number that grows with each change of `key`, also when it is deleted and set again; 0: absent."""

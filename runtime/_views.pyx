@@ -25,7 +25,7 @@ from runtime._layout cimport *
 cdef class Viewer:
     """The blocks that a worker looks into, and its own.
 
-    Thread-safety: for the worker's main thread; the views it hands out may be dropped in any thread.
+    Thread-safety: for the thread that claims leases here; its views may be dropped in any thread.
     Fork-safety: in a fork of the worker views stay readable, and nothing is reported or freed.
     """
 

@@ -1,10 +1,12 @@
-"""What is not ordinary about a task: a new function, arguments or results that are large or pickled.
+"""How a thread of a worker serves the leases of its slot, and what is not ordinary about a task: a function
+that is new here, arguments or results that are large or pickled. What is ordinary stays in `_runner`.
 
-The inner loop in `_runner` comes here with it: in the worker's main thread, or in each of its lanes.
+It is the worker's main thread (loop.py), or each of its lanes (lanes.py).
 """
 
 from __future__ import annotations
 
+import abc
 import os
 from typing import Any
 
@@ -20,11 +22,33 @@ class Leave(BaseException):
     """Raised by the SIGTERM handler in a worker that waits for work."""
 
 
-class Calls:
-    """Loads, runs and answers calls. Thread-safety: for the thread that claims from the port."""
+class Calls(abc.ABC):
+    """Claims, loads, runs and answers calls. Thread-safety: for the thread that claims from the port."""
 
     port: _core.Runner
     functions: serializer.FunctionCache
+
+    def loop(self) -> None:
+        """Look, run, answer; until told to leave."""
+        port = self.port
+        while not (port.leaving or port.stopping):
+            entry = port.serve()
+            if entry >= 0:
+                self.execute(entry)
+            elif entry == _core.LEASE_LOST:
+                os._exit(EXIT_KILLED)
+            elif not port.watch():
+                self.check()
+                port.tell_untold()
+                self.rest()
+
+    @abc.abstractmethod
+    def check(self) -> None:
+        """Now and then, and before a rest: see to what may wait."""
+
+    @abc.abstractmethod
+    def rest(self) -> None:
+        """Wait until there is something to look at."""
 
     def execute(self, entry: int) -> None:
         """Run a call that is not ordinary: its function is new here, or its arguments are large."""

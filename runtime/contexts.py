@@ -86,6 +86,7 @@ class Here:
     """What this process is."""
 
     worker: Context | None = None
+    arena: _core.Arena | None = None  # of that worker
     forked = False  # a task has forked, and this is the child: it may not touch what the worker owns
     lanes: dict[int, Context] = {}  # noqa: RUF012  # thread -> its own
 

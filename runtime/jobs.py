@@ -24,6 +24,7 @@ from runtime.errors import KernelFailed, WorkerDied
 from runtime.future import Future
 from runtime.kernels import FOREIGN, Kernel
 from runtime.refs import Ref
+from runtime.store import take_shared
 
 if TYPE_CHECKING:
     from runtime.supervisor import Supervisor
@@ -44,9 +45,7 @@ class Area:
         self.outside = bool(user.nbytes) and (self.part is None or bool(_core.address_of(user) % align))
         self.placed = user
         if self.outside:
-            block = arena.take(user.nbytes)
-            block.share()
-            self.placed = memoryview(block)
+            self.placed = memoryview(take_shared(arena, user.nbytes))
             self.part = _core.locate_shared(arena, self.placed)
             if copy:
                 _core.copy_bytes(self.placed, user)

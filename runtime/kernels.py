@@ -18,8 +18,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from runtime import _core
+from runtime.contexts import Here
 
-__all__ = ["FOREIGN", "Builtin", "Kernel", "participate", "work_in"]
+__all__ = ["FOREIGN", "Builtin", "Kernel", "participate"]
 
 SIGNATURE = "int (const void *, size_t, void *, size_t, const void *)"
 Combine = Callable[[list[bytes], list[int]], Any]
@@ -193,21 +194,12 @@ class Kernel:
         return f"<Kernel {self.name}>"
 
 
-_arena: _core.Arena | None = None  # of the worker that this process is
-
-
-def work_in(arena: _core.Arena) -> None:
-    """This process is a worker, and jobs lie there."""
-    global _arena
-    _arena = arena
-
-
 def participate(
     job: _Place, src: _Place, dst: _Place | None, spec: _Spec, params: bytes, number: int
 ) -> None:
     """In a worker: the task that works on a job until no grain is left."""
-    assert _arena is not None
-    _core.run_grains(_arena, job, src, dst, _find(spec).address, params, number)
+    assert Here.arena is not None
+    _core.run_grains(Here.arena, job, src, dst, _find(spec).address, params, number)
 
 
 # ---- finding -------------------------------------------------------------------------------------------

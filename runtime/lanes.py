@@ -23,7 +23,7 @@ import threading
 from typing import Any
 
 from runtime import _core, serializer
-from runtime.calls import EXIT_KILLED, Calls
+from runtime.calls import Calls
 from runtime.contexts import Context, Here
 from runtime.loop import EXIT_DESCRIPTORS, Orders, Worker
 from runtime.refs import resolve_with
@@ -65,19 +65,9 @@ class Lane(Calls):
         self.ended = True
         self.crew.ring()
 
-    def loop(self) -> None:
-        """Look, run, answer."""
-        port = self.port
-        while not (port.leaving or port.stopping):
-            entry = port.serve()
-            if entry >= 0:
-                self.execute(entry)
-            elif entry == _core.LEASE_LOST:
-                os._exit(EXIT_KILLED)
-            elif not port.watch():
-                port.flush()
-                port.tell_untold()
-                port.doze(int(_IDLE * 1e9))
+    def rest(self) -> None:
+        """Sleep until the main thread wakes this one."""
+        self.port.doze(int(_IDLE * 1e9))
 
     def check(self) -> None:
         """Now and then, between two tasks; what is the process's is the main thread's to look after."""

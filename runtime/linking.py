@@ -160,18 +160,18 @@ class Links(threading.local):
 _links = Links()
 
 
-def _in_space(key: str) -> _InSpace:
-    local = _links.spaces
-    if local is not None and key in local:
-        return local[key]
-    return _in_spaces.get(key) or _anonymous[key]
-
-
 def _find_space(key: str) -> _InSpace | None:
     local = _links.spaces
     if local is not None and key in local:
         return local[key]
     return _in_spaces.get(key) or _anonymous.get(key)
+
+
+def _in_space(key: str) -> _InSpace:
+    space = _find_space(key)
+    if space is None:
+        raise KeyError(key)
+    return space
 
 
 def _open_space(key: str, base: Mapping[str, Any]) -> _InSpace:

@@ -20,7 +20,7 @@ import warnings
 from typing import NamedTuple
 
 from runtime import _core, forking, memory, serializer
-from runtime.calls import EXIT_KILLED, Calls, Leave, item_of
+from runtime.calls import Calls, Leave, item_of
 from runtime.children import Children
 from runtime.contexts import Context, Here
 from runtime.refs import resolve_with
@@ -167,20 +167,6 @@ class Worker(Calls):
             pass
         self.port.leave()
         self.notify()
-
-    def loop(self) -> None:
-        """Look, run, answer."""
-        port = self.port
-        while not (port.leaving or port.stopping):
-            entry = port.serve()
-            if entry >= 0:
-                self.execute(entry)
-            elif entry == _core.LEASE_LOST:
-                os._exit(EXIT_KILLED)
-            elif not port.watch():
-                self.check()
-                port.tell_untold()
-                self.rest()
 
     def rest(self) -> None:
         """Wait for a hint, unless SIGTERM has come; or until it comes."""

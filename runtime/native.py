@@ -31,8 +31,8 @@ _URGENT = 2**31 - 1  # the priority of participants: grains are short, and other
 class KernelFuture(Future[Any]):
     """The future of a kernel that was submitted: its outcome is that of one participant's job."""
 
-    def __init__(self, job: Job | None) -> None:
-        self._job = job
+    def __init__(self, job: Job | None, core: Supervisor) -> None:
+        self._job, self._core = job, core
 
     def start(self, participant: Future[None] | None) -> None:
         """Wait for the participant, and for those that follow it; without one there is an outcome already."""
@@ -212,12 +212,10 @@ class Kernels(abc.ABC):
             raise  # Ctrl-C, in all likelihood, not the argument's doing
         except BaseException as error:
             core.dispatcher.refuse()
-            future = KernelFuture(None)
-            future._core = core
+            future = KernelFuture(None, core)
             future.set_exception(error)
             return future
-        future = KernelFuture(job)
-        future._core = core
+        future = KernelFuture(job, core)
         if job is None:
             future.set_result(value)
             return future

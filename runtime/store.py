@@ -15,7 +15,7 @@ from runtime.refs import Ref, stored
 if TYPE_CHECKING:
     import numpy
 
-__all__ = ["Store", "new_array"]
+__all__ = ["Store", "new_array", "take_shared"]
 
 T = TypeVar("T")
 
@@ -56,7 +56,7 @@ class Store(abc.ABC):
         shape: of not negative ints; dtype: one without Python objects. Raises: ValueError, TypeError for
         others; RegionFull when it does not fit; ImportError without numpy; as `put`.
         """
-        return new_array(partial(_take_shared, self._usable().arena), shape, dtype)
+        return new_array(partial(take_shared, self._usable().arena), shape, dtype)
 
     def alloc(self, nbytes: int) -> memoryview:
         """So many bytes of the region, uninitialised and writable; shared with tasks as `empty`. Raises:
@@ -69,10 +69,10 @@ class Store(abc.ABC):
             raise ValueError(f"alloc() needs a number of bytes that is not negative, not {nbytes}")
         if nbytes == 0:
             return memoryview(bytearray())
-        return memoryview(_take_shared(arena, nbytes))
+        return memoryview(take_shared(arena, nbytes))
 
 
-def _take_shared(arena: _core.Arena, nbytes: int) -> _core.HostBlock:
+def take_shared(arena: _core.Arena, nbytes: int) -> _core.HostBlock:
     """A new block that whoever has a view of it may write."""
     block = arena.take(nbytes)
     block.share()

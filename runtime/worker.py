@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 
-from runtime import _core, forwarding, kernels, limits, serializer, stacks
+from runtime import _core, forwarding, limits, serializer, stacks
 from runtime.calls import EXIT_KILLED, Leave
 from runtime.contexts import Context, Here, current
 from runtime.lanes import Crew
@@ -38,7 +38,6 @@ def main(arena: _core.Arena, orders: Orders) -> None:
     code = 1
     try:
         arena.adopt_process()
-        kernels.work_in(arena)
         limits.in_worker = True
         stacks.leave_stacks(orders.records, orders.stack)
         forwarding.adopt_streams()
@@ -52,6 +51,7 @@ def main(arena: _core.Arena, orders: Orders) -> None:
         ).start()
         os.register_at_fork(before=_before_fork, after_in_parent=_unmask, after_in_child=_after_fork)
         Here.worker = context = Context(orders.number, orders.slot, orders.generation)
+        Here.arena = arena
         if orders.levels is not None:
             forwarding.forward_records(orders.records, Here.context, orders.levels)
         serializer.adopt_main()

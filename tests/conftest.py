@@ -438,6 +438,17 @@ def factory(runtime_factory: Callable[..., runtime.Runtime]) -> Callable[..., ru
     return runtime_factory
 
 
+@pytest.fixture
+def state() -> Iterator[runtime.SharedState]:
+    """A map of its own, in a region of 256 KiB."""
+    import runtime
+
+    with runtime.SharedRegion.create(1 << 18) as region:
+        state = runtime.SharedState.create(region)
+        yield state
+        del state
+
+
 @pytest.fixture(scope="module")
 def shared_options() -> dict[str, Any]:
     """Options of `shared`, for a module to replace."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tools.model import blocks, growth, lease_state, leases, pool
+from tools.model import blocks, growth, lease_state, leases, pool, runs
 from tools.model.catalogue import FAULTS, MODELS
 from tools.model.checker import Broken, Explorer, Report, Step, World, explore, step
 
@@ -226,9 +226,7 @@ OF_THE_MODEL_ALONE = {"T_IN_CHUNK", "X_NONE"}
 LEFT_OUT = {"R_ASK", "R_OFFER"}  # they move no word
 
 
-@pytest.mark.parametrize(
-    ("module", "prefixes"), [(lease_state, "LSTR"), (blocks, "X")], ids=["leases", "blocks"]
-)
+@pytest.mark.parametrize(("module", "prefixes"), [(lease_state, "LSTR"), (runs, "X")], ids=["leases", "runs"])
 def test_words_have_the_values_of_the_code(module: Any, prefixes: str) -> None:
     code = {**enumerated("_layout.pxd"), **enumerated("_records.pxd")}
     own = {

@@ -54,10 +54,10 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("serializer",),  # the door to these nine
     ("refs",),
     ("store",),
-    ("kernels",),
     ("sockets", "children", "forking", "inherit", "heirs", "logrecords", "channels"),
     ("forwarding", "stacks", "handle"),
     ("contexts",),
+    ("kernels",),
     ("calls",),
     ("loop",),  # of a worker with one thread
     ("lanes",),  # and with several

@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from marks import FORKS_BESIDE_THREADS
 from watching import fork, join
 
 from runtime import Block, MemoryPool, RegionFull, SharedRegion, StaleBlock
@@ -30,8 +31,7 @@ from runtime import Block, MemoryPool, RegionFull, SharedRegion, StaleBlock
 ROOT = Path(sys.modules["runtime"].__file__ or "").resolve().parent.parent
 HEAD = 128 + 8 * 4096  # bytes of a pool before its words: two lines and the owner table
 
-# Children that fork() makes here touch nothing of the other threads; Python 3.12 and later warn anyway.
-pytestmark = pytest.mark.filterwarnings("ignore:This process.*multi-threaded:DeprecationWarning")
+pytestmark = FORKS_BESIDE_THREADS
 
 
 # ---- tools ---------------------------------------------------------------------------------------

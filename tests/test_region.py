@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from marks import FORKS_BESIDE_THREADS
 from watching import fork, join
 
 from runtime import RegionFull, SharedRegion
@@ -25,8 +26,7 @@ HEADER = 4096
 SHM = Path("/dev/shm")
 ROOT = Path(sys.modules["runtime"].__file__ or "").resolve().parent.parent
 
-# Children that fork() makes here touch nothing of the other threads; Python 3.12 and later warn anyway.
-pytestmark = pytest.mark.filterwarnings("ignore:This process.*multi-threaded:DeprecationWarning")
+pytestmark = FORKS_BESIDE_THREADS
 
 
 # ---- tools ---------------------------------------------------------------------------------------

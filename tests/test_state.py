@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +20,14 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from marks import FORKS_BESIDE_THREADS
 from watching import fork, join, stopped, until
 
 from runtime import MemoryPool, RegionFull, SharedRegion, SharedState
 
-# Children that fork() makes here touch nothing of the other threads; Python 3.12 and later warn anyway.
-pytestmark = pytest.mark.filterwarnings("ignore:This process.*multi-threaded:DeprecationWarning")
+pytestmark = FORKS_BESIDE_THREADS
 
 SIZE = 1 << 18
-
-
-@pytest.fixture
-def state() -> Iterator[SharedState]:
-    with SharedRegion.create(SIZE) as region:
-        state = SharedState.create(region)
-        yield state
-        del state
 
 
 def number(n: int) -> bytes:
@@ -61,7 +53,7 @@ def check_blocks(state: SharedState) -> None:
     assert len(state) == 0
     state.sweep()
     # All that remains are cells of chains, which are never freed: no value can have kept a unit.
-    whole = SharedState.create(SharedRegion.create(SIZE)).bytes_free()
+    whole = SharedState.create(SharedRegion.create(state.region.size)).bytes_free()
     names = chunks(state)
     assert state.bytes_free() + names * 128 == whole
 

@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 from linearizable import FOREVER, Op, linearizable, overlapping
+from marks import FORKS_BESIDE_THREADS
 from watching import fork, join, until
 
 from runtime import SharedRegion, SharedState
 
-# Children that fork() makes here touch nothing of the other threads; Python 3.12 and later warn anyway.
-pytestmark = pytest.mark.filterwarnings("ignore:This process.*multi-threaded:DeprecationWarning")
+pytestmark = FORKS_BESIDE_THREADS
 
 PROCESSES, OPS = 4, 24
 KINDS = ("get", "set", "delete", "add", "cas")

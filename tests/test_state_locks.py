@@ -8,25 +8,14 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Iterator
 
 import pytest
+from marks import FORKS_BESIDE_THREADS
 from watching import fork, join, stopped, until
 
-from runtime import LockTimeout, SharedRegion, SharedState
+from runtime import LockTimeout, SharedState
 
-# Children that fork() makes here touch nothing of the other threads; Python 3.12 and later warn anyway.
-pytestmark = pytest.mark.filterwarnings("ignore:This process.*multi-threaded:DeprecationWarning")
-
-SIZE = 1 << 18
-
-
-@pytest.fixture
-def state() -> Iterator[SharedState]:
-    with SharedRegion.create(SIZE) as region:
-        state = SharedState.create(region)
-        yield state
-        del state
+pytestmark = FORKS_BESIDE_THREADS
 
 
 def number(value: bytes | None) -> int:
@@ -81,7 +70,7 @@ def test_names_that_are_not_used_make_room(state: SharedState) -> None:
     free = state.bytes_free()
     state.sweep()
     assert state.bytes_free() > free
-    assert state.bytes_free() > SIZE // 2
+    assert state.bytes_free() > state.region.size // 2
 
 
 def test_one_at_a_time(state: SharedState) -> None:

@@ -6,21 +6,13 @@ import asyncio
 import os
 import signal
 import threading
-from collections.abc import Iterator
 
-import pytest
+from marks import FORKS_BESIDE_THREADS
 from watching import fork, join
 
-from runtime import Change, SharedRegion, SharedState
+from runtime import Change, SharedState
 
-# Children that fork() makes here touch nothing of the other threads; Python 3.12 and later warn anyway.
-pytestmark = pytest.mark.filterwarnings("ignore:This process.*multi-threaded:DeprecationWarning")
-
-
-@pytest.fixture
-def state() -> Iterator[SharedState]:
-    with SharedRegion.create(1 << 16) as region:
-        yield SharedState.create(region)
+pytestmark = FORKS_BESIDE_THREADS
 
 
 def test_sets_and_deletions_of_others(state: SharedState) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from marks import FORKS_BESIDE_THREADS
 
 from runtime import _extent, _slab  # type: ignore[attr-defined]
 from tools.stepkill import cli, engine, primitives, report, trace
@@ -27,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 reason = trace.why_not()
 pytestmark = [
     pytest.mark.skipif(bool(reason), reason=reason),
-    pytest.mark.filterwarnings("ignore:This process.*multi-threaded:DeprecationWarning"),
+    FORKS_BESIDE_THREADS,
 ]
 
 # increments what it is given, as often as it is told: rdi, the word; esi, how often

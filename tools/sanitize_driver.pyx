@@ -18,7 +18,7 @@ from runtime._extent cimport (
 from runtime._layout cimport *
 from runtime._lease cimport (
     WorkerPort, must_tell, outbox_put, outbox_take, outbox_waiting, park, ring_place, ring_put, ring_room,
-    ring_waiting,
+    ring_waiting, slot_renew,
 )
 from runtime._pool cimport MemoryPool
 from runtime._report cimport copy_report, write_report
@@ -486,13 +486,7 @@ cdef void settle(Arena arena, DeadlineKeeper keeper, uint32_t index, seat_t *sea
             seat.tasks[entry] = 0
             a64_store_release(&arena.lease(index, entry).word, lease_word(L_FREE, 0, seat.tags[entry]))
     seat.ring_tail = seat.outbox_head = 0
-    a64_store_relaxed(&slot.ring_tail, 0)
-    a64_store_relaxed(&slot.ring_head, 0)
-    a64_store_relaxed(&slot.outbox_tail, 0)
-    a64_store_relaxed(&slot.outbox_head, 0)
-    a32_store_relaxed(&slot.running, 0)
-    a32_store_relaxed(&slot.turn, 0)
-    a32_store_relaxed(&slot.parked, AWAKE)
+    slot_renew(slot)
     set_armed(&keeper.guards[index], True)
     a32_store_release(&slot.phase, P_READY)
 

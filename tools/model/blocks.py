@@ -14,21 +14,35 @@ from array import array
 from dataclasses import astuple, dataclass
 from functools import partial
 
-from tools.model.checker import Broken, Step, World, step
+from tools.model.checker import Broken, Step, step
+from tools.model.runs import (
+    DROP_HEAD,
+    DROP_TAIL,
+    IDLE,
+    OTHERS,
+    OWN_HEAD,
+    TAKE_TAIL,
+    X_CLAIM,
+    X_FREE,
+    X_FREEING,
+    X_HOST,
+    X_NAMES,
+    X_PRIVATE,
+    X_PUBLISHING,
+    X_TAIL,
+    Runs,
+)  # fmt: skip
+from tools.model.runs import Actor as Taker
 
 __all__ = ["FAULTS", "Blocks", "model"]
-
-# extent words, _layout.pxd
-X_FREE, X_CLAIM, X_PRIVATE, X_PUBLISHING, X_HOST, X_FREEING, X_TAIL, X_HOLE = range(8)
-X_NAMES = ("FREE", "CLAIM", "PRIVATE", "PUBLISHING", "HOST", "FREEING", "TAIL", "HOLE")
 
 EXTENTS = 4
 RUNS = (1, 3)  # lengths of blocks, in extents
 HELD = 2  # blocks that the host holds at a time, at most
 HOST = 2  # the third actor; in a word, its number stands for NO_SLOT
 
-# what an actor does next
-IDLE, TAKE_TAIL, OWN_HEAD, DROP_TAIL, DROP_HEAD, PUBLISH, PUT, FREE_TAIL, FREE_HEAD, DEAD = range(10)
+# what an actor does next, besides what takes a run
+PUBLISH, PUT, FREE_TAIL, FREE_HEAD, DEAD = range(OTHERS, OTHERS + 5)
 
 FAULTS = {
     "head-first": "a taker that finds no room frees the head before the tails that it has",
@@ -40,19 +54,17 @@ FAULTS = {
 
 
 @dataclass(slots=True)
-class Actor:
+class Actor(Taker):
     """What a worker, or the host, is in the middle of."""
 
-    at: int = IDLE
-    head: int = -1  # of the block in hand
-    run: int = 0  # its extents
-    tail: int = 0  # the next of them
     sweep: int = -1  # the host: the slot that it sweeps
     place: int = 0  # and the extent that it looks at next
 
 
-class Blocks(World):
+class Blocks(Runs):
     """One state of the extents. See the module."""
+
+    FREE_HEAD = FREE_HEAD
 
     def __init__(self, fault: str = "", state: bytes | None = None) -> None:
         self.fault = fault
@@ -174,22 +186,8 @@ class Blocks(World):
 
     # ---- taking ----------------------------------------------------------------------------------------
 
-    @step("_extent.pyx:try_run", "actor {0} claims extent {1}, as the head of {2}")
-    def claim_head(self, a: int, head: int, run: int) -> None:
-        self.words[head] = [X_CLAIM, a]
-        self.actors[a] = Actor(TAKE_TAIL if run > 1 else OWN_HEAD, head, run, head + 1)
-
-    @step("_extent.pyx:try_run", "actor {0} takes the next tail, if it is free")
-    def take_tail(self, a: int) -> None:
-        actor = self.actors[a]
-        if self.words[actor.tail][0] != X_FREE:
-            actor.tail -= 1
-            actor.at = DROP_TAIL if actor.tail > actor.head and self.fault != "head-first" else DROP_HEAD
-            return
-        self.words[actor.tail] = [X_TAIL, actor.head]
-        actor.tail += 1
-        if actor.tail == actor.head + actor.run:
-            actor.at = OWN_HEAD
+    def idle(self) -> Actor:
+        return Actor()
 
     @step("_extent.pyx:try_run", "actor {0} has the whole run: it is its own")
     def own_head(self, a: int) -> None:
@@ -200,25 +198,6 @@ class Blocks(World):
             self.actors[a] = Actor()
         else:
             actor.at = PUT if self.fault == "record-before-publishing" else PUBLISH
-
-    @step("_extent.pyx:drop_tails", "actor {0} frees the last tail of its run")
-    def drop_tail(self, a: int) -> None:
-        actor = self.actors[a]
-        self.words[actor.tail] = [X_FREE, 0]
-        actor.tail -= 1
-        if actor.tail == actor.head:
-            actor.at = DROP_HEAD
-            if self.fault == "head-first":
-                self.actors[a] = Actor()
-
-    @step("_extent.pyx:try_run", "actor {0} frees the head that it had claimed")
-    def drop_head(self, a: int) -> None:
-        actor = self.actors[a]
-        self.words[actor.head] = [X_FREE, 0]
-        if self.fault == "head-first" and actor.tail > actor.head:
-            actor.at = DROP_TAIL
-        else:
-            self.actors[a] = Actor()
 
     # ---- handing over ----------------------------------------------------------------------------------
 
@@ -266,20 +245,6 @@ class Blocks(World):
         host = self.actors[HOST]
         host.head, host.run, host.tail = head, end - head, end - 1
         host.at = FREE_TAIL if host.run > 1 else FREE_HEAD
-
-    @step("_extent.pyx:finish_free,drop_tails", "the host frees the last tail")
-    def free_tail(self, a: int) -> None:
-        host = self.actors[a]
-        self.words[host.tail] = [X_FREE, 0]
-        host.tail -= 1
-        if host.tail == host.head:
-            host.at = FREE_HEAD
-
-    @step("_extent.pyx:finish_free", "the host frees the head")
-    def free_head(self, a: int) -> None:
-        host = self.actors[a]
-        self.words[host.head] = [X_FREE, 0]
-        host.at, host.head, host.run, host.tail = IDLE, -1, 0, 0
 
     # ---- the sweep -------------------------------------------------------------------------------------
 

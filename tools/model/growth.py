@@ -10,11 +10,26 @@ Who dies is in `blocks`: to a taker, a sweep is one more that frees.
 from __future__ import annotations
 
 from array import array
-from dataclasses import astuple, dataclass
+from dataclasses import astuple
 from functools import partial
 
-from tools.model.blocks import X_CLAIM, X_FREE, X_FREEING, X_HOLE, X_HOST, X_NAMES, X_TAIL
-from tools.model.checker import Broken, Step, World, step
+from tools.model.checker import Broken, Step, step
+from tools.model.runs import (
+    DROP_HEAD,
+    DROP_TAIL,
+    IDLE,
+    OTHERS,
+    OWN_HEAD,
+    TAKE_TAIL,
+    X_FREE,
+    X_FREEING,
+    X_HOLE,
+    X_HOST,
+    X_NAMES,
+    X_TAIL,
+    Actor,
+    Runs,
+)  # fmt: skip
 
 __all__ = ["FAULTS", "Growth", "model"]
 
@@ -22,9 +37,8 @@ EXTENTS, BEGIN = 4, 2  # laid out; that there are at first
 RUNS = (1, 2)  # lengths of blocks, in extents
 TAKERS, GROWER = 2, 2  # actors 0 and 1; the third one
 
-# what an actor does next
-IDLE, TAKE_TAIL, OWN_HEAD, DROP_TAIL, DROP_HEAD, USE, FREE_TAIL, FREE_HEAD = range(8)
-DISCARD, MAKE_HOLE, FILL, COUNT = range(8, 12)
+# what an actor does next, besides what takes a run
+USE, FREE_TAIL, FREE_HEAD, DISCARD, MAKE_HOLE, FILL, COUNT = range(OTHERS, OTHERS + 7)
 
 FAULTS = {
     "trim-unclaimed": "a free run loses its memory before it was taken",
@@ -34,18 +48,10 @@ FAULTS = {
 }
 
 
-@dataclass(slots=True)
-class Actor:
-    """What somebody is in the middle of."""
-
-    at: int = IDLE
-    head: int = -1  # of the run in hand
-    run: int = 0  # its extents
-    tail: int = 0  # the next of them
-
-
-class Growth(World):
+class Growth(Runs):
     """One state of the extents and their memory. See the module."""
+
+    FREE_HEAD = FREE_HEAD
 
     def __init__(self, fault: str = "", state: bytes | None = None) -> None:
         self.fault = fault
@@ -125,9 +131,15 @@ class Growth(World):
                 found.append(Step(Growth.supply, (self.count,)))
         return found
 
+    def idle(self) -> Actor:
+        return Actor()
+
+    def owner(self, a: int) -> int:
+        return 0
+
     def is_free(self, a: int, at: int) -> bool:
-        vacant = (X_FREE, X_HOLE) if self.fault == "hole-is-free" and a != GROWER else (X_FREE,)
-        return self.words[at][0] in vacant
+        hole = self.fault == "hole-is-free" and a != GROWER and self.words[at][0] == X_HOLE
+        return hole or super().is_free(a, at)
 
     # ---- taking and freeing ------------------------------------------------------------------------------
 
@@ -135,20 +147,7 @@ class Growth(World):
     def claim_head(self, a: int, head: int, run: int) -> None:
         if a == GROWER and self.fault == "trim-unclaimed":
             self.memory[head] = 0
-        self.words[head] = [X_CLAIM, 0]
-        self.actors[a] = Actor(TAKE_TAIL if run > 1 else OWN_HEAD, head, run, head + 1)
-
-    @step("_extent.pyx:try_run", "actor {0} takes the next tail, if it is free")
-    def take_tail(self, a: int) -> None:
-        actor = self.actors[a]
-        if not self.is_free(a, actor.tail):
-            actor.tail -= 1
-            actor.at = DROP_TAIL if actor.tail > actor.head else DROP_HEAD
-            return
-        self.words[actor.tail] = [X_TAIL, actor.head]
-        actor.tail += 1
-        if actor.tail == actor.head + actor.run:
-            actor.at = OWN_HEAD
+        super().claim_head(a, head, run)
 
     @step("_extent.pyx:try_run", "actor {0} has the whole run: it is its own")
     def own_head(self, a: int) -> None:
@@ -156,19 +155,6 @@ class Growth(World):
         self.words[actor.head] = [X_HOST, 0]
         actor.tail = actor.head + actor.run - 1
         actor.at = DISCARD if a == GROWER else USE
-
-    @step("_extent.pyx:drop_tails", "actor {0} frees the last tail of its run")
-    def drop_tail(self, a: int) -> None:
-        actor = self.actors[a]
-        self.words[actor.tail] = [X_FREE, 0]
-        actor.tail -= 1
-        if actor.tail == actor.head:
-            actor.at = DROP_HEAD if actor.at == DROP_TAIL else FREE_HEAD
-
-    @step("_extent.pyx:try_run,finish_free", "actor {0} frees the head")
-    def drop_head(self, a: int) -> None:
-        self.words[self.actors[a].head] = [X_FREE, 0]
-        self.actors[a] = Actor()
 
     @step("_extent.pyx:heap_free", "actor {0} begins to free its block")
     def heap_free(self, a: int) -> None:
@@ -221,8 +207,8 @@ class Growth(World):
 
 ACTS = {
     TAKE_TAIL: Growth.take_tail, OWN_HEAD: Growth.own_head, DROP_TAIL: Growth.drop_tail,
-    DROP_HEAD: Growth.drop_head, USE: Growth.heap_free, FREE_TAIL: Growth.drop_tail,
-    FREE_HEAD: Growth.drop_head, DISCARD: Growth.discard, MAKE_HOLE: Growth.make_hole,
+    DROP_HEAD: Growth.drop_head, USE: Growth.heap_free, FREE_TAIL: Growth.free_tail,
+    FREE_HEAD: Growth.free_head, DISCARD: Growth.discard, MAKE_HOLE: Growth.make_hole,
     FILL: Growth.fill, COUNT: Growth.extend,
 }  # fmt: skip
 
