@@ -288,9 +288,10 @@ cdef class Arena:
         arenas.add(self)
 
     def restate(self):
-        """Host: write the headers anew, before a process attaches that has not inherited their sizes.
+        """Host: write the headers anew, as a worker may have run wild there.
 
-        A worker may have run wild there. They are what they were, so nobody minds who reads them meanwhile.
+        At each rescan, for the count of extents, by which workers go; and before a process attaches that has
+        not inherited the sizes. They are what they were, so nobody minds who reads them meanwhile.
         """
         if self.base != NULL:
             self.region._restate()
