@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What a Runtime costs by itself: a task among a thousand or a million, an idle second, a block.
+"""What a Runtime costs by itself: a task among a thousand or a million, an idle second, a block, a death.
 
     python bench/costs.py --quick
     python bench/costs.py --json costs.json
@@ -11,6 +11,8 @@ compiler.
 from __future__ import annotations
 
 import os
+import select
+import signal
 import sys
 import tempfile
 import threading
@@ -29,6 +31,7 @@ WORKERS = 2
 COUNTS = (1_000, 10_000, 100_000, 1_000_000)
 IDLE = 3.0  # seconds that are watched
 SETTLE = 1.0  # seconds until everybody has fallen asleep
+BLOCKS, AT_ONCE = 100_000, 1_000  # that a worker holds when it is killed; of one call
 
 QUICK = Scale(rounds=2, row_seconds=15, seconds=0.05, limit=60)
 FULL = Scale(rounds=5, row_seconds=90, seconds=0.5, limit=120)
@@ -162,6 +165,55 @@ def locked(meter: Meter) -> Mapping[str, float]:
     return from_python("with lock:\n    pass", {"lock": threading.Lock()}, meter)
 
 
+# ---- what the dead have held ---------------------------------------------------------------------
+
+
+def hold_own(n: int) -> None:
+    """In a worker: take so many blocks, and keep them."""
+    import runtime
+
+    here = runtime.current()
+    here.local.setdefault("own", []).extend(here.empty(64, "u1") for _ in range(n))
+
+
+def hold_arguments(arrays: list[Any]) -> None:
+    """In a worker: keep these; each is a block of the host's, and pinned."""
+    import runtime
+
+    runtime.current().local.setdefault("arguments", []).extend(arrays)
+
+
+def hand_over(rt: Any) -> None:
+    rt.submit(hold_arguments, [rt.empty(64, "u1") for _ in range(AT_ONCE)]).result()
+
+
+def swept(hold: Callable[[Any], object], meter: Meter) -> Mapping[str, float]:
+    """Milliseconds from SIGKILL to a worker, and from its end, until all is free that it alone has held."""
+    import runtime
+
+    with runtime.Runtime(1, region_max="1GiB") as rt:
+        pid = rt.submit(os.getpid).result()
+        arena = rt._core.arena
+        before = arena.used_bytes
+        for _ in range(BLOCKS // AT_ONCE):
+            hold(rt)
+        assert arena.used_bytes - before >= BLOCKS * 4096
+        meter.operations, meter.note = BLOCKS, "CPU: less what the dead worker had used"
+        fd = os.pidfd_open(pid)
+        try:
+            with meter.timing():
+                start = time.perf_counter()
+                signal.pidfd_send_signal(fd, signal.SIGKILL)
+                select.select([fd], [], [])
+                end = time.perf_counter()
+                while arena.used_bytes > before + (1 << 20):  # what the calls' functions take stays
+                    time.sleep(0.0005)
+                back = time.perf_counter()
+        finally:
+            os.close(fd)
+    return {"after the signal": (back - start) * 1e3, "after its end": (back - end) * 1e3}
+
+
 # ---- the rows ------------------------------------------------------------------------------------
 
 
@@ -211,6 +263,20 @@ def rows(scale: Scale) -> list[Row]:
                     Role.LIMIT,
                     lambda meter: native(lambda m, p, n: m.swap_and_store(n), meter),
                 ),
+            ),
+        ),
+        Row(
+            "blocks of the dead",
+            f"A worker that holds {BLOCKS:,} blocks is killed: until they are free, arguments that it has "
+            "kept (pins) or arrays of its own. An operation is a block.",
+            (Figure("after the signal", "ms"), Figure("after its end", "ms")),
+            (
+                Entry(
+                    "its own",
+                    Role.OURS,
+                    lambda meter: swept(lambda rt: rt.submit(hold_own, AT_ONCE).result(), meter),
+                ),
+                Entry("arguments", Role.OURS, lambda meter: swept(hand_over, meter)),
             ),
         ),
     ]

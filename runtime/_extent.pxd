@@ -34,6 +34,7 @@ cdef class Arena:
     cdef readonly uint32_t spin  # ns that a waiter watches the memory before it sleeps
     cdef uint64_t slots_at, slot_stride, words_at, extents_at
     cdef uint64_t capacity  # extents that are laid out; heap.count of them are there
+    cdef uint64_t least     # extents that it began with; the host's: these always have memory
     cdef uint64_t holes     # of these, HOLE; host-private
     cdef bint grows         # there may be more of them, some time
     cdef bint host          # this process decides how many there are
@@ -57,6 +58,7 @@ cdef class Arena:
     cdef int drop(self, uint64_t at, uint64_t tag, uint64_t state, uint64_t owner) except -1
     cdef HostBlock block_at(self, uint64_t offset, uint64_t tag)
     cdef int64_t head_of(self, const char *data, uint64_t nbytes) noexcept nogil
+    cdef int write_geometry(self) except -1
     cdef slot_t *slot(self, uint32_t index) noexcept nogil
     cdef a32_t *ring(self, uint32_t index) noexcept nogil
     cdef record_t *records(self, uint32_t index) noexcept nogil

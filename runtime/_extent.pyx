@@ -251,22 +251,14 @@ cdef class Arena:
             (later, words_at), (round_up(words_at + 8 * extents, PAGE), extents_at),
             (extents_at + extents * EXTENT, extents_at + capacity * EXTENT)))
         self.attach(region)
-        self.head.version = LAYOUT_VERSION
-        self.head.slots = max(room, slots)
-        self.head.leases = leases
-        self.head.outbox = outbox
-        self.head.bounce_bytes = round_up(bounce_bytes, PAGE)
-        self.head.slots_at = slots_at
-        self.head.slot_stride = stride
-        self.head.words_at = words_at
-        self.head.extents_at = extents_at
-        self.head.capacity = capacity
-        self.head.least = extents
-        a64_store_relaxed(&self.head.extents, extents)
-        self.head.lanes = lanes
-        self.head.threads = threads
-        self.head.spin = spin
-        self.head.magic = MAGIC
+        self.room = max(room, slots)
+        self.leases, self.outbox, self.threads = leases, outbox, threads
+        self.bounce_bytes = round_up(bounce_bytes, PAGE)
+        self.lanes, self.spin = lanes, spin
+        self.slots_at, self.slot_stride = slots_at, stride
+        self.words_at, self.extents_at = words_at, extents_at
+        self.capacity, self.least, self.heap.count = capacity, extents, extents
+        self.write_geometry()
         self.read_geometry()
         self.slots = slots
         self.host = True
@@ -295,6 +287,35 @@ cdef class Arena:
         self.watched = {}
         arenas.add(self)
 
+    def restate(self):
+        """Host: write the headers anew, as a worker may have run wild there.
+
+        At each rescan, for the count of extents, by which workers go; and before a process attaches that has
+        not inherited the sizes. They are what they were, so nobody minds who reads them meanwhile.
+        """
+        if self.base != NULL:
+            self.region._restate()
+            self.write_geometry()
+
+    cdef int write_geometry(self) except -1:
+        self.head.version = LAYOUT_VERSION
+        self.head.slots = self.room
+        self.head.leases = self.leases
+        self.head.outbox = self.outbox
+        self.head.bounce_bytes = self.bounce_bytes
+        self.head.slots_at = self.slots_at
+        self.head.slot_stride = self.slot_stride
+        self.head.words_at = self.words_at
+        self.head.extents_at = self.extents_at
+        a64_store_release(&self.head.extents, self.heap.count)
+        self.head.lanes = self.lanes
+        self.head.spin = self.spin
+        self.head.capacity = self.capacity
+        self.head.least = self.least
+        self.head.threads = self.threads
+        self.head.magic = MAGIC
+        return 0
+
     cdef read_geometry(self):
         """Copy the sizes out once; the copies are what is used from here on."""
         self.slots = self.room = self.head.slots
@@ -309,7 +330,8 @@ cdef class Arena:
         self.words_at = self.head.words_at
         self.extents_at = self.head.extents_at
         self.capacity = self.head.capacity
-        self.grows = self.head.least < self.capacity
+        self.least = self.head.least
+        self.grows = self.least < self.capacity
         self.heap.words = <a64_t *>(self.base + self.words_at)
         self.heap.extents = self.base + self.extents_at
         self.counted()

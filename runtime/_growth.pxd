@@ -6,7 +6,6 @@ from runtime._extent cimport Arena
 
 
 cdef class GrowingArena(Arena):
-    cdef uint64_t least     # extents that always have memory
     cdef dict idle          # piece of PIECE extents -> its tags' sum, of those that the last look found free
     cdef int64_t looked     # monotonic ns of that look
     cdef readonly str refusal   # why the last growth came to nothing, for people; "" at first

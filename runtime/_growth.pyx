@@ -47,7 +47,6 @@ cdef class GrowingArena(Arena):
     def create(cls, *args):
         """As Arena.create. What it is made with is never given back."""
         cdef GrowingArena self = super().create(*args)
-        self.least = self.heap.count
         self.idle = {}
         self.refusal = ""
         return self

@@ -303,12 +303,12 @@ cdef class WorkerPort(Viewer):
             self.put(&record)
         return 0
 
-    def empty(self, uint64_t nbytes):
+    def empty(self, nbytes):
         """A block of this worker's own, uninitialised; None: there is no room, for 50 ms, or while the host
         sees to it that there is some; and always in a fork. For any thread.
         """
         cdef uint64_t at = 0, tag = 0
-        if not self.owned or not self.take_room(nbytes, True, &at, &tag):
+        if not self.owned or nbytes > self.arena.max_bytes or not self.take_room(nbytes, True, &at, &tag):
             return None
         return self.create(at, tag, nbytes)
 

@@ -193,6 +193,13 @@ cdef class SharedRegion:
                 os.unlink(temporary)
         return self
 
+    def _restate(self):
+        """Write the header anew: another process may have written over it. For who made the region, with no
+        room to grow.
+        """
+        self.check_open()
+        write_header(self, self.length, self.length)
+
     def _supply(self, begin, end):
         """Give memory to a part that was left for later. Raises: RegionFull; nobody may touch it then."""
         reserve(self._fd, HEADER_BYTES + end, HEADER_BYTES + begin)

@@ -144,6 +144,7 @@ class Collector:
             if now - looked >= (_ROOM if dispatcher.urgent else _RESCAN):
                 looked = now
                 dispatcher.rescan()
+                dispatcher.arena.restate()
                 if dispatcher.leased or dispatcher.waiting:  # a worker's word of being ready may be lost
                     self.watcher.look(-1)
             self.complete()

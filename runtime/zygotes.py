@@ -65,6 +65,7 @@ class Zygotes(Lives):
     def _new_zygote(self) -> bool:
         if self.settings.start_method == "fork":
             return self._take_heir()
+        self.arena.restate()  # it goes by what it finds there
         try:
             self._zygote = exec_zygote(self._zygote_settings, self.arena, self._environment)
         except OSError as error:

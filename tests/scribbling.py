@@ -14,7 +14,8 @@ HEAD = struct.Struct("<QIIIIQQQQQQ")  # arena_t
 SLOT, RECORD, LEASE = 512, 48, 640
 PAGE = 4096
 FREE, CLAIM, PRIVATE, PUBLISHING, FREEING = 0, 1, 2, 3, 5
-PARTS = ("leases", "outbox", "slot", "blocks")
+PARTS = ("leases", "outbox", "slot", "blocks", "header")
+CONSTANT, SHARED = range(0, HEAD.size + 32, 8), range(PAGE, PAGE + 192, 64)  # words of arena_t
 ENDS = ("return", "exit", "hang", "hang", "raise")
 OWN_LINES = (128, 192, 320, 324, 328, 336, 344, 352, 384, 448)  # words of slot_t that a worker has write for
 
@@ -39,7 +40,7 @@ class Slot:
     def __init__(self) -> None:
         import runtime
 
-        base = data_at()
+        self.base = base = data_at()
         head = HEAD.unpack(ctypes.string_at(base, HEAD.size))
         self.index = runtime.current().slot
         self.leases, self.outbox = head[3], head[4]
@@ -69,6 +70,9 @@ def write_one(slot: Slot, part: str, draw: random.Random) -> None:
             tail.value += draw.choice((1, 1, 2, slot.outbox + 1))
     elif part == "slot":
         put(slot.at + draw.choice(OWN_LINES) // 8 * 8, nonsense(draw))
+    elif part == "header":
+        at = draw.choice((draw.choice(CONSTANT), draw.choice(SHARED), draw.randrange(-PAGE, 0, 8)))
+        put(slot.base + at, nonsense(draw))
     else:
         # What is nobody's, and only as the owner that it is: else it writes into the blocks of innocents,
         # which no table can keep it from.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import logging
 import random
+import signal
 import weakref
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import fuzzing
 import pytest
 import scribbling
 from hostile import round_of_scribbling
-from watching import settled, shut_down_clean, until
+from watching import all_ready, pids, send, settled, shut_down_clean, until
 
 from runtime import wire
 
@@ -77,5 +78,32 @@ def test_a_worker_that_scribbles_hurts_only_what_it_has(part, runtime_factory, t
     rt = runtime_factory(3, region_size="1MiB", region_max="1MiB")
     for seed in range(2):
         round_of_scribbling(rt, f"{part} {seed}", part, tmp_path)
+    settled(rt)
+    shut_down_clean(rt)
+
+
+def spoil_the_headers(places, value):
+    """Those of the region and of the arena, which the host wrote once."""
+    base = scribbling.data_at()
+    for at in places:
+        scribbling.put(base + at, value)
+
+
+HEADERS = {
+    "all of it": ((*range(-scribbling.PAGE, 0, 8), *scribbling.CONSTANT), 0xDEADBEEF_DEADBEEF),
+    "sizes that make no sense": (scribbling.CONSTANT[2:], 0),
+}
+
+
+@pytest.mark.parametrize(("places", "value"), HEADERS.values(), ids=HEADERS)
+def test_a_new_zygote_goes_by_what_the_host_knows(places, value, runtime_factory):
+    """A worker has written over the headers, and the zygote, which had read them, is gone."""
+    rt = runtime_factory(2, start_method="exec")
+    rt.submit(spoil_the_headers, places, value).result()
+    old = pids(rt)
+    send(rt._core._zygote.pid, signal.SIGKILL)
+    until(lambda: len(all_ready(rt)) == 2 and not old & pids(rt), lambda: f"new workers: {rt.workers()}")
+    data = bytes(range(256)) * 4000
+    assert list(rt.map(bytes, [data] * 8)) == [data] * 8
     settled(rt)
     shut_down_clean(rt)

@@ -30,7 +30,7 @@ from runtime import RegionFull, Runtime, WorkerDied, memory, pressure
 from runtime._core import Arena, GrowingArena, HostBlock
 
 EXTENT, KIB, MIB, GIB = 4096, 1 << 10, 1 << 20, 1 << 30
-WANTED_AT = 4096 + 128  # arena_t.wanted
+EXTENTS_AT, WANTED_AT = 64, 4096 + 128  # words of arena_t
 ENOUGH = 1 << 40  # bytes of memory
 
 
@@ -501,6 +501,25 @@ def test_wild_wishes(factory: Callable[..., Runtime], numpy: Any, nbytes: int) -
     array = filled(5 * MIB, 1)
     assert numpy.array_equal(rt.submit(tasks.echo, array).result(), array)
     assert rt._core.arena.data_bytes <= 16 * MIB
+    in_one_run(rt)
+
+
+def say_extents(n: int) -> None:
+    scribbling.put(scribbling.data_at() + EXTENTS_AT, n)
+
+
+@pytest.mark.parametrize("n", [0, 1, 2**32, 2**64 - 1])
+def test_a_wild_count_of_extents(factory: Callable[..., Runtime], numpy: Any, n: int) -> None:
+    """Workers take blocks where there is no memory, or none; until the host looks after it."""
+    rt = factory(1, region_size="1MiB", region_max="64MiB")
+    region = rt._core.arena.region
+    count = region.load_u64(EXTENTS_AT)
+    rt.submit(say_extents, n).result()
+    until(lambda: region.load_u64(EXTENTS_AT) == count, "the count is right again")
+    results = [rt.submit(filled, MIB, i) for i in range(12)]
+    assert all(all_are(result.result(), i) for i, result in enumerate(results))
+    assert rt.stats().failed == 0
+    results.clear()
     in_one_run(rt)
 
 

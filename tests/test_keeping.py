@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from scribbling import HEAD, LEASE, RECORD, SLOT
+from scribbling import CLAIM, FREEING, HEAD, LEASE, PRIVATE, PUBLISHING, RECORD, SLOT
 from watching import until
 
 from runtime import _core
@@ -124,7 +124,7 @@ def test_a_worker_that_is_taken_for_dead_claims_nothing(world: World) -> None:
     del task
 
 
-OUT_BYTES = 112  # of lease_t
+OUT_WHERE, OUT_BODY, OUT_TAG, OUT_BYTES = 88, 96, 104, 112  # of lease_t
 
 
 def lease_at(world: World, entry: int) -> int:
@@ -153,6 +153,71 @@ def test_a_partial_result_that_makes_no_sense_is_let_go_of() -> None:
     world.finish(entry)
     world.host.drain(world.slot)
     assert world.results() == [[]]
+    world.end()
+
+
+def word_at(world: World, offset: int) -> int:
+    """The offset of the word of the extent that lies at an offset."""
+    words_at, extents_at = HEAD.unpack(world.arena.region.read_at(0, HEAD.size))[8:10]
+    return words_at + (offset - extents_at) // PAGE * 8
+
+
+WILD = {
+    f"{name} {value:#x}": (at, value)
+    for name, at, values in (
+        ("where", OUT_WHERE, (0, 1, 3, 7, 2**32 - 1)),
+        ("body", OUT_BODY, (0, 1, PAGE, 2**40, 2**63, 2**64 - 1)),
+        ("tag", OUT_TAG, (0, 2**33 - 1, 2**64 - 1)),
+        ("bytes", OUT_BYTES, (3 * PAGE + 1, 2**40, 2**64 - 1)),
+        ("lease", 0, (0, 2, 7, 2**63, 2**64 - 1)),
+    )
+    for value in values
+}
+
+
+@pytest.mark.parametrize(("at", "value"), WILD.values(), ids=WILD)
+def test_a_result_whose_descriptor_makes_no_sense(at: int, value: int) -> None:
+    """The host fails that task, or that worker, and has every block back."""
+    world = World()
+    region = world.arena.region
+    world.submit()
+    entry, _ = world.claim()
+    assert world.port.finish(entry, [(_core.S_VALUE, bytes(2 * PAGE), (), ())], 1)
+    region.write_at(lease_at(world, entry) + at, value.to_bytes(8, "little")[: 4 if at == OUT_WHERE else 8])
+    world.host.drain(world.slot)
+    world.die()
+    outcomes = world.host.take_outcomes()
+    assert [kind for kind, *_ in outcomes] in ([_core.OUTCOME_LOST], [_core.OUTCOME_DIED])
+    outcomes.clear()
+    assert world.arena.used_bytes <= PAGE  # the function
+    again = world.host.open_slot(0, 1)
+    assert again == world.slot, "the slot is free"
+    world.end()
+
+
+@pytest.mark.parametrize("state", range(8))
+@pytest.mark.parametrize("whose", [0, 5, 0xFFFFFFF])
+def test_a_result_in_a_block_whose_word_makes_no_sense(state: int, whose: int) -> None:
+    world = World()
+    region = world.arena.region
+    world.submit()
+    entry, _ = world.claim()
+    assert world.port.finish(entry, [(_core.S_VALUE, bytes(2 * PAGE), (), ())], 1)
+    word = word_at(world, region.load_u64(lease_at(world, entry) + OUT_BODY))
+    said = region.load_u64(word)
+    wild = said >> 31 << 31 | whose << 3 | state
+    region.store_u64(word, wild)
+    world.host.drain(world.slot)
+    world.die()
+    outcomes = world.host.take_outcomes()
+    assert [kind for kind, *_ in outcomes] == [_core.OUTCOME_FRAME if wild == said else _core.OUTCOME_LOST]
+    outcomes.clear()
+    if whose or state not in (CLAIM, PRIVATE, PUBLISHING, FREEING):  # what is said to be another's stays his
+        assert region.load_u64(word) == wild
+        region.store_u64(word, said)
+        world.slot = world.host.open_slot(0, 2)
+        world.die()
+    assert world.arena.used_bytes <= PAGE  # the function
     world.end()
 
 

@@ -216,6 +216,27 @@ def test_bad_empty(pool: Runtime, shape: Any, dtype: Any, error: Any, text: str)
 
 
 @pytest.mark.parametrize(
+    ("shape", "dtype", "error"),
+    [
+        (-1, "f8", ValueError),
+        ((5, -2), "f8", ValueError),
+        (5, object, ValueError),
+        (1.5, "f8", TypeError),
+        ("x", "f8", TypeError),
+        (1 << 50, "u1", MemoryError),
+        (1 << 61, "f8", ValueError),
+        (10**30, "f8", ValueError),
+        ((1 << 40, 1 << 40), "f8", ValueError),
+    ],
+)
+def test_bad_empty_in_a_task(pool: Runtime, shape: Any, dtype: Any, error: type[Exception]) -> None:
+    """What is too large for the region is an ordinary array: so numpy says that it is too large for that."""
+    found = pool.submit(lambda: runtime.current().empty(shape, dtype)).exception()
+    assert isinstance(found, error), repr(found)
+    assert pool.submit(born, 5, 1.0).result().sum() == 5
+
+
+@pytest.mark.parametrize(
     ("nbytes", "error"),
     [(-1, ValueError), (1.5, TypeError), ("1MiB", TypeError), (True, TypeError), (1 << 62, RegionFull)],
 )

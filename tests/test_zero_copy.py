@@ -9,6 +9,8 @@ from __future__ import annotations
 import copyreg
 import dataclasses
 import importlib.util
+import os
+import pickle
 import subprocess
 import sys
 import tracemalloc
@@ -21,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import runtime
-from runtime import Runtime, _core, arrays, serializer
+from runtime import Runtime, _core, arrays, calls, serializer
 
 np = pytest.importorskip("numpy")
 # Now, not in a test: its allocator starts a thread that stays.
@@ -594,6 +596,49 @@ def test_stream_that_claims_buffers_it_lacks() -> None:
         serializer.loads(payload.joined(), [payload.buffers[0], b"short"])
     with pytest.raises((TypeError, ValueError)):
         serializer.loads(payload.joined(), [b"short", payload.buffers[1]])
+
+
+def claims_more() -> Any:
+    """Its result's pickle refers to a buffer that does not come with it."""
+    honest = calls.item_of
+
+    def item_of(status: int, payload: Any) -> tuple[Any, ...]:
+        calls.item_of = honest
+        return status, payload.data, payload.buffers[:1], payload.readonly[:1]
+
+    calls.item_of = item_of
+    return [np.arange(N), np.arange(N)]
+
+
+def test_a_result_that_claims_buffers_it_lacks(factory: Callable[..., Runtime]) -> None:
+    rt = factory(1)
+    pid = rt.submit(os.getpid).result()
+    error = rt.submit(claims_more).exception()
+    assert isinstance(error, pickle.UnpicklingError) and "buffers" in str(error), repr(error)
+    assert list(rt.map(len, [np.arange(N)] * 3)) == [N] * 3
+    assert rt.submit(os.getpid).result() == pid
+    del error
+    rt.shutdown()
+    assert rt._core.arena.owners() == {}
+
+
+def test_arguments_that_claim_buffers_they_lack(
+    factory: Callable[..., Runtime], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rt = factory(1)
+    pid = rt.submit(os.getpid).result()
+    honest = serializer.pack_call
+
+    def pack_call(*args: Any, **options: Any) -> Any:
+        ref, payload = honest(*args, **options)
+        return ref, serializer.Payload(payload.data, payload.buffers[:1], payload.readonly[:1])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(serializer, "pack_call", pack_call)
+        error = rt.submit(len, [np.arange(N), np.arange(N)]).exception()
+    assert isinstance(error, pickle.UnpicklingError) and "buffers" in str(error), repr(error)
+    assert rt.submit(len, [np.arange(N)] * 2).result() == 2
+    assert rt.submit(os.getpid).result() == pid
 
 
 def test_arguments_that_cannot_travel_fail_their_call_alone(pool: Runtime) -> None:

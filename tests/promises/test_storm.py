@@ -13,6 +13,11 @@ from watching import host
 METHODS = ("exec", "fork")
 LONG = 60.0  # seconds of a slice for one process
 CODE = "import sys; sys.path.append(sys.argv[2]); from storm import host; host.main()"
+MANY = 1_000  # kills, in a storm that has met all there is
+MET = (
+    "growths", "trim", "arguments by value", "arrays without room", "Refs", "Refs released", "Refs of Refs",
+    "looks while arguments were kept",
+)  # fmt: skip
 GROWTH = {  # by which each may grow in a slice: what is less is no leak, or one for a longer slice to see
     "memory of the host": 4 << 20,
     "memory of the zygote": 1 << 20,
@@ -48,6 +53,8 @@ def test_every_account_is_balanced_after_a_storm(tally, tmp_path):
                 end = {"kills": tally.goal["kills"] // len(METHODS)}
             said = storm(method, tmp_path / str(lap), seed=f"{tally.seed} {lap}", **end)
             tally.counts.update(said["counts"])
+    if tally.counts["kills"] >= MANY:
+        assert not [what for what in MET if not tally.counts[what]], tally.counts
 
 
 def test_nothing_grows_in_a_steady_storm(tally, tmp_path):

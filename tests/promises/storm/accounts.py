@@ -27,6 +27,7 @@ from runtime import TaskCancelled, TaskTimeout, WorkerDied
 from . import tasks
 from .orders import DROPPED, GOOD
 
+PAGE = 4096
 CANCELLED = (concurrent.futures.CancelledError, asyncio.CancelledError)
 
 
@@ -260,6 +261,16 @@ def check_calm(rt):
         lambda: f"blocks, and those of the host's: {stats_of_blocks(rt)}, {core.arena.owners()}",
     )
     assert set(core.arena.owners()) <= {"host"}, core.arena.owners()
+    # What was given back is given back, what is reserved is there; the ends of tables take a page each.
+    until(
+        lambda: abs(memory_of(core.arena) - core.arena.reserved_bytes) <= 4 * PAGE,
+        lambda: f"memory of the region: {memory_of(core.arena)} of {core.arena.reserved_bytes} reserved",
+    )
+
+
+def memory_of(arena):
+    """Bytes that its file takes."""
+    return os.fstat(arena.fd).st_blocks * 512
 
 
 def stats_of_blocks(rt):

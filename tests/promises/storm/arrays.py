@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 
 import numpy
 
@@ -19,6 +19,11 @@ from . import tasks
 SIZES = (1, 10, 500, 600, 3_000, 9_000, 40_000)  # items of 8 bytes; 16 KiB and more travel by themselves
 KEPT = 4  # Refs, and results, that are used again and again
 PATIENCE = 30.0  # seconds until nothing is seen any more
+WRAPPINGS = (  # tasks.unwrapped finds what is in them
+    lambda thing: thing,
+    lambda thing: [None, thing],
+    lambda thing: {"it": ("text", {"it": thing})},
+)
 
 
 class Stock:
@@ -27,6 +32,7 @@ class Stock:
     def __init__(self):
         self.refs, self.results = deque(), deque(maxlen=KEPT)
         self.lock = threading.Lock()
+        self.counts = Counter()
 
     def thin_out(self, draw):
         """Now and then nobody has use for a Ref any more; half of them are released."""
@@ -34,14 +40,25 @@ class Stock:
             gone, _, _ = self.refs.popleft()
             if draw.random() < 0.5:
                 gone.release()
+                self.counts["Refs released"] += 1
 
     def ref(self, wave, draw, order):
         """A Ref of whose object others have use as well."""
         if len(self.refs) < KEPT and draw.random() < 0.5:
-            n = draw.choice(SIZES)
             with contextlib.suppress(RegionFull):
-                self.refs.append((wave.rt.put(numpy.full(n, order.key)), order.key, n))
+                self.refs.append(self.new_ref(wave, draw, order))
+                self.counts["Refs"] += 1
         return draw.choice(self.refs) if self.refs else plain(draw, order)
+
+    def new_ref(self, wave, draw, order):
+        """Of an array somewhere in an object; or of an object that holds another Ref."""
+        wrap = draw.choice(WRAPPINGS)
+        if self.refs and draw.random() < 0.3:
+            ref, key, n = draw.choice(self.refs)
+            self.counts["Refs of Refs"] += 1
+        else:
+            ref, key, n = plain(draw, order)
+        return wave.rt.put(wrap(ref)), key, n
 
 
 def plain(draw, order):
@@ -78,12 +95,14 @@ def given(wave, draw, order):
 
 def looking(wave, draw, order):
     """Looks at arrays of all kinds at once; the worker may go on seeing one of them."""
-    view, keeps = wave.view(draw, order), draw.random() < 0.3
+    view, keeps, wrap = wave.view(draw, order), draw.random() < 0.3, draw.choice(WRAPPINGS)
     with wave.stock.lock:
         wave.stock.thin_out(draw)
         arrays = [given(wave, draw, order) for _ in range(draw.randrange(1, 4))]
         order.good = [(key, n) for _, key, n in arrays].__eq__
-        return view.submit(tasks.looking, wave.path, order.key, keeps, *[array for array, _, _ in arrays])
+        return view.submit(
+            tasks.looking, wave.path, order.key, keeps, *[wrap(array) for array, _, _ in arrays]
+        )
 
 
 def marking(wave, draw, order):
@@ -101,7 +120,7 @@ def returning(wave, draw, order):
         array, key, n = given(wave, draw, order)
         right = whole(key, n)
         order.good = lambda value: right(value) and stored(wave, value, key, n)
-        return view.submit(tasks.giving_back, wave.path, order.key, keeps, array)
+        return view.submit(tasks.giving_back, wave.path, order.key, keeps, draw.choice(WRAPPINGS)(array))
 
 
 def born(wave, draw, order):

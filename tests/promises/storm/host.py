@@ -42,6 +42,10 @@ STEADY_WAVE = 0.4  # … where samples are taken after each
 ZYGOTE = 24 << 20  # bytes that a fresh interpreter has, with what it imports
 ROOM = 8 << 20  # bytes that a worker may grow
 KILLS = ("kill", "newborn", "zygote", "heir")
+TIGHT = {"region_size": "256KiB", "region_max": "2MiB"}  # every other runtime's: it grows, and is full
+
+
+TOLD = {tasks.BY_VALUE: "arguments by value", tasks.NO_ROOM: "arrays without room"}
 
 
 class Storm:
@@ -87,6 +91,8 @@ class Storm:
             else drawn(draw, self.method)
         )
         workers = 2 if self.steady else draw.randrange(2, 5)
+        if not self.steady and self.counts["runtimes"] % 2 == 0:
+            self.settings |= TIGHT
         end = float("inf") if self.steady else time.monotonic() + ROUND
         self.words = accounts.Words()
         self.begun, self.descendants = Counter(), {}
@@ -104,6 +110,7 @@ class Storm:
         gc.collect()
         arrays.let_go(rt, workers)
         accounts.check_calm(rt)
+        self.counts["growths"] += rt.stats().growths
         rt.shutdown()
         accounts.check_end(rt)
         faulthandler.cancel_dump_traceback_later()
@@ -154,6 +161,10 @@ class Storm:
         self.ledger = accounts.Ledger(recording.entries(str(path)))
         self.counts.update(self.balance(wave))
         self.counts.update({"tasks": len(wave.orders), "runs": sum(map(len, self.ledger.starts.values()))})
+        self.counts.update(wave.stock.counts)
+        for (what, _), count in self.ledger.counts.items():
+            if what in TOLD:
+                self.counts[TOLD[what]] += count
         self.words.add(self.ledger)
         self.descendants.update(self.ledger.descendants)
         for pid, keys in self.ledger.begun.items():
@@ -235,7 +246,7 @@ def guarded(client, wave, draw):
 def drawn(draw, method):
     """Settings of a runtime."""
     return {
-        "region_size": draw.choice(["1MiB", "4MiB", "4MiB", "8MiB"]),
+        "region_size": draw.choice(["256KiB", "1MiB", "4MiB", "8MiB"]),
         "region_max": draw.choice([None, "8MiB"]),
         "max_tasks_per_child": draw.choice([None, None, 5, 30]),
         "max_worker_rss": draw.choice(

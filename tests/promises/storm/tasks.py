@@ -20,6 +20,7 @@ from recording import END, START
 import runtime
 
 WROTE, LOGGED, CHILD = 3, 4, 5  # a line is out; a log record is; this process is a task's descendant
+BY_VALUE, NO_ROOM = 6, 7  # a large argument came piece by piece; an array did not find room in the region
 
 log = logging.getLogger("storm")
 kept: list[bytearray] = []
@@ -135,9 +136,26 @@ def see(key, array):
     seen[key % SEEN] = int(array[0]), array
 
 
-def looking(path, key, keeps, *arrays):
+def unwrapped(thing):
+    """The array that somebody has wrapped: see arrays.WRAPPINGS."""
+    while not hasattr(thing, "dtype"):
+        thing = thing["it"] if isinstance(thing, dict) else thing[-1]
+    return thing
+
+
+def pieced_together(array):
+    """Whether its memory came piece by piece: else it lies in a block, or within a pickle."""
+    while array.base is not None and hasattr(array.base, "dtype"):
+        array = array.base
+    return isinstance(array.base, memoryview) and isinstance(array.base.obj, bytearray)
+
+
+def looking(path, key, keeps, *wrapped):
     """(number, size) of arrays that hold one number each."""
     started(path, key)
+    arrays = [unwrapped(thing) for thing in wrapped]
+    if any(map(pieced_together, arrays)):
+        recording.record(path, key, BY_VALUE)
     found = [(int(array[0]), len(array)) if (array == array[0]).all() else array for array in arrays]
     if keeps:
         see(key, arrays[-1])
@@ -154,8 +172,9 @@ def marking(path, key, array):
     return found
 
 
-def giving_back(path, key, keeps, array):
+def giving_back(path, key, keeps, wrapped):
     started(path, key)
+    array = unwrapped(wrapped)
     if keeps:
         see(key, array)
     ended(path, key)
@@ -166,6 +185,8 @@ def born(path, key, keeps, n):
     """An array that is made in the region."""
     started(path, key)
     array = runtime.current().empty(n, "i8")
+    if not runtime._core.in_region(array):
+        recording.record(path, key, NO_ROOM)
     array[:] = key
     if keeps:
         see(key, array)

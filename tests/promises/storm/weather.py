@@ -8,6 +8,8 @@ descendant  … to a child or grandchild of a worker
 leave       SIGTERM or SIGUSR2 to a worker: it finishes its task, and is replaced
 stop        SIGSTOP to a worker or to the zygote, SIGCONT a moment later
 scale       more workers, fewer, or for a moment none
+trim        nobody is hurt: memory of the region that is free for a moment is given back, which is sought
+            every five seconds else
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from runtime import WorkerStatus
 
 STORM = {
     "kill": 60, "newborn": 1, "zygote": 2, "heir": 1, "descendant": 6, "leave": 6, "stop": 6, "scale": 4,
+    "trim": 30,
 }  # fmt: skip
 KILLS_ALONE = {"kill": 1}
 APART = {"zygote": 1.0, "heir": 1.0, "newborn": 2.0}  # seconds between two of a kind, at least
@@ -195,6 +198,13 @@ class Weather(threading.Thread):
             until = time.monotonic() + self.draw.uniform(0.0, PAUSED)
             self._later.append((until, lambda: self.rt.scale(self.workers)))
         return f"to {n}"
+
+    def do_trim(self):
+        """It looks twice: what was not used in between goes."""
+        self.counts["looks while arguments were kept"] += self.rt.stats().pinned > 0
+        arena = self.rt._core.arena
+        if given_back := arena.trim(0) + arena.trim(0):
+            return f"{given_back} bytes"
 
 
 def children_of(pid):
