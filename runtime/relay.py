@@ -4,6 +4,8 @@
     records     log record  ──► the host's loggers, if they are enabled for it
                 warning     ──► warnings.warn_explicit: the host's filters decide
 
+A pipe gets whole lines, PIPE_BUF bytes at a time: what others write to it cuts none in two.
+
 Nothing is stored but the unfinished line of each stream, at most 64 KiB: while the host does not take it, the
 worker's write waits. A stream ends when nobody can write to it any more; after its worker's death, when what
 the worker had written is read: a child of a task may hold the other end for ever.
@@ -19,12 +21,14 @@ import logging
 import os
 import select
 import socket
+import stat
 import sys
 import termios
 import threading
 import warnings
 import weakref
 from collections import deque
+from collections.abc import Iterator
 from typing import Any
 
 from runtime import _core, logrecords
@@ -230,10 +234,13 @@ class Relay:
             return
         try:
             self._taking = len(text.encode(errors="replace"))
-            try:
-                stream.write(text)
-            except UnicodeEncodeError as error:
-                stream.write(text.encode(error.encoding, "backslashreplace").decode(error.encoding))
+            for piece in _pieces(text) if _is_pipe(stream) else (text,):
+                try:
+                    stream.write(piece)
+                except UnicodeEncodeError as error:
+                    stream.write(piece.encode(error.encoding, "backslashreplace").decode(error.encoding))
+                if piece is not text:
+                    stream.flush()
         except BaseException:
             self.refused += 1
         self._taking = 0
@@ -289,6 +296,23 @@ class Relay:
             warnings.warn_explicit(message.text, category, message.filename, message.lineno, registry=seen)
         except Warning as error:  # an "error" filter of the host's: there is no call here that it could fail
             warnings.showwarning(error, category, message.filename, message.lineno)
+
+
+def _is_pipe(stream: Any) -> bool:
+    try:
+        return stat.S_ISFIFO(os.fstat(stream.fileno()).st_mode)
+    except (AttributeError, OSError, ValueError):  # no file at all: a notebook's, a test's
+        return False
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """Whole lines, as many as a pipe takes in one piece: others that write to it cut no line in two."""
+    room = select.PIPE_BUF // (1 if text.isascii() else 4)  # UTF-8: at most 4 bytes a character
+    start = 0
+    while start < len(text):
+        end = text.rfind("\n", start, start + room) + 1 or text.find("\n", start) + 1 or len(text)
+        yield text[start:end]
+        start = end
 
 
 def _flush(target: str) -> None:

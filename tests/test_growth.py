@@ -548,14 +548,18 @@ def watched() -> Iterator[Callable[[], int]]:
     start = most = memory.unshared() or 0
     stop = threading.Event()
 
-    def watch() -> None:
+    def look() -> int:
         nonlocal most
+        most = max(most, memory.unshared() or 0)
+        return most - start
+
+    def watch() -> None:
         while not stop.wait(0.002):
-            most = max(most, memory.unshared() or 0)
+            look()
 
     thread = threading.Thread(target=watch)
     thread.start()
-    yield lambda: most - start
+    yield look
     stop.set()
     thread.join()
 
