@@ -12,7 +12,7 @@ cdef class Dispatcher(Waiting):
 
     cdef int take_in(self, entry) except -1
     cdef HostBlock room_for(self, Task task, uint64_t nbytes)
-    cdef int rouse(self) except -1
+    cdef int rouse(self, uint64_t nbytes) except -1
     cdef bint enter(self, Task task) except -1
     cdef int retry_now(self, Task task, int64_t delay, bint counted) except -1
     cdef int retry_item_now(self, Batch batch, Span span, int64_t delay) except -1

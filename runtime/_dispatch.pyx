@@ -51,8 +51,11 @@ cdef enum:
     DO_COLLECT = 11
 
 
-# Bytes that are copied while the worker that will read them is waking up.
+# Bytes that are copied while the worker that will read them is waking up, at most; fewer than the least of
+# them are copied before it would be awake, or has fallen asleep.
 cdef uint64_t ROUSE_BYTES = 1 << 20
+cdef uint64_t ROUSE_LEAST = 128 << 10
+cdef uint64_t COPIED_PER_NS = 4     # bytes, of a slow machine
 cdef int TRIES = 4          # times that others may be quicker to take the room that was made
 cdef int CHASE = 100        # looks at a chunk that is to be killed and goes on from item to item
 
@@ -138,11 +141,12 @@ cdef class Dispatcher(Waiting):
             return False
         if self.arena.held >= COLD_BYTES:               # a block is used again when as much was written since
             frame.cold = True
-        if frame.nbytes >= 4 * ROUSE_BYTES:
+        if frame.nbytes > ROUSE_BYTES:
             first = frame.nbytes - ROUSE_BYTES
             with nogil:
                 frame.copy(block.data, 0, first)
-            self.rouse()
+        if frame.nbytes >= ROUSE_LEAST:
+            self.rouse(frame.nbytes - first)
         with nogil:
             frame.copy(block.data + first, first, frame.nbytes - first)
         task.block = block
@@ -165,10 +169,17 @@ cdef class Dispatcher(Waiting):
                 break
         return block
 
-    cdef int rouse(self) except -1:
-        """Wake a worker that has nothing to do, for a lease that is about to come."""
+    cdef int rouse(self, uint64_t nbytes) except -1:
+        """Wake a worker that has nothing to do, or keep it awake, for a lease that comes when so many bytes are
+        copied.
+        """
         cdef int64_t index = self.pick(1)
-        if index >= 0 and must_tell(&self.arena.slot(<uint32_t>index).parked) != AWAKE:
+        cdef slot_t *slot
+        if index < 0:
+            return 0
+        slot = self.arena.slot(<uint32_t>index)
+        a64_store_relaxed(&slot.coming, <uint64_t>now_ns() + nbytes // COPIED_PER_NS + self.arena.spin)
+        if must_tell(&slot.parked) != AWAKE:
             self.announce.add(index)
             self.tell()
         return 0

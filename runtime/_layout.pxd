@@ -18,7 +18,7 @@ from runtime._atomics cimport a32_t, a64_t
 
 
 cdef enum:
-    LAYOUT_VERSION = 5
+    LAYOUT_VERSION = 6
     PAGE = 4096
     EXTENT = 4096           # bytes of one extent: a page, so that a block can be mapped by itself
     INLINE_BYTES = 320      # bytes of payload that fit into the lease entry itself
@@ -208,7 +208,8 @@ ctypedef struct slot_t:
     char pad0[40]
     # line 1: the host's
     a64_t ring_tail         # places written so far; a place names a lease: {tag 24 | entry 8}
-    char pad1[56]
+    a64_t coming            # ns of CLOCK_MONOTONIC: until then a place may come, its arguments are being copied. A hint
+    char pad1[48]
     # line 2: the worker's
     a64_t ring_head         # places read so far
     char pad2[56]

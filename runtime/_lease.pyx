@@ -26,6 +26,7 @@ from runtime._views cimport BlockView, is_seen
 cdef int64_t ROOM_PATIENCE = 50_000_000     # ns to look for room before a payload travels by value
 cdef int64_t GROWTH_PATIENCE = 2_000_000_000    # the same, while the host has not answered the wish for it
 cdef int64_t NAP = 500_000                  # ns between two looks whether there is room, or a place
+cdef int64_t COMING = 1_000_000                 # ns that one watches for a lease that the host has told of, at most
 cdef int64_t WAKING = 4                     # times as long that one watches who has woken a thread
 cdef int64_t BACKSTOP = 50_000_000          # ns: futex waits are bounded, so a lost wake-up only costs time
 
@@ -491,11 +492,12 @@ cdef class WorkerPort(Viewer):
         a64_store_relaxed(&self.slot.rescued, a64_load_relaxed(&self.slot.rescued) + 1)
 
     def watch(self):
-        """Look at the ring for a moment, without the GIL. Whether there is something in it.
+        """Look at the ring for a moment, or while the host says that something is coming, without the GIL.
+        Whether there is something in it.
 
         Not after the host had to be woken: it would be put on the processor that this would keep busy.
         """
-        cdef int64_t until
+        cdef int64_t until, now
         cdef uint32_t _k
         if self.arena.spin == 0 or self.pushed or (self.share is not None and not self.share.sit()):
             return False
@@ -504,7 +506,8 @@ cdef class WorkerPort(Viewer):
             while not ring_waiting(self.slot):
                 for _k in range(16):
                     cpu_relax()
-                if now_ns() >= until:
+                now = now_ns()
+                if now >= until and now >= min(<int64_t>a64_load_relaxed(&self.slot.coming), until + COMING):
                     break
         if self.share is not None:
             self.share.watching = False

@@ -18,7 +18,7 @@ from typing import Any
 from runtime import _core, arrays
 from runtime.arrays import Locate
 
-OUT_OF_BAND_MIN = 16 * 1024  # bytes: smaller buffers stay inside the pickle
+OUT_OF_BAND_MIN = 4 * 1024  # bytes: smaller buffers stay inside the pickle (docs/benchmarks.md has the curve)
 Stream = bytes | tuple[bytes | memoryview, ...]  # of a pickle: whole, or in pieces that follow each other
 _c_loads = pickle.loads
 _modules, _registered, _seen = sys.modules, copyreg.dispatch_table, arrays.seen

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -24,8 +25,8 @@ PAGE = 4096
 class World:
     """A host with one worker, whose leases are run by hand."""
 
-    def __init__(self, outbox: int = 16, most: int = 0) -> None:
-        self.arena = _core.Arena.create(64 * PAGE, 1, 8, outbox, PAGE, most=most)
+    def __init__(self, outbox: int = 16, most: int = 0, pages: int = 64, spin: int = 50_000) -> None:
+        self.arena = _core.Arena.create(pages * PAGE, 1, 8, outbox, PAGE, most=most, spin=spin)
         self.bell = os.eventfd(0)
         self.host = _core.Dispatcher(self.arena, _core.DeadlineKeeper(self.arena, self.bell))
         self.slot = self.host.open_slot(0, 1)
@@ -127,11 +128,16 @@ def test_a_worker_that_is_taken_for_dead_claims_nothing(world: World) -> None:
 OUT_WHERE, OUT_BODY, OUT_TAG, OUT_BYTES = 88, 96, 104, 112  # of lease_t
 
 
+def slot_at(world: World) -> int:
+    """The offset of the worker's slot."""
+    head = HEAD.unpack(world.arena.region.read_at(0, HEAD.size))
+    return int(head[6] + head[7] * world.slot)
+
+
 def lease_at(world: World, entry: int) -> int:
     """The offset of a lease of the worker."""
     head = HEAD.unpack(world.arena.region.read_at(0, HEAD.size))
-    leases, outbox, slots_at, stride = head[3], head[4], head[6], head[7]
-    return slots_at + stride * world.slot + SLOT + 4 * leases + RECORD * outbox + LEASE * entry
+    return slot_at(world) + SLOT + 4 * head[3] + RECORD * head[4] + LEASE * entry
 
 
 def own_block(world: World, result: bytes) -> Any:
@@ -272,3 +278,32 @@ def test_only_the_main_thread_of_a_worker_sends_messages() -> None:
     assert world.notified == []
     del everything
     world.end()
+
+
+# ---- what is about to come -----------------------------------------------------------------------------
+
+COMING = 72  # of slot_t
+
+
+def test_a_worker_stays_awake_while_its_arguments_are_copied() -> None:
+    """The host's word, relative to the copy's size, holds longer than the watch of a nanosecond."""
+    world = World(pages=512, spin=1)
+    try:
+        task = _core.Task(FN, _core.Promise())
+        began = time.monotonic_ns()
+        assert world.host.place(task, b"x", (bytes(400_000),), (False,))
+        assert not world.port.watch()
+        assert time.monotonic_ns() - began >= 100_000  # 4 bytes a nanosecond
+    finally:
+        world.end()
+
+
+@pytest.mark.parametrize("word", [0, 1, 2**63 - 1, 2**63, 2**64 - 1])
+def test_a_worker_does_not_watch_for_ever(word: int) -> None:
+    """Whatever another worker has written there."""
+    world = World(spin=1)
+    try:
+        world.arena.region.store_u64(slot_at(world) + COMING, word)
+        assert not world.port.watch()
+    finally:
+        world.end()
