@@ -170,9 +170,7 @@ cdef class Dispatcher(Waiting):
         return block
 
     cdef int rouse(self, uint64_t nbytes) except -1:
-        """Wake a worker that has nothing to do, or keep it awake, for a lease that comes when so many bytes are
-        copied.
-        """
+        """Wake an idle worker, or keep it awake, for a lease that comes when nbytes are copied."""
         cdef int64_t index = self.pick(1)
         cdef slot_t *slot
         if index < 0:

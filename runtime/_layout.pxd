@@ -208,7 +208,7 @@ ctypedef struct slot_t:
     char pad0[40]
     # line 1: the host's
     a64_t ring_tail         # places written so far; a place names a lease: {tag 24 | entry 8}
-    a64_t coming            # ns of CLOCK_MONOTONIC: until then a place may come, its arguments are being copied. A hint
+    a64_t coming            # ns of CLOCK_MONOTONIC until which the host copies arguments of a lease. A hint
     char pad1[48]
     # line 2: the worker's
     a64_t ring_head         # places read so far

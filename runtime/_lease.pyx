@@ -26,7 +26,7 @@ from runtime._views cimport BlockView, is_seen
 cdef int64_t ROOM_PATIENCE = 50_000_000     # ns to look for room before a payload travels by value
 cdef int64_t GROWTH_PATIENCE = 2_000_000_000    # the same, while the host has not answered the wish for it
 cdef int64_t NAP = 500_000                  # ns between two looks whether there is room, or a place
-cdef int64_t COMING = 1_000_000                 # ns that one watches for a lease that the host has told of, at most
+cdef int64_t COMING = 1_000_000             # ns that one watches more for what the host has told of, at most
 cdef int64_t WAKING = 4                     # times as long that one watches who has woken a thread
 cdef int64_t BACKSTOP = 50_000_000          # ns: futex waits are bounded, so a lost wake-up only costs time
 
