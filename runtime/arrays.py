@@ -1,14 +1,15 @@
 """Arrays and their kin: how they travel where their own pickling copies, ships too much, or fails.
 
-    numpy.ndarray    what numpy exports stays numpy's own affair. Others (datetime64, structured, strided,
-                     reversed, broadcast) are their memory from the first byte to the last, as one buffer,
-                     and how they lie in it; one that lies in more memory than its items take (`array[::3]`)
-                     is made dense first, at the price of a second copy, unless it travels by reference.
+    numpy.ndarray    what numpy exports stays numpy's own affair. Others (datetime64, bfloat16, structured,
+                     strided, reversed, broadcast) are their memory from the first byte to the last, as one
+                     buffer, and how they lie in it; one that lies in more memory than its items take
+                     (`array[::3]`) is made dense first, at the price of a second copy, unless it travels by
+                     reference.
     memoryview       its memory, in C order, with its format and shape
     pyarrow          a slice that keeps much more memory alive than its rows take is written as its rows alone
 
-Subclasses, arrays of objects, of user-defined types and of variable-length strings, and Arrow's extension
-types are left to their own pickling. What the user has registered with copyreg goes first.
+Subclasses, arrays of objects and of variable-length strings, and Arrow's extension types and unions are left
+to their own pickling. What the user has registered with copyreg goes first.
 
 Thread-safety: any thread. Nothing is imported in the sender that the user has not imported.
 """
@@ -101,6 +102,8 @@ def _stays(view: memoryview) -> bool:
 
 _EXPORTED = frozenset("biufcSU")  # kinds of numbers and text: numpy gives them away as they are
 _RAW = _EXPORTED | frozenset("mMV")  # kinds whose bytes are all there is
+_USERS = 2  # dtype.isbuiltin of a registered type, as bfloat16
+_AS_LIST = 2  # NPY_LIST_PICKLE among dtype.flags: the bytes of such a type do not say what it is
 
 
 def _reduce_array(array: Any) -> Any:
@@ -108,7 +111,8 @@ def _reduce_array(array: Any) -> Any:
     kind = dtype.kind
     if flags.forc and kind in _EXPORTED:
         return array.__reduce_ex__(5)
-    if kind not in _RAW or dtype.hasobject or dtype.isbuiltin == 2 or dtype.itemsize == 0:
+    raw = kind in _RAW if dtype.isbuiltin != _USERS else not dtype.flags & _AS_LIST
+    if not raw or dtype.hasobject or dtype.itemsize == 0:
         return array.__reduce_ex__(5)
     memory, offset = _memory_of(array)
     if memory.nbytes > array.nbytes and not _stays(memoryview(memory)):
@@ -192,11 +196,13 @@ def _arrow_types(lib: Any) -> Iterator[type]:
 
 def _reduce_arrow(data: Any) -> Any:
     arrow = _modules["pyarrow"]
+    kinds = data.schema.types if hasattr(data, "schema") else [data.type]
+    if any(_is_odd(arrow, kind) for kind in kinds):
+        return data.__reduce_ex__(5)
     try:
-        wasteful = data.get_total_buffer_size() > _SLACK * data.nbytes + _SLACK_BYTES
-        rows = _in_batches(arrow, data) if wasteful and not _is_shared(data) else None
-        if rows is None:
+        if data.get_total_buffer_size() <= _SLACK * data.nbytes + _SLACK_BYTES or _is_shared(data):
             return data.__reduce_ex__(5)
+        rows = _in_batches(arrow, data)
         whole, column = isinstance(rows, arrow.Table), rows is not data
         if rows.num_rows == 0 and not whole:  # of strings it would write all offsets
             columns = [arrow.nulls(0, field.type) for field in rows.schema]
@@ -210,21 +216,21 @@ def _reduce_arrow(data: Any) -> Any:
 
 
 def _in_batches(arrow: Any, data: Any) -> Any:
-    """The data as a table or record batch; None if a type in it needs more than what a stream tells."""
+    """The data as a table or record batch."""
     if isinstance(data, arrow.Table | arrow.RecordBatch):
-        rows = data
-    else:
-        make = arrow.Table if isinstance(data, arrow.ChunkedArray) else arrow.RecordBatch
-        rows = make.from_arrays([data], names=["0"])
-    return None if any(_is_extended(arrow, field.type) for field in rows.schema) else rows
+        return data
+    make = arrow.Table if isinstance(data, arrow.ChunkedArray) else arrow.RecordBatch
+    return make.from_arrays([data], names=["0"])
 
 
-def _is_extended(arrow: Any, kind: Any) -> bool:
-    if isinstance(kind, arrow.BaseExtensionType):
+def _is_odd(arrow: Any, kind: Any) -> bool:
+    """Whether it has an extension in it, which needs more than what a stream tells, or a union: pyarrow
+    crashes when it measures an empty one that came from a stream."""
+    if isinstance(kind, arrow.BaseExtensionType | arrow.UnionType):
         return True
     if isinstance(kind, arrow.DictionaryType):
-        return _is_extended(arrow, kind.value_type)
-    return any(_is_extended(arrow, kind.field(i).type) for i in range(kind.num_fields))
+        return _is_odd(arrow, kind.value_type)
+    return any(_is_odd(arrow, kind.field(i).type) for i in range(kind.num_fields))
 
 
 def _is_shared(data: Any) -> bool:
