@@ -150,11 +150,13 @@ cdef class Slots(Harvest):
                 or (<SlotTable>self.slots[first_lane(self.arena, index)]).signalled)
 
     cpdef uint64_t busy_ns(self, uint32_t index) except? 0xFFFFFFFFFFFFFFFF:
-        """Nanoseconds that the worker in a slot has spent in user code, what runs now included."""
+        """Nanoseconds that the worker in a slot has spent in user code, what runs now included.
+
+        Whatever it writes there, it is no longer than the machine has been up: sums of it overflow nowhere.
+        """
         cdef slot_t *slot
-        cdef uint64_t busy, started = 0
+        cdef uint64_t busy, ended, now, started = 0
         cdef uint32_t running
-        cdef int64_t now
         if index >= self.arena.slots:               # the runtime has ended
             return 0
         slot = self.arena.slot(index)
@@ -162,10 +164,13 @@ cdef class Slots(Harvest):
         running = a32_load_acquire(&slot.running)
         if 0 < running <= self.arena.leases:
             started = a64_load_acquire(&self.arena.lease(index, running - 1).started)   # B2
-        if a64_load_acquire(&slot.busy) != busy:    # it ended between the two: all of it is counted by now
-            return a64_load_acquire(&slot.busy)
-        now = now_ns()
-        return busy + <uint64_t>(now - <int64_t>started) if 0 < started < <uint64_t>now else busy
+        ended = a64_load_acquire(&slot.busy)
+        now = <uint64_t>now_ns()
+        if ended != busy:                           # it ended between the two: all of it is counted by now
+            busy = ended
+        elif 0 < started < now:
+            busy += now - started
+        return min(busy, now)
 
     cdef list counted_of(self, uint32_t number):
         """Slots whose processes are a worker number's, and are not in its tally yet."""

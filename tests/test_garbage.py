@@ -9,6 +9,7 @@ import gc
 import logging
 import random
 import signal
+import time
 import weakref
 from pathlib import Path
 
@@ -106,4 +107,23 @@ def test_a_new_zygote_goes_by_what_the_host_knows(places, value, runtime_factory
     data = bytes(range(256)) * 4000
     assert list(rt.map(bytes, [data] * 8)) == [data] * 8
     settled(rt)
+    shut_down_clean(rt)
+
+
+def spoil_busy():
+    scribbling.put(scribbling.Slot().at + BUSY, 2**63)
+
+
+BUSY = 352  # of slot_t
+
+
+def test_times_that_make_no_sense(runtime_factory):
+    """A worker that says it has worked for 292 years, and the next one in its place too."""
+    rt = runtime_factory(1)
+    for _ in range(3):
+        rt.submit(spoil_busy).result()
+        (worker,) = rt.workers()
+        assert 0 <= worker.busy <= 3 * time.monotonic()
+        send(worker.pid, signal.SIGKILL)
+        until(lambda gone=worker.pid: gone not in all_ready(rt).values(), "a new worker")
     shut_down_clean(rt)
