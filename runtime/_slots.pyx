@@ -5,7 +5,7 @@ The sweep behind it is in _harvest.pyx; whether it is leased to, and what become
 """
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from cpython.mem cimport PyMem_Calloc, PyMem_Free
-from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.stdint cimport uint32_t, uint64_t
 
 from runtime._atomics cimport *
 from runtime._extent cimport Arena, first_lane
