@@ -6,10 +6,11 @@
                      (`array[::3]`) is made dense first, at the price of a second copy, unless it travels by
                      reference.
     memoryview       its memory, in C order, with its format and shape
-    pyarrow          a slice that keeps much more memory alive than its rows take is written as its rows alone
+    pyarrow          a slice that keeps much more memory alive than its rows take becomes its rows alone;
+                     one with extension types by columns, and of these their storage
 
-Subclasses, arrays of objects and of variable-length strings, and Arrow's extension types and unions are left
-to their own pickling. What the user has registered with copyreg goes first.
+Subclasses, arrays of objects and of variable-length strings, and Arrow's unions and extension types within
+other types are left to their own pickling. What the user has registered with copyreg goes first.
 
 Thread-safety: any thread. Nothing is imported in the sender that the user has not imported.
 """
@@ -189,7 +190,7 @@ def _arrow_types(lib: Any) -> Iterator[type]:
     pending = [lib.Array]
     while pending:
         for kind in pending.pop().__subclasses__():
-            if kind.__module__ == lib.__name__ and not issubclass(kind, lib.ExtensionArray):
+            if kind.__module__ == lib.__name__:
                 yield kind
                 pending.append(kind)
 
@@ -198,7 +199,7 @@ def _reduce_arrow(data: Any) -> Any:
     arrow = _modules["pyarrow"]
     kinds = data.schema.types if hasattr(data, "schema") else [data.type]
     if any(_is_odd(arrow, kind) for kind in kinds):
-        return data.__reduce_ex__(5)
+        return _reduce_apart(arrow, data, kinds)
     try:
         if data.get_total_buffer_size() <= _SLACK * data.nbytes + _SLACK_BYTES or _is_shared(data):
             return data.__reduce_ex__(5)
@@ -213,6 +214,17 @@ def _reduce_arrow(data: Any) -> Any:
     except arrow.ArrowException:  # a type that cannot be measured, or not be written
         return data.__reduce_ex__(5)
     return rebuild_arrow, (pickle.PickleBuffer(sink.getvalue()), whole, column)
+
+
+def _reduce_apart(arrow: Any, data: Any, kinds: list[Any]) -> Any:
+    """Something with an extension type in it: its columns, chunks, or storage, each by its own reducer."""
+    if not any(isinstance(kind, arrow.BaseExtensionType) for kind in kinds):
+        return data.__reduce_ex__(5)
+    if hasattr(data, "schema"):
+        return type(data).from_arrays, (data.columns, None, data.schema)
+    if isinstance(data, arrow.ChunkedArray):
+        return arrow.chunked_array, (data.chunks, data.type)
+    return arrow.ExtensionArray.from_storage, (data.type, data.storage)
 
 
 def _in_batches(arrow: Any, data: Any) -> Any:

@@ -504,10 +504,42 @@ def test_arrow_slice_ships_its_rows(start: int, rows: int) -> None:
             assert back.schema.equals(part.schema, check_metadata=True)
 
 
+def arrow_extensions() -> list[Any]:
+    tensor = pa.fixed_shape_tensor(pa.int32(), (2, 2))
+    return [
+        pa.ExtensionArray.from_storage(
+            pa.uuid(), pa.array([bytes([i % 256]) * 16 for i in range(N)], pa.binary(16))
+        ),
+        pa.ExtensionArray.from_storage(pa.json_(), pa.array(['{"a": 1}', None] * (N // 2))),
+        pa.ExtensionArray.from_storage(tensor, pa.array([[1, 2, 3, 4]] * N, tensor.storage_type)),
+    ]
+
+
 @needs_arrow
-def test_arrow_extension_types_keep_their_own_pickling() -> None:
-    data = pa.ExtensionArray.from_storage(pa.uuid(), pa.array([bytes(16)] * N, pa.binary(16)))
-    for part in (data[5:9], pa.table({"id": data}).slice(5, 4), pa.table({"l": [[1]] * N, "id": data})[5:9]):
+@pytest.mark.parametrize(("start", "rows"), [(5, 4), (N - 3, 3), (N, 0), (0, 0)])
+def test_arrow_slice_of_extension_types_ships_its_rows(start: int, rows: int) -> None:
+    for data in arrow_extensions():
+        chunked = pa.chunked_array([data, data], data.type)
+        table = pa.table({"x": range(N), "data": data}).replace_schema_metadata({"k": "v"})
+        batch = pa.record_batch({"x": range(N), "data": data})
+        for whole in (data, chunked, table, batch):
+            part = whole.slice(start, rows)
+            payload = serializer.dumps(part)
+            back = loaded(payload)
+            assert payload.nbytes < 4000, data.type
+            assert type(back) is type(part) and back.equals(part)
+            assert back.validate(full=True) is None
+            if hasattr(part, "schema"):
+                assert back.schema.equals(part.schema, check_metadata=True)
+            else:
+                assert back.type == part.type
+
+
+@needs_arrow
+def test_arrow_extension_types_within_others_keep_their_own_pickling() -> None:
+    inner = pa.ExtensionArray.from_storage(pa.uuid(), pa.array([bytes(16)] * N, pa.binary(16)))
+    outer = pa.StructArray.from_arrays([inner], names=["id"])
+    for part in (outer[5:9], pa.table({"s": outer})[5:9], pa.table({"s": outer, "id": inner})[5:9]):
         assert loaded(serializer.dumps(part)).equals(part)
 
 
