@@ -7,7 +7,7 @@
                      reference.
     memoryview       its memory, in C order, with its format and shape
     pyarrow          a slice that keeps much more memory alive than its rows take becomes its rows alone;
-                     one with extension types by columns, and of these their storage
+                     one with extension types or views (string_view) by columns, of these the storage or rows
 
 Subclasses, arrays of objects and of variable-length strings, and Arrow's unions and extension types within
 other types are left to their own pickling. What the user has registered with copyreg goes first.
@@ -181,6 +181,7 @@ def rebuild_view(buffer: Any, form: str, itemsize: int, shape: tuple[int, ...]) 
 # ---- pyarrow ---------------------------------------------------------------------------------------
 
 _SLACK, _SLACK_BYTES = 1.25, 64 * 1024  # what a slice may keep beyond its rows: a factor, and bytes
+_VIEW_BYTES = 16  # of an item of string_view, beside its text
 
 
 def _arrow_types(lib: Any) -> Iterator[type]:
@@ -217,14 +218,32 @@ def _reduce_arrow(data: Any) -> Any:
 
 
 def _reduce_apart(arrow: Any, data: Any, kinds: list[Any]) -> Any:
-    """Something with an extension type in it: its columns, chunks, or storage, each by its own reducer."""
-    if not any(isinstance(kind, arrow.BaseExtensionType) for kind in kinds):
+    """Something with such types in it: its columns or chunks, the storage of an extension, the rows of views,
+    each by its own reducer."""
+    views = _views(arrow)
+    if not any(isinstance(kind, arrow.BaseExtensionType) or kind in views for kind in kinds):
         return data.__reduce_ex__(5)
     if hasattr(data, "schema"):
         return type(data).from_arrays, (data.columns, None, data.schema)
     if isinstance(data, arrow.ChunkedArray):
         return arrow.chunked_array, (data.chunks, data.type)
-    return arrow.ExtensionArray.from_storage, (data.type, data.storage)
+    if data.type not in views:
+        return arrow.ExtensionArray.from_storage, (data.type, data.storage)
+    rows = _SLACK * _VIEW_BYTES * len(data)
+    if data.get_total_buffer_size() <= _SLACK_BYTES or data.buffers()[1].size <= rows or _is_shared(data):
+        return data.__reduce_ex__(5)
+    return rebuild_views, (data.cast(views[data.type]), data.type)
+
+
+def _views(arrow: Any) -> dict[Any, Any]:
+    """Types whose arrays keep all of their text, however few rows are left: and what they become."""
+    if not hasattr(arrow, "string_view"):  # an older pyarrow
+        return {}
+    return {arrow.string_view(): arrow.large_string(), arrow.binary_view(): arrow.large_binary()}
+
+
+def rebuild_views(rows: Any, kind: Any) -> Any:
+    return rows.cast(kind)
 
 
 def _in_batches(arrow: Any, data: Any) -> Any:
@@ -236,9 +255,9 @@ def _in_batches(arrow: Any, data: Any) -> Any:
 
 
 def _is_odd(arrow: Any, kind: Any) -> bool:
-    """Whether it has an extension in it, which needs more than what a stream tells, or a union: pyarrow
-    crashes when it measures an empty one that came from a stream."""
-    if isinstance(kind, arrow.BaseExtensionType | arrow.UnionType):
+    """Whether it has an extension in it, which needs more than what a stream tells, views, of which a stream
+    has all the text, or a union: pyarrow crashes when it measures an empty one that came from a stream."""
+    if isinstance(kind, arrow.BaseExtensionType | arrow.UnionType) or kind in _views(arrow):
         return True
     if isinstance(kind, arrow.DictionaryType):
         return _is_odd(arrow, kind.value_type)

@@ -504,7 +504,7 @@ def test_arrow_slice_ships_its_rows(start: int, rows: int) -> None:
             assert back.schema.equals(part.schema, check_metadata=True)
 
 
-def arrow_extensions() -> list[Any]:
+def arrow_oddities() -> list[Any]:
     tensor = pa.fixed_shape_tensor(pa.int32(), (2, 2))
     return [
         pa.ExtensionArray.from_storage(
@@ -512,13 +512,15 @@ def arrow_extensions() -> list[Any]:
         ),
         pa.ExtensionArray.from_storage(pa.json_(), pa.array(['{"a": 1}', None] * (N // 2))),
         pa.ExtensionArray.from_storage(tensor, pa.array([[1, 2, 3, 4]] * N, tensor.storage_type)),
+        pa.array(["a text of more than twelve bytes", None] * (N // 2), pa.string_view()),
+        pa.array([b"bytes, more than twelve of them", b"few"] * (N // 2), pa.binary_view()),
     ]
 
 
 @needs_arrow
 @pytest.mark.parametrize(("start", "rows"), [(5, 4), (N - 3, 3), (N, 0), (0, 0)])
-def test_arrow_slice_of_extension_types_ships_its_rows(start: int, rows: int) -> None:
-    for data in arrow_extensions():
+def test_arrow_slice_of_extensions_and_views_ships_its_rows(start: int, rows: int) -> None:
+    for data in arrow_oddities():
         chunked = pa.chunked_array([data, data], data.type)
         table = pa.table({"x": range(N), "data": data}).replace_schema_metadata({"k": "v"})
         batch = pa.record_batch({"x": range(N), "data": data})
@@ -536,7 +538,7 @@ def test_arrow_slice_of_extension_types_ships_its_rows(start: int, rows: int) ->
 
 
 @needs_arrow
-def test_arrow_extension_types_within_others_keep_their_own_pickling() -> None:
+def test_arrow_extensions_within_others_keep_their_own_pickling() -> None:
     inner = pa.ExtensionArray.from_storage(pa.uuid(), pa.array([bytes(16)] * N, pa.binary(16)))
     outer = pa.StructArray.from_arrays([inner], names=["id"])
     for part in (outer[5:9], pa.table({"s": outer})[5:9], pa.table({"s": outer, "id": inner})[5:9]):
