@@ -44,6 +44,7 @@ _ROOM_FACTOR = 4  # … so many times the number that it was made with
 _SHARE = 4  # of a limited address space a region takes a fourth at most
 _FDS_PER_WORKER = 13  # descriptors of the host for a worker: listeners, connections, pidfd, channels
 _FDS_TAKEN = 12  # of them a worker that is ready has
+_FDS_PASSING = 4  # that threads of ours open for a moment: files of /proc, what a message brings
 _FDS_RESERVE = 24  # for zmq's own, the zygote, and what comes and goes
 
 
@@ -186,15 +187,17 @@ def raise_descriptor_limit(workers: int) -> None:
 def starts_possible(starting: int) -> int:
     """How many workers there are descriptors for, beside those that start and may not have all of theirs yet.
 
-    A replacement comes before its predecessor's are free; libzmq aborts if it accepts when there is none.
+    A replacement comes before its predecessor's are free; libzmq aborts if it accepts when there is none,
+    also when the last one is taken for a moment only.
     """
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:
         return config.MAX_WORKERS
     try:
-        return (soft - len(os.listdir("/proc/self/fd")) + 1) // _FDS_TAKEN - starting
+        free = soft - len(os.listdir("/proc/self/fd")) + 1
     except OSError:  # not even one for the folder
         return 0
+    return (free - _FDS_PASSING) // _FDS_TAKEN - starting
 
 
 def zygote_settings(settings: config.Settings, table: serializer.FunctionTable) -> dict[str, Any]:
