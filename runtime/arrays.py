@@ -229,14 +229,17 @@ def _reduce_apart(arrow: Any, data: Any, kinds: list[Any]) -> Any:
         return arrow.chunked_array, (data.chunks, data.type)
     if data.type not in views:
         return arrow.ExtensionArray.from_storage, (data.type, data.storage)
-    rows = _SLACK * _VIEW_BYTES * len(data)
-    if data.get_total_buffer_size() <= _SLACK_BYTES or data.buffers()[1].size <= rows or _is_shared(data):
+    dense = _SLACK * _VIEW_BYTES * len(data)
+    if data.get_total_buffer_size() <= _SLACK_BYTES or data.buffers()[1].size <= dense or _is_shared(data):
         return data.__reduce_ex__(5)
-    return rebuild_views, (data.cast(views[data.type]), data.type)
+    try:
+        return rebuild_views, (data.cast(views[data.type]), data.type)
+    except arrow.ArrowException:  # text that is no UTF-8
+        return data.__reduce_ex__(5)
 
 
 def _views(arrow: Any) -> dict[Any, Any]:
-    """Types whose arrays keep all of their text, however few rows are left: and what they become."""
+    """Types whose arrays keep all of their text, however few rows are left; and types for the rows alone."""
     if not hasattr(arrow, "string_view"):  # an older pyarrow
         return {}
     return {arrow.string_view(): arrow.large_string(), arrow.binary_view(): arrow.large_binary()}
