@@ -18,6 +18,7 @@ import os
 import select
 import threading
 import weakref
+from itertools import chain
 from typing import Protocol
 
 from runtime import _core
@@ -38,7 +39,9 @@ class _User(Protocol):
 
 
 _users: weakref.WeakSet[_User] = weakref.WeakSet()
-_under_way: dict[int, tuple[int, int, list[_core.Arena]]] = {}  # thread -> pipe, whose blocks are held
+# The forks under way in a thread: pipe, whose blocks are held. The innermost is the last: a handler of the
+# user's, which runs between ours and the fork itself, may fork, too.
+_under_way: dict[int, list[tuple[int, int, list[_core.Arena]]]] = {}
 
 
 def watch(user: _User) -> None:
@@ -49,18 +52,24 @@ def watch(user: _User) -> None:
 def _before() -> None:
     here = os.getpid()
     arenas = [user.arena for user in list(_users) if user.pid == here and user.arena.showing]
+    reading = writing = -1
     if arenas:
         try:
             reading, writing = os.pipe()
         except OSError:  # no descriptor to be had: the child copies, nobody waits for it
-            return
+            arenas = []
         for arena in arenas:
             arena.freeze()
-        _under_way[threading.get_ident()] = (reading, writing, arenas)
+    _under_way.setdefault(threading.get_ident(), []).append((reading, writing, arenas))
 
 
 def _in_parent() -> None:
-    reading, writing, arenas = _under_way.pop(threading.get_ident(), (-1, -1, []))
+    forks = _under_way.get(threading.get_ident())
+    if not forks:  # this was imported in the middle of a fork
+        return
+    reading, writing, arenas = forks.pop()
+    if not forks:
+        del _under_way[threading.get_ident()]
     if arenas:
         os.close(writing)
         poller = select.poll()
@@ -76,12 +85,14 @@ def _in_parent() -> None:
 def _in_child() -> None:
     for user in list(_users):
         user.forked()
-    reading, writing, arenas = _under_way.pop(threading.get_ident(), (-1, -1, []))
+    forks = _under_way.pop(threading.get_ident(), [])
+    if forks and forks[-1][2]:
+        os.write(forks[-1][1], b".")
+    for reading, writing, arenas in chain(forks, *_under_way.values()):
+        if arenas:
+            os.close(writing)
+            os.close(reading)
     _under_way.clear()
-    if arenas:
-        os.write(writing, b".")
-        os.close(writing)
-        os.close(reading)
 
 
 os.register_at_fork(before=_before, after_in_parent=_in_parent, after_in_child=_in_child)

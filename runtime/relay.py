@@ -49,7 +49,7 @@ _LOGGERS = 200  # levels of the host's loggers that a worker is told
 log = logging.getLogger("runtime")
 
 _writing = threading.RLock()  # held while the host's streams and handlers are in use
-_held: set[int] = set()  # threads that fork, and hold it
+_held: list[int] = []  # threads that fork, once for each time they hold it: a handler may fork, too
 _relays: weakref.WeakSet[Relay] = weakref.WeakSet()
 
 
@@ -359,12 +359,12 @@ def host_levels() -> dict[str, int]:
 def _before() -> None:
     """A child that inherits the lock of sys.stdout, held by a thread that it does not have, never prints."""
     if _relays and _writing.acquire(timeout=_FORK):
-        _held.add(threading.get_ident())
+        _held.append(threading.get_ident())
 
 
 def _in_parent() -> None:
     if threading.get_ident() in _held:
-        _held.discard(threading.get_ident())
+        _held.remove(threading.get_ident())
         _writing.release()
 
 

@@ -71,18 +71,20 @@ def main(arena: _core.Arena, orders: Orders) -> None:
 
 
 _LEAVERS = (signal.SIGTERM, signal.SIGUSR2)
-_masks: dict[int, set[signal.Signals | int]] = {}  # thread that forks -> its mask from before
+# Thread -> its masks from before the forks under way; the innermost is the last: a handler, too, may fork.
+_masks: dict[int, list[set[signal.Signals | int]]] = {}
 
 
 def _before_fork() -> None:
     """CPython drops a signal that comes while a fork is under way; the child's SIGTERM shall wait instead."""
-    _masks[threading.get_ident()] = signal.pthread_sigmask(signal.SIG_BLOCK, _LEAVERS)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _LEAVERS)
+    _masks.setdefault(threading.get_ident(), []).append(mask)
 
 
 def _unmask() -> None:
-    mask = _masks.pop(threading.get_ident(), None)
-    if mask is not None:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    masks = _masks.get(threading.get_ident())
+    if masks:
+        signal.pthread_sigmask(signal.SIG_SETMASK, masks.pop())
 
 
 def _after_fork() -> None:
@@ -91,7 +93,10 @@ def _after_fork() -> None:
     for number in _LEAVERS:
         if signal.getsignal(number) is _leave:  # a task may have set its own
             signal.signal(number, signal.SIG_DFL)
-    _unmask()
+    masks = _masks.get(threading.get_ident())
+    if masks:
+        signal.pthread_sigmask(signal.SIG_SETMASK, masks[0])
+    _masks.clear()
     stacks.forked()
 
 

@@ -10,6 +10,7 @@ import functools
 import os
 import pickle
 import signal
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -676,3 +677,53 @@ def test_a_fork_reads_a_ref(pool: Runtime) -> None:
         os._exit(0 if ok else 1)
     assert os.waitpid(pid, 0)[1] == 0
     assert shared[0] == 1
+
+
+def test_a_handler_of_a_fork_may_fork_too(tmp_path: Path) -> None:
+    """It runs between our handlers and the fork itself: what all of them hold is let go of, in the end."""
+    (tmp_path / "nested.py").write_text(
+        textwrap.dedent("""
+        import concurrent.futures.thread        # its own handler takes a lock that is not re-entrant
+        import os
+
+        def before():
+            if forking == []:
+                forking.append(None)
+                forking[0] = fork()
+
+        def fork():
+            child = os.fork()
+            if child == 0:
+                os._exit(not shows())
+            return os.waitpid(child, 0)[1]
+
+        def shows():
+            return True
+
+        forking = None
+        os.register_at_fork(before=before)
+        """)
+    )
+    text = """
+        import os, signal, nested
+        import runtime
+
+        def task():
+            nested.forking = []
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+            return nested.fork(), nested.forking, signal.pthread_sigmask(signal.SIG_BLOCK, ()) == mask
+
+        with runtime.Runtime(1, preload="nested") as rt:
+            assert rt.submit(int).result() == 0
+            used, view = rt.stats().used, rt.alloc(100_000)
+            view[:3] = b"old"
+            descriptors = os.listdir("/proc/self/fd")
+            nested.shows = lambda: view[:3] == b"old" and os.listdir("/proc/self/fd") == descriptors
+            nested.forking = []
+            print(nested.fork(), nested.forking, os.listdir("/proc/self/fd") == descriptors)
+            del view
+            print(rt.stats().used == used)
+            print(*rt.submit(task).result())
+            rt.submit(print, "said").result()
+    """
+    assert run_script(tmp_path, text).splitlines() == ["0 [0] True", "True", "0 [0] True", "said"]
