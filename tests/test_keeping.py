@@ -5,10 +5,15 @@ The worker dies as by SIGKILL: it does nothing more, and the host sweeps its slo
 
 from __future__ import annotations
 
+import ctypes
 import os
+import shutil
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -307,3 +312,58 @@ def test_a_worker_does_not_watch_for_ever(word: int) -> None:
         assert not world.port.watch()
     finally:
         world.end()
+
+
+# ---- the kill of a chunk that goes on from item to item ------------------------------------------------
+
+ADVANCING = """
+#include <stdatomic.h>
+#include <stdint.h>
+/* RUNNING(i) to RUNNING(i+1), faster than any worker, until the word is no longer RUNNING. */
+uint64_t advance(_Atomic uint64_t *word, _Atomic uint32_t *begun) {
+    uint64_t seen = atomic_load(word), items = 0;
+    while ((seen & 7) == 2) {
+        if (atomic_compare_exchange_strong(word, &seen, seen + 8)) { seen += 8; items++; }
+        if (items == 100) atomic_store(begun, 1);
+        for (volatile int i = 0; i < 30; i++) {}
+    }
+    return seen;
+}
+"""
+
+
+def test_a_kill_catches_a_chunk_between_any_two_items(tmp_path: Path) -> None:
+    """By a thread that plays the worker, without the GIL; one look at the word often comes too late."""
+    compiler = shutil.which("cc") or pytest.skip("no C compiler")
+    (tmp_path / "advance.c").write_text(ADVANCING)
+    library = str(tmp_path / "advance.so")
+    subprocess.run([compiler, "-O1", "-shared", "-fPIC", "-o", library, f"{tmp_path}/advance.c"], check=True)
+    advance = ctypes.CDLL(library).advance
+    advance.restype, advance.argtypes = ctypes.c_uint64, (ctypes.c_void_p, ctypes.c_void_p)
+    world = World()
+    child = subprocess.Popen(["sleep", "60"])
+    pidfd = os.pidfd_open(child.pid)
+    worker = ThreadPoolExecutor(1)
+    for _ in range(300):
+        world.host.occupy(world.slot, pidfd)
+        task = world.submit()
+        entry, _ = world.claim()
+        begun = ctypes.c_uint32()
+        word = _core.address_of(world.arena.region.view(lease_at(world, entry), 8))
+        last = worker.submit(advance, word, ctypes.byref(begun))
+        await_word(begun)
+        outcome = world.host.cancel(task, True)
+        world.arena.region.store_u64(lease_at(world, entry), 4)  # else it goes on for ever
+        assert (outcome, last.result() & 7) == (_core.CANCEL_KILLED, 4)
+        world.die()
+        world.slot = world.host.open_slot(0, 1)
+        world.port = world.attend()
+        world.host.take_outcomes()
+    worker.shutdown()
+    child.wait()  # it was killed
+    os.close(pidfd)
+    world.end()
+
+
+def await_word(word: ctypes.c_uint32) -> None:
+    until(lambda: word.value == 1, "it advances", 10)
