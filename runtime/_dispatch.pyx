@@ -575,10 +575,18 @@ cdef class Dispatcher(Waiting):
             self.close()
         return self.closed
 
+    def job_begun(self):
+        """Tasks will be submitted for something that was accepted, until `job_ended`: a kernel's job."""
+        self.jobs += 1
+
+    def job_ended(self):
+        """No more tasks follow for it."""
+        self.jobs -= 1
+
     @property
     def idle(self):
         """Whether everything that was accepted has ended."""
-        return self.accepted <= self.done + self.failed + self.vanished
+        return self.jobs == 0 and self.accepted <= self.done + self.failed + self.vanished
 
     def disown(self):
         """In a fork of the host: nothing done here may reach a process of the parent's."""

@@ -545,7 +545,8 @@ class Collector:
 
 
 def _name(task: _core.Task) -> str:
-    return f"task {task.number} ({task.fn.module}.{task.fn.name})"
+    said = getattr(task.future, "said", "")  # of a task that the user has not submitted
+    return said or f"task {task.number} ({task.fn.module}.{task.fn.name})"
 
 
 def _unpacked(status: int, data: memoryview, views: list[memoryview]) -> Any:

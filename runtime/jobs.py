@@ -5,7 +5,8 @@
     attend     look at those that have ended:
                  its worker died   free its grains, restore what they had changed, launch it again
                  it failed         stop the others
-                 it is through     nothing; if no grain is left, take back those that have not begun
+                 it is through     nothing; if no grain is left, take back those that have not begun;
+                                   if one is left and nobody is out, launch one more
     outcome    when none is out: dst back to where it came from, the partials combined; or the error
 
 `run_kernel` (native.py) attends in the caller's thread, `submit` in callbacks of the tasks' futures.
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from runtime import _core
 from runtime.config import TaskOptions
-from runtime.errors import KernelFailed, WorkerDied
+from runtime.errors import KernelFailed, RuntimeFailure, WorkerDied
 from runtime.future import Future
 from runtime.kernels import FOREIGN, Kernel
 from runtime.refs import Ref
@@ -156,14 +157,26 @@ class Owner(Protocol):
     def _usable(self) -> Supervisor: ...
 
     def _participate(
-        self, options: TaskOptions, arguments: tuple[Any, ...], named: tuple[Any, ...]
-    ) -> Future[None]: ...
+        self,
+        future: Future[None],
+        options: TaskOptions,
+        arguments: tuple[Any, ...],
+        named: tuple[Any, ...],
+    ) -> None: ...
 
     def _measured(self, kernel: Kernel, ns: int, nbytes: int) -> None: ...
 
 
+class Participant(Future[None]):
+    """The future of a participant's task."""
+
+    def __init__(self, core: Supervisor, kernel: Kernel) -> None:
+        self._core = core
+        self.said = f"kernel {kernel.name}"  # what is said of the task if its worker dies
+
+
 class Job:
-    """One kernel that runs.
+    """One kernel that runs. Its runtime does not end before it is closed: its tasks may follow each other.
 
     Thread-safety: for one thread at a time.
     """
@@ -181,11 +194,14 @@ class Job:
             arena, plan.src.nbytes, 0 if plan.dst is None else plan.dst.nbytes, grain, participants,
             kernel.partial, kernel._rules.per_page, kernel.inout,
         )  # fmt: skip
+        self.core.dispatcher.job_begun()
         owner._jobs.add((kernel.name, self.block))
         self.out: dict[int, Future[None]] = {}  # participant -> its task, that has not been attended to
         self.error: BaseException | None = None
         self.cause: BaseException | None = None  # of a failure: what the kernel has raised besides
-        self.deaths: dict[tuple[int, bool], int] = {}  # (grain, whether by SIGKILL) -> how often
+        # (grain, or -1 - grains done: without one; whether by SIGKILL) -> how often
+        self.deaths: dict[tuple[int, bool], int] = {}
+        self.stood = -1  # grains that were left when nobody was out; -1: that has not been yet
 
     # ---- participants --------------------------------------------------------------------------------
 
@@ -195,12 +211,14 @@ class Job:
         job = (self.block.block.offset, self.block.block.nbytes)
         src, dst = [None if part is None else _core.place_of(part) for part in parts]
         arguments = (job, src, dst, self.kernel._spec, self.plan.params, number)
+        # Known first: Ctrl-C may come at any moment of this.
+        future = self.out[number] = Participant(self.core, self.kernel)
         try:
-            future = self.owner._participate(self.options, arguments, (self.block.block, *parts))
+            self.owner._participate(future, self.options, arguments, (self.block.block, *parts))
         except Exception as error:
+            del self.out[number]
             self.fail(error)
             return None
-        self.out[number] = future
         return future
 
     def attend(self) -> bool:
@@ -221,8 +239,23 @@ class Job:
                 future.cancel()  # what has not begun finds nothing to do, and what runs nothing more
             return True
         if not self.out and self.error is None:
-            self.launch(0)  # grains were freed when all the others had been through
+            self.resume()
         return not self.out
+
+    def resume(self) -> None:
+        """Grains are left: they were freed when all the others had been through. One more participant runs
+        them, unless the last one was sent for the same and has come back.
+        """
+        left = self.block.left
+        if left == self.stood:
+            text = (
+                f"{left} of {self.block.grains} grains can be neither run nor finished: the kernel "
+                f"{self.kernel.name} has written over what says so. It writes where it should not"
+            )
+            self.fail(RuntimeFailure(text))
+            return
+        self.stood = left
+        self.launch(0)
 
     def ended(self, number: int, error: BaseException | None) -> None:
         """A participant's task is over."""
@@ -230,7 +263,8 @@ class Job:
             grains = self.block.recover(number, self.dst and self.dst.placed)
             if self.error is not None or self.block.failure is not None:
                 return
-            if self.hopeless(grains or [-1], error.signal == signal.SIGKILL):
+            self.stood = -1
+            if self.hopeless(grains, error.signal == signal.SIGKILL):
                 self.fail(error)
             else:
                 self.launch(number)
@@ -240,10 +274,15 @@ class Job:
             self.fail(error)
 
     def hopeless(self, grains: list[int], killed: bool) -> bool:
-        """Whether a worker that had begun these grains (-1: none) has died once too often."""
-        for grain in grains:
-            self.deaths[grain, killed] = self.deaths.get((grain, killed), 0) + 1
-        return any(self.deaths[grain, killed] >= (_KILLS if killed else _CRASHES) for grain in grains)
+        """Whether a worker that had begun these grains has died once too often.
+
+        One that had begun none died as it loaded the kernel, or of something else: that counts as long as
+        no grain is finished meanwhile.
+        """
+        keys = [(grain, killed) for grain in grains] or [(-1 - self.block.done, killed)]
+        for key in keys:
+            self.deaths[key] = self.deaths.get(key, 0) + 1
+        return any(self.deaths[key] >= (_KILLS if killed else _CRASHES) for key in keys)
 
     def fail(self, error: BaseException) -> None:
         """This is the outcome, unless there is one."""
@@ -273,6 +312,9 @@ class Job:
     def close(self) -> None:
         """Nothing of it is needed any more; its tasks keep what they work on. A traceback may keep this."""
         self.owner._jobs.discard((self.kernel.name, self.block))
+        self.core.dispatcher.job_ended()
+        if self.core.stopping:
+            self.core.wake()
         del self.block
         self.plan.close()
         for area in (self.src, self.dst):

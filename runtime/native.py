@@ -21,11 +21,13 @@ if TYPE_CHECKING:
 __all__ = ["KernelFuture", "Kernels"]
 
 _FIRST_GRAIN = 256 << 10  # bytes, of a kernel that has not been measured
-_GRAIN_NS = 500_000  # that a grain shall take
-_GRAINS_EACH = 4  # per participant, at least, where src has so many pages
+_GRAIN_NS = 100_000  # that a grain shall take
+_GRAINS_EACH = 16  # per participant, at least, where src has so many pages
+_SHARE_NS = 50_000  # of work for a participant, below which waking it costs more than it does
 _GRACE = 0.1  # seconds that participants have to end their grains when the job is given up
 _LOOKS = (0.0005, 0.05)  # seconds between two looks at the participants: at first, and at most
-_URGENT = 2**31 - 1  # the priority of participants: grains are short, and others wait for them
+_MOST = 2**31 - 1
+_URGENT = _MOST  # the priority of participants: grains are short, and others wait for them
 
 
 class KernelFuture(Future[Any]):
@@ -140,7 +142,7 @@ class Kernels(abc.ABC):
         participants = max(1, core.scaled * self._settings.threads)
         options = TaskOptions(None, 0, (), _URGENT)
         job = self._job(plan, options, self._grain(plan, grain, participants), participants)
-        return self._run(job, min(participants, job.block.grains), limit)
+        return self._run(job, min(participants, job.block.grains), self._needed(plan), limit)
 
     def _job(self, plan: Plan, options: TaskOptions, grain: int, participants: int) -> Job:
         try:
@@ -149,14 +151,19 @@ class Kernels(abc.ABC):
             plan.close()
             raise
 
-    def _run(self, job: Job, participants: int, limit: float | None) -> Any:
+    def _run(self, job: Job, participants: int, needed: int, limit: float | None) -> Any:
+        """needed: participants that are enough if it takes as long as the last time; the others follow if it
+        does not, since that may depend on anything.
+        """
         began = time.monotonic()
+        launched = 0
         try:
-            for number in range(participants):
-                if job.launch(number) is None:
-                    break
+            while launched < min(participants, needed) and job.launch(launched) is not None:
+                launched += 1
             while not job.attend():
                 spent = time.monotonic() - began
+                while spent >= _LOOKS[0] and launched < participants and job.launch(launched) is not None:
+                    launched += 1
                 if limit is not None and spent >= limit:
                     done, grains = job.block.done, job.block.grains
                     raise TaskTimeout(
@@ -229,19 +236,19 @@ class Kernels(abc.ABC):
         return future
 
     def _participate(
-        self, options: TaskOptions, arguments: tuple[Any, ...], named: tuple[Any, ...]
-    ) -> Future[None]:
-        """The task of one participant; the arguments name blocks by their offsets. Raises: RuntimeError,
-        BrokenRuntime when the runtime has ended.
+        self,
+        future: Future[None],
+        options: TaskOptions,
+        arguments: tuple[Any, ...],
+        named: tuple[Any, ...],
+    ) -> None:
+        """Submit the task of one participant; the arguments name blocks by their offsets. After shutdown,
+        too: its job was accepted before. Raises: BrokenRuntime, RuntimeError when the runtime has ended.
         """
-        core = self._usable()
         ref, payload = serializer.pack_call(self._table, participate, arguments)
-        future: Future[None] = Future()
-        future._core = core
         task = _core.Task(ref, future, options.timeout_ns, options.priority, 0, False)
         task.hold(payload.data, payload.buffers, payload.readonly, named)
         self._enter(task, future)
-        return future
 
     def _progress(self) -> tuple[tuple[str, int, int], ...]:
         """For stats()."""
@@ -255,6 +262,11 @@ class Kernels(abc.ABC):
         rate = self._rates.get(plan.kernel._spec)
         wanted = _FIRST_GRAIN if rate is None else int(_GRAIN_NS / rate)
         return max(1, min(wanted, size // (_GRAINS_EACH * participants)) // unit) * unit
+
+    def _needed(self, plan: Plan) -> int:
+        """Participants for whom there is enough to do, by how long the kernel took the last time."""
+        rate = self._rates.get(plan.kernel._spec)
+        return _MOST if rate is None else 1 + int(rate * plan.src.nbytes / _SHARE_NS)
 
     def _measured(self, kernel: Kernel, ns: int, nbytes: int) -> None:
         """A kernel has taken so long for so many bytes."""

@@ -89,3 +89,10 @@ int add_up(const void *src, size_t n, void *dst, size_t m, const void *params) {
     for (size_t i = n / 2; i < n; i++) *out += ((const unsigned char *)src)[i];
     return 0;
 }
+
+/* With eight grains, the first of which begins with 255: the word of the last one, before the partials. */
+int scribble(const void *src, size_t n, void *dst, size_t m, const void *params) {
+    (void)n, (void)m, (void)params;
+    if (*(const unsigned char *)src == 255) ((uint64_t *)dst)[-1] = 6;
+    return 0;
+}

@@ -27,6 +27,7 @@ import weakref
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -35,7 +36,8 @@ from hypothesis import strategies as st
 from watching import all_ready, fork, join, send, until
 
 import runtime
-from runtime import Kernel, KernelFailed, Runtime, TaskTimeout, WorkerDied, _core
+from runtime import Kernel, KernelFailed, Runtime, TaskTimeout, WorkerDied, _core, jobs
+from runtime.config import TaskOptions
 
 np = pytest.importorskip("numpy")
 numba: Any = importlib.import_module("numba") if importlib.util.find_spec("numba") else None
@@ -82,6 +84,9 @@ class Doorway:
 
     def open(self) -> None:
         struct.pack_into("q", self.words, 0, 1)
+
+    def shut(self) -> None:
+        struct.pack_into("q", self.words, 0, 0)
 
     def close(self) -> None:
         self.open()
@@ -413,21 +418,40 @@ def test_grains_that_are_none(pool: Runtime, grain: Any, error: type[Exception])
 def test_grains_are_whole_pages_and_adapt(library: str, factory: Callable[..., Runtime]) -> None:
     rt = factory(2)
     kernel = Kernel.from_library(library, "lengths", partial=24)
-    src = rt.alloc(64 * PAGE)
+    src = rt.alloc(256 * PAGE)
 
     def sizes(**kwargs: Any) -> list[int]:
         return [struct.unpack("3Q", part)[0] for part in rt.run_kernel(kernel, src, **kwargs)]
 
-    assert sizes() == [8 * PAGE] * 8  # four for each of two workers
-    assert sizes(grain=1) == [PAGE] * 64
-    assert sizes(grain=PAGE + 1) == [2 * PAGE] * 32
-    assert sizes(grain=1 << 70) == [64 * PAGE]
-    rt._rates[kernel._spec] = 500_000 / PAGE / 2  # ns per byte: so two pages take what a grain shall
-    assert sizes() == [2 * PAGE] * 32
+    assert sizes() == [8 * PAGE] * 32  # sixteen for each of two workers
+    assert sizes(grain=1) == [PAGE] * 256
+    assert sizes(grain=PAGE + 1) == [2 * PAGE] * 128
+    assert sizes(grain=1 << 70) == [256 * PAGE]
+    rt._rates[kernel._spec] = 100_000 / PAGE / 2  # ns per byte: so two pages take what a grain shall
+    assert sizes() == [2 * PAGE] * 128
     rt._rates[kernel._spec] = 1e9
-    assert sizes() == [PAGE] * 64
+    assert sizes() == [PAGE] * 256
     src = rt.alloc(100)
     assert sizes() == [100]
+
+
+def test_what_is_soon_done_wakes_one_participant(
+    library: str, factory: Callable[..., Runtime], doorway: Doorway
+) -> None:
+    """And the others, if it takes longer than the last time."""
+    rt = factory(2)
+    kernel, data = Kernel.from_library(library, "forever"), bytes(2 * PAGE)
+    before = rt.stats().done
+    rt._rates[kernel._spec] = 1e-9
+    doorway.open()
+    rt.run_kernel(kernel, data, params=doorway.params, grain=PAGE)
+    assert rt.stats().done == before + 1
+    doorway.shut()
+    rt._rates[kernel._spec] = 1e-9
+    job = background(lambda: rt.run_kernel(kernel, data, params=doorway.params, grain=PAGE))
+    doorway.wait(2 + 2)
+    doorway.open()
+    assert job.result(30) is None
 
 
 def test_submit(library: str, pool: Runtime) -> None:
@@ -630,6 +654,43 @@ def test_shutdown(library: str, factory: Callable[..., Runtime], doorway: Doorwa
     assert job.result(30) is None
 
 
+def test_a_death_after_shutdown(library: str, factory: Callable[..., Runtime], doorway: Doorway) -> None:
+    """What was accepted before is finished, by a worker that comes after."""
+    rt = factory(2)
+    kernel = Kernel.from_library(library, "add_up", partial=8, combine=total)
+    data = b"\1" * (8 * PAGE)
+    job = background(lambda: rt.run_kernel(kernel, data, params=doorway.params, grain=PAGE))
+    doorway.wait(2)
+    one = rt.submit(kernel, data, params=doorway.params)
+    rt.shutdown(wait=False)
+    for entered in (3, 4):
+        kill_one(rt)
+        doorway.wait(entered)
+    doorway.open()
+    assert job.result(30) == one.result(30) == len(data)
+    rt.shutdown()
+
+
+def test_ctrl_c_while_it_is_launched(
+    library: str, factory: Callable[..., Runtime], doorway: Doorway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No participant works on after that."""
+    rt = factory(2)
+    whole = rt._participate
+
+    def interrupted(*args: Any) -> None:
+        whole(*args)
+        doorway.wait(1)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(rt, "_participate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        rt.run_kernel(Kernel.from_library(library, "forever"), bytes(2 * PAGE), params=doorway.params)
+    stats = rt.stats()
+    assert (stats.queued, stats.running, stats.kernels) == (0, 0, ())
+    until(lambda: rt.stats().leased == 0, "its worker is gone")
+
+
 def test_end_by_force(library: str, factory: Callable[..., Runtime], doorway: Doorway) -> None:
     rt = factory(2)
     kernel = Kernel.from_library(library, "forever")
@@ -725,8 +786,33 @@ def test_a_kernel_that_crashes(library: str, factory: Callable[..., Runtime]) ->
     with pytest.raises(WorkerDied) as caught:
         rt.run_kernel(Kernel.from_library(library, "crash"), bytes(3 * PAGE), grain=PAGE)
     assert caught.value.signal == signal.SIGABRT
+    assert f"kernel {library}:crash" in str(caught.value)
     failed = rt.submit(Kernel.from_library(library, "crash"), bytes(10)).exception(30)
     assert isinstance(failed, WorkerDied)
+    assert rt.run_kernel(CRC, b"abc") == zlib.crc32(b"abc")
+
+
+def test_deaths_without_a_grain(pool: Runtime) -> None:
+    """They end a job only while nothing is finished between them."""
+    job = jobs.Job(pool, jobs.Plan(CRC, bytes(PAGE), None, b""), TaskOptions(None, 0, (), 0), PAGE, 1)
+    whole, job.block = job.block, SimpleNamespace(done=0)
+    done = job.block
+    try:
+        for done.done in range(10):
+            assert not job.hopeless([], False)
+        assert [job.hopeless([], False) for _ in range(2)] == [False, True]
+        assert not job.hopeless([9], False)
+    finally:
+        job.block = whole
+        job.close()
+
+
+def test_a_kernel_that_writes_over_its_own_job(library: str, factory: Callable[..., Runtime]) -> None:
+    """The word of a grain that is not its own: nobody can run that grain any more."""
+    rt = factory(1)
+    kernel = Kernel.from_library(library, "scribble", partial=8)
+    with pytest.raises(runtime.RuntimeFailure, match=r"1 of 8 grains .* kernel .*:scribble has written over"):
+        rt.run_kernel(kernel, b"\xff" + bytes(8 * PAGE - 1), grain=PAGE)
     assert rt.run_kernel(CRC, b"abc") == zlib.crc32(b"abc")
 
 
