@@ -38,6 +38,7 @@ PACKAGES = ("numba", "numpy")
 
 MS = (Figure("", "ms"),)
 RATE = (Figure("", "grains/s", higher_is_better=True),)
+SPEED = (Figure("", "GB/s", higher_is_better=True),)
 US = (Figure("", "µs"),)
 BUILTINS = {"crc32": 4, "count_byte": 8, "histogram_u8": 2048, "sum_f64": 0, "minmax_f64": 16}
 
@@ -58,13 +59,15 @@ def has_openmp() -> bool:
     return hasattr(ctypes.CDLL(library()), "scale_openmp")
 
 
-def repeat(call: Callable[[], object], seconds: float, meter: Meter) -> float:
-    """Median seconds of a call."""
+def repeat(call: Callable[[], object], seconds: float, meter: Meter, pause: float = 0.0) -> float:
+    """Median seconds of a call, each after a pause."""
     call()
     times: list[float] = []
     with meter.timing():
         end = time.perf_counter() + seconds
         while not times or time.perf_counter() < end:
+            if pause:
+                time.sleep(pause)
             began = time.perf_counter()
             call()
             times.append(time.perf_counter() - began)
@@ -88,15 +91,37 @@ def empty_grains(nbytes: int, seconds: float, meter: Meter) -> Mapping[str, floa
     return {"": nbytes / PAGE / took}
 
 
-def empty_job(seconds: float, meter: Meter) -> Mapping[str, float]:
+def empty_job(pause: float, seconds: float, meter: Meter) -> Mapping[str, float]:
     with runtime.Runtime(WORKERS) as rt:
         data, kernel = data_of(rt, WORKERS * PAGE), Kernel.from_library(library(), "nothing")
-        return {"": repeat(lambda: rt.run_kernel(kernel, data, grain=PAGE), seconds, meter) * 1e6}
+        took = repeat(lambda: rt.run_kernel(kernel, data, grain=PAGE), seconds, meter, pause)
+    return {"": took * 1e6}
 
 
-def round_trip(seconds: float, meter: Meter) -> Mapping[str, float]:
+def round_trip(pause: float, seconds: float, meter: Meter) -> Mapping[str, float]:
     with runtime.Runtime(WORKERS) as rt:
-        return {"": repeat(lambda: rt.submit(abs, -1).result(), seconds, meter) * 1e6}
+        return {"": repeat(lambda: rt.submit(abs, -1).result(), seconds, meter, pause) * 1e6}
+
+
+def wait_for(flag: memoryview, nap: float) -> None:
+    """A task that holds the GIL, but for what others take of it; or sleeps."""
+    while not flag[0]:
+        if nap:
+            time.sleep(nap)
+
+
+def beside(nap: float, nbytes: int, seconds: float, meter: Meter) -> Mapping[str, float]:
+    """A kernel on one of two threads, while such a task runs on the other."""
+    with runtime.Runtime(1, threads=2) as rt:
+        data, kernel, flag = data_of(rt, nbytes), Kernel("runtime:crc32"), rt.alloc(1)
+        flag[0] = 0
+        task = rt.submit(wait_for, flag, nap)
+        while not task.running():
+            time.sleep(0.001)
+        took = repeat(lambda: rt.run_kernel(kernel, data), seconds, meter)
+        flag[0] = 1
+        task.result()
+    return {"": nbytes / took / 1e9}
 
 
 def params_of(name: str) -> bytes:
@@ -165,7 +190,7 @@ def prange(src: memoryview, dst: memoryview) -> Callable[[], object]:
 
 
 def rows(scale: Scale) -> list[Row]:
-    nbytes = MIB if scale is QUICK else 64 * MIB
+    nbytes = MIB if scale is QUICK else 256 * MIB
 
     def entry(name: str, role: Role, measure: Callable[..., Mapping[str, float]], *args: object) -> Entry:
         return Entry(name, role, functools.partial(measure, *args, scale.seconds))
@@ -183,11 +208,21 @@ def rows(scale: Scale) -> list[Row]:
             "empty grains", f"a kernel that does nothing over {nbytes // MIB} MiB in pages", RATE,
             (entry("runtime", Role.OURS, empty_grains, nbytes),),
         ),
+        *(
+            Row(
+                f"empty job{when}", f"a job of two grains, and a task, that do nothing{when}", US,
+                (
+                    entry("runtime", Role.OURS, empty_job, pause),
+                    entry("a round trip of ours", Role.LIMIT, round_trip, pause),
+                ),
+            )
+            for when, pause in (("", 0.0), (" after an idle ms", 0.001))
+        ),
         Row(
-            "empty job", "a job of two grains that do nothing, beside a task that does nothing", US,
+            "beside Python", f"crc32 of {nbytes // MIB} MiB on one of a worker's two threads", SPEED,
             (
-                entry("runtime", Role.OURS, empty_job),
-                entry("a round trip of ours", Role.LIMIT, round_trip),
+                entry("runtime", Role.OURS, beside, 0.0, nbytes),
+                entry("the other sleeps", Role.LIMIT, beside, 0.01, nbytes),
             ),
         ),
         Row("loop", f"y = 2 x + 1 over {nbytes // MIB} MiB of floats", MS, tuple(loops)),

@@ -48,7 +48,7 @@ ctypedef struct job_t:
     uint64_t per_page           # 1: that is for each page of the grain
     uint64_t inout              # 1: dst's grain is saved first
     uint64_t participants
-    uint64_t step               # grains that a participant takes from the cursor at a time
+    uint64_t step               # grains that a participant takes from a cursor at a time
     uint64_t words_at           # offsets in the block
     uint64_t scratch_at
     uint64_t scratch_stride
@@ -56,17 +56,19 @@ ctypedef struct job_t:
     uint64_t partial_stride
     char pad0[56]
     # any participant
-    a64_t cursor                # the next grain that may be free: a hint, it only rises
-    char pad1[56]
     a64_t stop                  # 1: claim nothing more. Participant after a failure; host
     a64_t failure               # of the first grain that failed: {grain + 1, 32 | code, 32}. CAS from 0
-    char pad2[48]
+    char pad1[48]
 
-# One cache line: nobody else writes it
+# Two cache lines
 ctypedef struct line_t:
+    # nobody else writes these
     a64_t done                  # grains that this participant has finished: for looking at, not for truth
     a64_t ns                    # that it was at work
-    char pad[48]
+    char pad0[48]
+    # any participant
+    a64_t cursor                # how many grains of its part were taken: a hint, it only rises
+    char pad1[56]
 
 
 cdef class JobBlock:

@@ -9,9 +9,11 @@
     recover ───────────────► CLAIM(p), SAVED(p) → FREE
     one task more for p ──────────────────────────────────────► claims what is FREE
 
-The protocol of the words stands in _kernel.pxd. The cursor only spares looking: whoever finds it at the end
-looks at every word once more before it ends. So a grain is left over only if it was freed after that, and
-then the host submits another participant.
+The protocol of the words stands in _kernel.pxd. Each participant begins with a part of its own, which lies
+in one piece: it reads ahead, and finds in its caches and page tables what it had the last time. Then it helps
+with the other parts. The cursors only spare looking: whoever finds them all at the end looks at every word
+once more before it ends. So a grain is left over only if it was freed after that, and then the host submits
+another participant.
 """
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
@@ -42,6 +44,10 @@ cdef inline line_t *line_at(char *base, uint64_t p) noexcept nogil:
 
 cdef inline a64_t *word_at(job_t *job, char *base, uint64_t i) noexcept nogil:
     return <a64_t *>(base + job.words_at) + i
+
+cdef inline uint64_t first_of(job_t *job, uint64_t part) noexcept nogil:
+    """Where the part of a participant begins: they differ by one grain at most."""
+    return job.grains // job.participants * part + min(part, job.grains % job.participants)
 
 cdef inline uint64_t bytes_of(job_t *job, uint64_t i) noexcept nogil:
     """Bytes of src in a grain."""
@@ -92,18 +98,22 @@ cdef bint run_grain(job_t *job, uint64_t i, const char *src, char *dst, kernel_t
 cdef void work(job_t *job, const char *src, char *dst, kernel_t kernel, const void *params,
                uint64_t p) noexcept nogil:
     """Claim grains and run them, until none is free or the job is stopped."""
-    cdef uint64_t i, end
-    while True:
-        # Relaxed: it says nothing about the words.
-        i = a64_fetch_add_relaxed(&job.cursor, job.step)
-        if i >= job.grains:
-            break
-        end = min(i + job.step, job.grains)
-        while i < end:
-            if a64_load_relaxed(&job.stop) or not run_grain(job, i, src, dst, kernel, params, p):
-                return
-            i += 1
-    for i in range(job.grains):                 # what others have taken from the cursor, and not begun
+    cdef uint64_t i, k, end, part, first, last
+    for k in range(job.participants):
+        part = (p + k) % job.participants
+        first = first_of(job, part)
+        last = first_of(job, part + 1)
+        while True:
+            # Relaxed: it says nothing about the words.
+            i = first + a64_fetch_add_relaxed(&line_at(<char *>job, part).cursor, job.step)
+            if i >= last:
+                break
+            end = min(i + job.step, last)
+            while i < end:
+                if a64_load_relaxed(&job.stop) or not run_grain(job, i, src, dst, kernel, params, p):
+                    return
+                i += 1
+    for i in range(job.grains):                 # what others have taken from a cursor, and not begun
         if a64_load_relaxed(&job.stop) or not run_grain(job, i, src, dst, kernel, params, p):
             return
 

@@ -21,11 +21,12 @@ if TYPE_CHECKING:
 __all__ = ["KernelFuture", "Kernels"]
 
 _FIRST_GRAIN = 256 << 10  # bytes, of a kernel that has not been measured
-_GRAIN_NS = 100_000  # that a grain shall take
-_GRAINS_EACH = 16  # per participant, at least, where src has so many pages
+_GRAIN_NS = (100_000, 1_000_000)  # that a grain shall take: at least, and at most
+_GRAINS_EACH = (16, 64)  # per participant: at least, where src has so many pages; and enough for a fair share
 _SHARE_NS = 50_000  # of work for a participant, below which waking it costs more than it does
 _GRACE = 0.1  # seconds that participants have to end their grains when the job is given up
-_LOOKS = (0.0005, 0.05)  # seconds between two looks at the participants: at first, and at most
+_SOON = 0.0005  # seconds, after which a job that was expected to be short is not
+_LOOKS = (0.005, 0.05)  # seconds between two looks at the participants: at first, and at most
 _MOST = 2**31 - 1
 _URGENT = _MOST  # the priority of participants: grains are short, and others wait for them
 
@@ -156,20 +157,19 @@ class Kernels(abc.ABC):
         does not, since that may depend on anything.
         """
         began = time.monotonic()
-        launched = 0
         try:
-            while launched < min(participants, needed) and job.launch(launched) is not None:
-                launched += 1
+            launched = self._launch(job, 0, min(participants, needed))
             while not job.attend():
                 spent = time.monotonic() - began
-                while spent >= _LOOKS[0] and launched < participants and job.launch(launched) is not None:
-                    launched += 1
+                if spent >= _SOON:
+                    needed = participants
+                launched = self._launch(job, launched, min(participants, needed))
                 if limit is not None and spent >= limit:
                     done, grains = job.block.done, job.block.grains
                     raise TaskTimeout(
                         f"the kernel ran longer than {limit:g} s: {done} of {grains} grains are done"
                     )
-                nap = min(max(spent / 8, _LOOKS[0]), _LOOKS[1])
+                nap = min(max(spent / 8, _LOOKS[0]), _LOOKS[1]) if launched == participants else _SOON
                 self._await(job, nap if limit is None else min(nap, limit - spent))
             return job.outcome()
         except BaseException as error:
@@ -178,13 +178,21 @@ class Kernels(abc.ABC):
         finally:
             job.close()
 
+    @staticmethod
+    def _launch(job: Job, first: int, end: int) -> int:
+        """Participants from `first` on, as long as the job goes on. The number of the next one."""
+        for number in range(first, end):
+            if job.error is not None or job.launch(number) is None:
+                return number
+        return end
+
     def _abort(self, job: Job, error: BaseException) -> None:
         """Nobody wants the outcome: let participants end their grains, but not for long."""
         job.fail(error)
         end = time.monotonic() + _GRACE
         try:
             while not job.attend() and time.monotonic() < end:
-                self._await(job, _LOOKS[0])
+                self._await(job, _SOON)
         finally:  # also when Ctrl-C comes again
             for participant in list(job.out.values()):
                 self.cancel(participant, running=True)
@@ -260,8 +268,11 @@ class Kernels(abc.ABC):
         if asked is not None:
             return (min(asked, size) + unit - 1) // unit * unit
         rate = self._rates.get(plan.kernel._spec)
-        wanted = _FIRST_GRAIN if rate is None else int(_GRAIN_NS / rate)
-        return max(1, min(wanted, size // (_GRAINS_EACH * participants)) // unit) * unit
+        wanted = _FIRST_GRAIN
+        if rate is not None:
+            fair = rate * size / (_GRAINS_EACH[1] * participants)
+            wanted = int(min(max(fair, _GRAIN_NS[0]), _GRAIN_NS[1]) / rate)
+        return max(1, min(wanted, size // (_GRAINS_EACH[0] * participants)) // unit) * unit
 
     def _needed(self, plan: Plan) -> int:
         """Participants for whom there is enough to do, by how long the kernel took the last time."""

@@ -36,7 +36,7 @@ from hypothesis import strategies as st
 from watching import all_ready, fork, join, send, until
 
 import runtime
-from runtime import Kernel, KernelFailed, Runtime, TaskTimeout, WorkerDied, _core, jobs
+from runtime import Kernel, KernelFailed, Runtime, TaskTimeout, WorkerDied, _core, jobs, native
 from runtime.config import TaskOptions
 
 np = pytest.importorskip("numpy")
@@ -427,7 +427,7 @@ def test_grains_are_whole_pages_and_adapt(library: str, factory: Callable[..., R
     assert sizes(grain=1) == [PAGE] * 256
     assert sizes(grain=PAGE + 1) == [2 * PAGE] * 128
     assert sizes(grain=1 << 70) == [256 * PAGE]
-    rt._rates[kernel._spec] = 100_000 / PAGE / 2  # ns per byte: so two pages take what a grain shall
+    rt._rates[kernel._spec] = 100_000 / PAGE / 2  # ns per byte: so two pages take the least time for a grain
     assert sizes() == [2 * PAGE] * 128
     rt._rates[kernel._spec] = 1e9
     assert sizes() == [PAGE] * 256
@@ -436,17 +436,19 @@ def test_grains_are_whole_pages_and_adapt(library: str, factory: Callable[..., R
 
 
 def test_what_is_soon_done_wakes_one_participant(
-    library: str, factory: Callable[..., Runtime], doorway: Doorway
+    library: str, factory: Callable[..., Runtime], doorway: Doorway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And the others, if it takes longer than the last time."""
     rt = factory(2)
     kernel, data = Kernel.from_library(library, "forever"), bytes(2 * PAGE)
     before = rt.stats().done
+    monkeypatch.setattr(native, "_SOON", 60.0)
     rt._rates[kernel._spec] = 1e-9
     doorway.open()
     rt.run_kernel(kernel, data, params=doorway.params, grain=PAGE)
     assert rt.stats().done == before + 1
     doorway.shut()
+    monkeypatch.undo()
     rt._rates[kernel._spec] = 1e-9
     job = background(lambda: rt.run_kernel(kernel, data, params=doorway.params, grain=PAGE))
     doorway.wait(2 + 2)
@@ -850,18 +852,21 @@ def participate(arena: Any, job: Any, src: Any, dst: Any, kernel: Any, number: i
 
 
 @pytest.mark.parametrize("inout", [True, False])
-@pytest.mark.parametrize("grain", range(4))
-def test_deaths_in_each_grain(grain: int, inout: bool) -> None:
+@pytest.mark.parametrize("count", range(4))
+def test_deaths_in_each_grain(count: int, inout: bool) -> None:
+    """The second of three participants begins with its own part, the grain 2; it has done `count`."""
+    order = (2, 3, 0, 1)
+    grain = order[count]
     arena = _core.Arena.create(16 * PAGE, 2, 4, 4, PAGE)
     try:
         src, dst = memoryview(arena.take(100)), memoryview(arena.take(100))
         src[:], dst[:] = bytes(range(100)), bytes([50]) * 100
         job = _core.JobBlock.create(arena, 100, 100, 32, 3, inout=inout)
-        pid = fork(functools.partial(participate, arena, job, src, dst, adder(die_in=grain), 1))
+        pid = fork(functools.partial(participate, arena, job, src, dst, adder(die_in=count), 1))
         join(pid)
-        state = SAVED if inout else CLAIM
-        assert job.word_states() == [(DONE, 1)] * grain + [(state, 1)] + [(FREE, 0)] * (3 - grain)
-        assert (job.left, job.done, job.lengths()) == (4 - grain, grain, [32, 32, 32, 4])
+        states = [(DONE, 1)] * count + [(SAVED if inout else CLAIM, 1)] + [(FREE, 0)] * (3 - count)
+        assert [job.word_states()[grain] for grain in order] == states
+        assert (job.left, job.done, job.lengths()) == (4 - count, count, [32, 32, 32, 4])
         assert job.recover(0, dst) == [] and job.recover(2, dst) == []  # others have nothing there
         assert job.recover(1, dst) == [grain] and job.recover(1, dst) == []
         assert job.word_states()[grain] == (FREE, 0)
