@@ -123,7 +123,7 @@ class Kernels(abc.ABC):
         src, dst: C-contiguous buffers; in the region (`empty`, `alloc`, `put`, results) they are worked on in
         place, others are copied, src once, and dst back at the end. dst is cut in proportion to src. params:
         bytes for the kernel. grain: bytes of src that are claimed at a time, rounded up to whole pages; by
-        default what takes about half a millisecond. timeout: seconds for all of it. Returns what `combine`
+        default what takes 0.1 to 1 ms. timeout: seconds for all of it. Returns what `combine`
         makes of the partials, without it the list of them, without partials None.
 
         Blocking: until all is done. If it raises, what dst holds is undefined. Raises: KernelFailed when the
