@@ -98,6 +98,22 @@ def empty_job(pause: float, seconds: float, meter: Meter) -> Mapping[str, float]
     return {"": took * 1e6}
 
 
+def announcement(pause: float, seconds: float, meter: Meter) -> Mapping[str, float]:
+    """From the call to the first instruction of the first grain."""
+    with runtime.Runtime(WORKERS) as rt:
+        data = data_of(rt, WORKERS * PAGE)
+        kernel = Kernel.from_library(library(), "stamp", partial=8)
+        waits: list[int] = []
+
+        def call() -> None:
+            began = time.monotonic_ns()
+            stamps = rt.run_kernel(kernel, data, grain=PAGE)
+            waits.append(min(int.from_bytes(stamp, "little") for stamp in stamps) - began)
+
+        repeat(call, seconds, meter, pause)
+    return {"": sorted(waits)[len(waits) // 2] / 1e3}
+
+
 def round_trip(pause: float, seconds: float, meter: Meter) -> Mapping[str, float]:
     with runtime.Runtime(WORKERS) as rt:
         return {"": repeat(lambda: rt.submit(abs, -1).result(), seconds, meter, pause) * 1e6}
@@ -213,6 +229,7 @@ def rows(scale: Scale) -> list[Row]:
                 f"empty job{when}", f"a job of two grains, and a task, that do nothing{when}", US,
                 (
                     entry("runtime", Role.OURS, empty_job, pause),
+                    entry("until it begins", Role.OURS, announcement, pause),
                     entry("a round trip of ours", Role.LIMIT, round_trip, pause),
                 ),
             )
