@@ -14,7 +14,7 @@ cdef class StateMap:
 
     cdef int check(self) except -1
     cdef int ready(self) except -1
-    cdef int format(self, size_t limit, uint64_t max_items) except -1
+    cdef int format(self, size_t limit, uint64_t max_items, bint zero) except -1
     cdef int attach(self, uint64_t at) except -1
     cdef int make_room(self, map_status status, uint64_t need, bint again) except -1
     cdef object read(self, map_key *k, bint view, uint64_t *word)

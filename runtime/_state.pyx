@@ -13,8 +13,8 @@ from libc.stdint cimport INT64_MAX, int64_t, uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy, memset
 
 from runtime._atomics cimport (
-    a32_load_relaxed, a32_store_relaxed, a64_cas_acq_rel, a64_load_acquire, a64_load_relaxed,
-    a64_load_seq_cst, a64_store_release, a64_t, now_ns,
+    a32_load_acquire, a32_load_relaxed, a32_store_relaxed, a64_cas_acq_rel, a64_load_acquire,
+    a64_load_relaxed, a64_load_seq_cst, a64_store_release, a64_t, now_ns,
 )
 from runtime._identity cimport identity_word, is_dead, my_identity
 from runtime._map cimport map_add, map_cell, map_count, map_erase, map_find, map_put, map_unpin
@@ -142,12 +142,13 @@ cdef class StateMap:
         raise TypeError("use SharedState.create(region) or SharedState.open(region)")
 
     @classmethod
-    def create(cls, SharedRegion region not None, *, max_items=None, max_bytes=None):
+    def create(cls, SharedRegion region not None, *, max_items=None, max_bytes=None, bint _fresh=False):
         """A new, empty map in `region`, all of which it uses.
 
         `max_items`: RegionFull when a new key would be one more. `max_bytes` (of keys and values, each item
-        rounded up to a multiple of 128 or more): less than the region has. Raises: ValueError if the region
-        has a map or a MemoryPool, or is too small.
+        rounded up to a multiple of 128 or more): less than the region has. `_fresh` (for the runtime itself):
+        the region is new, so all zero. Raises: ValueError if the region has a map or a MemoryPool, or is too
+        small.
         """
         cdef StateMap self = cls.__new__(cls)
         cdef region_header *head
@@ -163,7 +164,7 @@ cdef class StateMap:
         if a64_load_acquire(&head.state.at) == 0 and (claim == 0 or claim == me or is_dead(claim)):
             if a64_cas_acq_rel(&head.state.claim, claim, me) and a64_load_acquire(&head.state.at) == 0:
                 try:
-                    self.format(limit, items)
+                    self.format(limit, items, _fresh)
                     a64_store_release(&head.state.at, HEADER_BYTES)
                 finally:
                     a64_cas_acq_rel(&head.state.claim, me, 0)
@@ -184,8 +185,8 @@ cdef class StateMap:
         self.attach(at)
         return self
 
-    cdef int format(self, size_t limit, uint64_t max_items) except -1:
-        """Geometry and empty tables, over whatever is there."""
+    cdef int format(self, size_t limit, uint64_t max_items, bint zero) except -1:
+        """Geometry and empty tables, over whatever is there; zero: nothing is, so no page is touched."""
         cdef uint64_t size = self.region.length & ~<uint64_t>63
         cdef uint64_t rows = 64 if size < 1 << 20 else 512 if size < 1 << 24 else 2048
         cdef uint64_t unit = UNIT_BYTES, fixed = sizeof(map_header) + rows * sizeof(map_row)
@@ -205,7 +206,8 @@ cdef class StateMap:
                 f"a SharedState needs a region of 16 KiB, and max_bytes of 1 KiB, at least; "
                 f"this region has {self.region.length} bytes"
             )
-        memset(head, 0, fixed + 8 * units)
+        if not zero:
+            memset(head, 0, fixed + 8 * units)
         head.about.magic = map_magic()
         head.about.version = MAP_VERSION
         head.about.namespace = pid_namespace()
@@ -306,6 +308,19 @@ cdef class StateMap:
             freed = map_sweep(&self.m, True)
         self.region.leave()
         return freed
+
+    def _bury(self):
+        """A process has died that may have used the map: its locks pass on, what it held is given back.
+
+        For the runtime, which knows; at once if nobody has ever used the map.
+        """
+        if a32_load_acquire(&self.m.head.high) == 0:
+            return
+        self.ready()
+        self.region.enter()
+        with nogil:
+            map_sweep(&self.m, False)
+        self.region.leave()
 
     # ---- reading ----
 
@@ -590,7 +605,10 @@ cdef class StateMap:
         return f"<{type(self).__name__} of {self.m.count * self.m.unit_bytes} bytes{state}>"
 
     def __reduce__(self):
-        raise TypeError("a SharedState cannot be pickled: share its region, and open it there")
+        raise TypeError(
+            "a SharedState cannot be pickled: in a task, runtime.current().state is that of the Runtime; "
+            "elsewhere share its region, and open it there"
+        )
 
 
 cdef bytes copied(object data):
@@ -670,9 +688,11 @@ cdef class StateLock:
         self.identity = a64_load_relaxed(own)
         return 0
 
-    def acquire(self, timeout=None):
-        """Take the lock. Raises: LockTimeout."""
-        self.take(patience_of(timeout))
+    def acquire(self, timeout=ABSENT):
+        """Take the lock. timeout: seconds, None: for ever; by default what lock() was given. Raises:
+        LockTimeout.
+        """
+        self.take(patience_of(self.timeout if timeout is ABSENT else timeout))
 
     def _try(self, int64_t since):
         """Take it if it can be had now. `since`: when waiting began (time.monotonic_ns()); 0: just now."""
@@ -698,7 +718,7 @@ cdef class StateLock:
             raise RuntimeError(f"the lock {self.text!r} was not held any more: the map is damaged")
 
     def __enter__(self):
-        self.take(-1 if self.timeout is None else patience_of(self.timeout))
+        self.take(patience_of(self.timeout))
         return self
 
     def __exit__(self, kind, value, trace):

@@ -47,6 +47,7 @@ MAX_THREADS: Final = 64
 MAX_LANES: Final = 2000  # threads of all workers together: each has a slot of the table
 _MAX_COUNT: Final = 2**31 - 1
 _MAX_SECONDS: Final = 1e9  # 31 years: a deadline in nanoseconds stays far from 2^63
+_MIN_STATE: Final = 1 << 10  # bytes
 MAX_REGION: Final = (2**28 - 2) << 12  # bytes that extent words can tell apart, see _layout.pxd
 _MAX_BYTES: Final = 2**46  # half of the address space of a process
 
@@ -174,7 +175,7 @@ def settings(
         drain_timeout=_seconds("drain_timeout", drain_timeout, zero=True),
         max_worker_rss=None if max_worker_rss is None else _size("max_worker_rss", max_worker_rss),
         state_max_items=_count_or_none("state_max_items", state_max_items),
-        state_max_bytes=None if state_max_bytes is None else _size("state_max_bytes", state_max_bytes),
+        state_max_bytes=None if state_max_bytes is None else _state_size(state_max_bytes),
         forward_logs=bool(forward_logs),
         name=None if name is None else _name(name),
     )
@@ -281,6 +282,13 @@ def thread_caps(workers: int, threads: int = 1) -> dict[str, str]:
     share = str(max(1, available_cpus() // max(1, workers * threads)))
     names = [_OMP, *_FALLS_BACK_TO_OMP] if not os.environ.get(_OMP) else []
     return {name: share for name in (*names, *_ON_ITS_OWN) if not os.environ.get(name)}
+
+
+def _state_size(value: int | str) -> int:
+    size = _size("state_max_bytes", value)
+    if not _MIN_STATE <= size <= MAX_REGION:
+        raise ValueError(f"state_max_bytes must be {_MIN_STATE:,} to {MAX_REGION:,} bytes, not {size:,}")
+    return size
 
 
 def _workers(value: int | None, threads: int) -> int:

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 from runtime import _core
+from runtime.errors import RuntimeFailure
+from runtime.state import SharedState
 from runtime.store import new_array
 
 __all__ = ["Context", "Here", "current"]
@@ -78,6 +80,18 @@ class Context:
         """
         return new_array(self._take or (lambda nbytes: None), shape, dtype)
 
+    @property
+    def state(self) -> SharedState:
+        """What all processes of the runtime share: the same as `Runtime.state`; see docs/state.md.
+
+        Raises: RuntimeFailure if some worker had written over it before this one's zygote was started.
+        """
+        if Here.state is None:
+            raise RuntimeFailure(
+                "the state of this runtime cannot be used: a worker has written over its header"
+            )
+        return Here.state
+
     def __repr__(self) -> str:
         return f"<worker {self.number}, task {self.task}, attempt {self.attempt}>"
 
@@ -87,6 +101,7 @@ class Here:
 
     worker: Context | None = None
     arena: _core.Arena | None = None  # of that worker
+    state: SharedState | None = None  # of its runtime
     forked = False  # a task has forked, and this is the child: it may not touch what the worker owns
     lanes: dict[int, Context] = {}  # noqa: RUF012  # thread -> its own
 

@@ -25,6 +25,7 @@ from runtime.memory import resident
 from runtime.native import KernelFuture, Kernels
 from runtime.pressure import Pressure
 from runtime.progress import open_bar
+from runtime.state import SharedState
 from runtime.store import Store
 from runtime.supervisor import Supervisor
 
@@ -58,7 +59,10 @@ class Runtime(Front, Store, Kernels):
     5 s; the time is drawn anew for each. timeout: seconds that one attempt of a task, or one item of
     a map, may run. drain_timeout: seconds that workers have to leave at shutdown. max_worker_rss: bytes of
     unshared memory after which a worker is replaced; each draws its own limit between 90 and 100 % of that,
-    so that workers that grow alike do not leave at once. mp_context is accepted and ignored, with a warning.
+    so that workers that grow alike do not leave at once. state_max_items, state_max_bytes: limits of `state`
+    (bytes of keys and values, each item rounded up to a multiple of 128 or more): memory for those bytes is
+    taken at once; by default there are 16 MiB, which are taken as they are used. mp_context is accepted and
+    ignored, with a warning.
 
     Raises: TypeError, ValueError for bad arguments; OSError, RegionFull when the machine lacks what it needs;
     RuntimeError for "fork" in a process with threads.
@@ -94,8 +98,6 @@ class Runtime(Front, Store, Kernels):
         )  # fmt: skip
         if _exiting:
             raise RuntimeError("cannot make a Runtime after interpreter shutdown")
-        if self._settings.state_max_items is not None or self._settings.state_max_bytes is not None:
-            raise ValueError("state_max_items and state_max_bytes: shared state is not in this version")
         self._options = TaskOptions(
             self._settings.timeout, self._settings.retries, self._settings.retry_on, 0
         )
@@ -384,6 +386,14 @@ class Runtime(Front, Store, Kernels):
             self._shutdown = self._core.dispatcher.refusing = True
             self._core.end(reason, number)
             self._core.join()
+
+    @property
+    def state(self) -> SharedState:
+        """A map that the host and all workers share, where they find it as `runtime.current().state`.
+
+        It outlives workers, and can be used after shutdown, by this process. See docs/state.md.
+        """
+        return self._core.state
 
     # ---- small things --------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 
 from runtime import _core
 from runtime.channels import HostEnds, readable
+from runtime.state import SharedState
 from runtime.wire import REPORT_BYTES, WireError, decode_report, encode_report
 
 __all__ = ["Ending", "Heir", "Report", "Zygote", "exec_zygote"]
@@ -206,7 +207,9 @@ def _receive(connection: socket.socket, most: int) -> tuple[bytes, list[int]]:
     return data, list(fds)
 
 
-def exec_zygote(settings: dict[str, Any], arena: _core.Arena, environment: dict[str, str]) -> Zygote:
+def exec_zygote(
+    settings: dict[str, Any], arena: _core.Arena, state: SharedState, environment: dict[str, str]
+) -> Zygote:
     """A zygote that is a fresh interpreter. Raises: OSError when no process can be made."""
     import subprocess
 
@@ -232,7 +235,7 @@ def exec_zygote(settings: dict[str, Any], arena: _core.Arena, environment: dict[
         # The child gets /dev/null as 0, and keeps 1 and 2: ours must not be among these, even if the host
         # has closed its own.
         fds = []
-        for fd in (theirs.fileno(), arena.fd, host, config, stack_fd):
+        for fd in (theirs.fileno(), arena.fd, state.region.fd, host, config, stack_fd):
             fds.append(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3))
             passed.callback(os.close, fds[-1])
         process = subprocess.Popen(

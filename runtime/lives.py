@@ -30,13 +30,14 @@ from collections import deque
 from runtime import _core, config, serializer, stacks
 from runtime.channels import HostEnds
 from runtime.collector import Collector
-from runtime.errors import BrokenRuntime
+from runtime.errors import BrokenRuntime, RegionFull
 from runtime.handle import Report, Zygote
 from runtime.lifecycle import Number, Worker, WorkerStatus, death_of, how_it_ended, starts_possible
 from runtime.oom import MemoryWatch
 from runtime.relay import Relay, host_levels
 from runtime.restarts import WINDOW
 from runtime.sockets import HostLink
+from runtime.state import SharedState
 
 __all__ = ["Lives"]
 
@@ -57,6 +58,7 @@ class Lives(abc.ABC):
     dispatcher: _core.Dispatcher
     collector: Collector
     relay: Relay
+    state: SharedState
 
     def __init__(self, settings: config.Settings) -> None:
         self.settings = settings
@@ -293,6 +295,8 @@ class Lives(abc.ABC):
         worker.unready = not (left or self.dispatcher.worked(worker.slot))
         self._retire(worker)
         self.dispatcher.vacate(worker.slot)
+        with contextlib.suppress(RegionFull):  # no row for this process: those who wait find out themselves
+            self.state._bury()
         if worker.unready:
             if worker.ready and worker.died - worker.ready_at > WINDOW:
                 number.restarts.lived()

@@ -8,7 +8,9 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from typing import Any, NamedTuple, Self
 
-from runtime._core import StateLock, StateMap, StateWatch
+from runtime._core import SharedRegion, StateLock, StateMap, StateWatch
+
+_DEFAULT = 16 << 20  # bytes of items of a runtime's state
 
 
 class Change(NamedTuple):
@@ -68,6 +70,24 @@ class SharedState(StateMap):
     def alock(self, key: str | bytes, timeout: float | None = None) -> AsyncLock:
         """lock() for `async with`: other coroutines run while it waits."""
         return AsyncLock(self.lock(key, timeout), timeout)
+
+
+def state_of_runtime(max_items: int | None, max_bytes: int | None) -> SharedState:
+    """A map in a region of its own. Memory for `max_bytes` is there from the start; without it, for 16 MiB,
+    it comes with the pages that are touched. Raises: RegionFull when it is not there.
+    """
+    room = max_bytes or _DEFAULT
+    size = room + room * 5 // 16 + (256 << 10)  # words and buckets of the smallest blocks; rows of processes
+    region = SharedRegion.create(size, _later=((0, size),) if max_bytes is None else ())
+    return SharedState.create(region, max_items=max_items, max_bytes=room, _fresh=True)
+
+
+def open_state(fd: int) -> SharedState | None:
+    """That of a runtime, by its descriptor. None: some process has written over its header."""
+    try:
+        return SharedState.open(SharedRegion.from_fd(fd))
+    except ValueError:
+        return None
 
 
 class Watch:

@@ -33,6 +33,7 @@ from runtime.lifecycle import (
 from runtime.locks import Latch
 from runtime.relay import Relay
 from runtime.sockets import HostLink, make_folder
+from runtime.state import state_of_runtime
 from runtime.zygotes import Zygotes
 
 __all__ = ["Supervisor"]
@@ -62,6 +63,7 @@ class Supervisor(Zygotes):
         self._unpaused = settings.max_workers  # the last one that was not 0
         self._zygote_settings["folder"] = folder = make_folder()
         try:
+            self.state = state_of_runtime(settings.state_max_items, settings.state_max_bytes)
             self._first_zygote()
         except BaseException:
             os.rmdir(folder)

@@ -17,6 +17,7 @@ from runtime.calls import EXIT_KILLED, Leave
 from runtime.contexts import Context, Here, current
 from runtime.lanes import Crew
 from runtime.loop import EXIT_DESCRIPTORS, EXIT_FAILED, EXIT_HOST_GONE, EXIT_ORPHANED, Orders, Worker
+from runtime.state import SharedState
 
 __all__ = [
     "EXIT_DESCRIPTORS",
@@ -33,7 +34,7 @@ __all__ = [
 ]
 
 
-def main(arena: _core.Arena, orders: Orders) -> None:
+def main(arena: _core.Arena, state: SharedState | None, orders: Orders) -> None:
     """Be a worker, from the fork on. Never returns."""
     code = 1
     try:
@@ -51,7 +52,7 @@ def main(arena: _core.Arena, orders: Orders) -> None:
         ).start()
         os.register_at_fork(before=_before_fork, after_in_parent=_unmask, after_in_child=_after_fork)
         Here.worker = context = Context(orders.number, orders.slot, orders.generation)
-        Here.arena = arena
+        Here.arena, Here.state = arena, state
         if orders.levels is not None:
             forwarding.forward_records(orders.records, Here.context, orders.levels)
         serializer.adopt_main()

@@ -1,7 +1,7 @@
 """The zygote: a child that has imported the user's modules, has no threads, and forks workers on request.
 
     host                                   zygote (one thread, one poll loop)
-      │  exec, with five descriptors  ──►  sys.path, arguments, warnings, preload
+      │  exec, with six descriptors   ──►  sys.path, arguments, warnings, preload
       │  ◄── {"what": "importing"}         for each preloaded module
       │  ◄── {"what": "started"}           or "failed" with the traceback, or "threads" with the module
       │  {"what": "fork", slot …}     ──►  fork; pidfd_open before it may reap
@@ -43,6 +43,7 @@ from runtime.handle import Ending, Zygote
 from runtime.heirs import Heirs
 from runtime.inherit import forget_host, has_threads, refuse_threads
 from runtime.sockets import Paths
+from runtime.state import SharedState, open_state
 from runtime.wire import REPORT_BYTES, decode_report, encode_report
 
 __all__ = ["fork_zygote", "main"]
@@ -51,7 +52,9 @@ _HOST_END = 1.0  # seconds for a host that has closed its end to be gone
 _STACK_AFTER = 9.0  # seconds after which a module that is still being imported leaves its stack
 
 
-def fork_zygote(settings: dict[str, Any], arena: _core.Arena, environment: dict[str, str]) -> Zygote:
+def fork_zygote(
+    settings: dict[str, Any], arena: _core.Arena, state: SharedState, environment: dict[str, str]
+) -> Zygote:
     """Fork a zygote from this process. Raises: RuntimeError if that has threads; OSError."""
     refuse_threads()
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
@@ -65,7 +68,7 @@ def fork_zygote(settings: dict[str, Any], arena: _core.Arena, environment: dict[
     try:
         pid = os.fork()
         if pid == 0:
-            _become_zygote(theirs, arena, host, stack_fd, settings, environment, mask, collecting)
+            _become_zygote(theirs, arena, state, host, stack_fd, settings, environment, mask, collecting)
         pidfd = _core.pidfd_open(pid)
         return Zygote(ours, pid, pidfd, stack_fd, Ending(pidfd))
     except BaseException:
@@ -102,11 +105,17 @@ class _Process(Heirs):
     """The zygote's state: its children by slot, and who asks."""
 
     def __init__(
-        self, connection: socket.socket, arena: _core.Arena, host_pidfd: int, settings: dict[str, Any]
+        self,
+        connection: socket.socket,
+        arena: _core.Arena,
+        state: SharedState | None,
+        host_pidfd: int,
+        settings: dict[str, Any],
     ) -> None:
         super().__init__()
         self.connection = connection
         self.arena = arena
+        self.state = state
         self.host_pidfd = host_pidfd
         self.settings = settings
         self.children: dict[int, tuple[int, int, int]] = {}  # pidfd -> (pid, slot, incarnation)
@@ -215,7 +224,7 @@ class _Process(Heirs):
                 imports=tuple(self.settings["imports"]), records=records, stack=stack, levels=order["levels"],
                 threads=self.settings["threads"],
             )  # fmt: skip
-            worker.main(self.arena, orders)
+            worker.main(self.arena, self.state, orders)
         finally:
             os._exit(1)
 
@@ -294,8 +303,8 @@ class _Process(Heirs):
 
 def main() -> None:
     """The process: `python -c … main()` with the descriptors' numbers in sys.argv. Never returns."""
-    fds = [int(text) for text in sys.argv[1:6]]
-    connection, region, host, config, stack = fds
+    fds = [int(text) for text in sys.argv[1:7]]
+    connection, region, state, host, config, stack = fds
     for fd in fds:
         os.set_inheritable(fd, False)
     _have_streams()
@@ -306,20 +315,22 @@ def main() -> None:
     gc.enable()
     settings = pickle.loads(_read(config))
     _like_the_host(settings)
-    process = _Process(socket.socket(fileno=connection), _core.Arena.attach_fd(region), host, settings)
+    arena = _core.Arena.attach_fd(region)
+    process = _Process(socket.socket(fileno=connection), arena, open_state(state), host, settings)
     os.close(region)
+    os.close(state)
     process.stack_fd = stack
     process.lead()
 
 
 def _become_zygote(
-    connection: socket.socket, arena: _core.Arena, host: int, stack_fd: int, settings: dict[str, Any],
-    environment: dict[str, str], mask: set[signal.Signals | int], collecting: bool,
+    connection: socket.socket, arena: _core.Arena, state: SharedState, host: int, stack_fd: int,
+    settings: dict[str, Any], environment: dict[str, str], mask: set[signal.Signals | int], collecting: bool,
 ) -> None:  # fmt: skip
     """The process that was forked from the host. Never returns."""
     try:
         arena.adopt_process()
-        forget_host((connection.fileno(), arena.fd, host, stack_fd))
+        forget_host((connection.fileno(), arena.fd, state.region.fd, host, stack_fd))
         worker.reset_signals()
         _stay()
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # as in main()
@@ -329,7 +340,7 @@ def _become_zygote(
         os.environ.update({name: text for name, text in environment.items() if name not in os.environ})
         _core.become_subreaper()
         serializer.keep_main()
-        process = _Process(connection, arena, host, settings)
+        process = _Process(connection, arena, state, host, settings)
         process.keeps_heir = True
         process.stack_fd = stack_fd
         process.lead()

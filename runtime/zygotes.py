@@ -60,14 +60,14 @@ class Zygotes(Lives):
     def _first_zygote(self) -> None:
         """A zygote that is forked from the host must be, before we start any thread."""
         if self.settings.start_method == "fork":
-            self._zygote = fork_zygote(self._zygote_settings, self.arena, self._environment)
+            self._zygote = fork_zygote(self._zygote_settings, self.arena, self.state, self._environment)
 
     def _new_zygote(self) -> bool:
         if self.settings.start_method == "fork":
             return self._take_heir()
         self.arena.restate()  # it goes by what it finds there
         try:
-            self._zygote = exec_zygote(self._zygote_settings, self.arena, self._environment)
+            self._zygote = exec_zygote(self._zygote_settings, self.arena, self.state, self._environment)
         except OSError as error:
             self._zygote_failed(f"no process for the zygote could be made: {error}")
             return False

@@ -11,7 +11,6 @@ import random
 import signal
 import threading
 import time
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from marks import FORKS_BESIDE_THREADS
+from sealing import check_sealed, chunks, sealed, writer
 from watching import fork, join, stopped, until
 
 from runtime import MemoryPool, RegionFull, SharedRegion, SharedState
@@ -34,17 +34,6 @@ def number(n: int) -> bytes:
     return n.to_bytes(8, "little", signed=True)
 
 
-def sealed(key: str, n: int, size: int) -> bytes:
-    """A value that says whose it is and whether it is whole."""
-    body = f"{key}:{n}:".encode() + random.randbytes(size)
-    return zlib.crc32(body).to_bytes(4, "little") + body
-
-
-def check_sealed(key: str, value: bytes) -> None:
-    assert zlib.crc32(value[4:]) == int.from_bytes(value[:4], "little"), "torn"
-    assert value[4:].startswith(f"{key}:".encode()), "another key's"
-
-
 def check_blocks(state: SharedState) -> None:
     """Every unit is in use by a key that is there, or free; nothing is left of the dead."""
     state.sweep()
@@ -56,21 +45,6 @@ def check_blocks(state: SharedState) -> None:
     whole = SharedState.create(SharedRegion.create(state.region.size)).bytes_free()
     names = chunks(state)
     assert state.bytes_free() + names * 128 == whole
-
-
-def chunks(state: SharedState) -> int:
-    """How many chunks the chains have, read from the format."""
-    region = state.region
-    rows, buckets = region.load_u64(48), region.load_u64(40)
-    at, units, width = 256 + 64 * rows, region.load_u64(24), region.load_u64(32)
-    first = at + 64 * buckets + (8 * units + 63 & ~63)
-    count = 0
-    for i in range(buckets):
-        link = region.load_u64(at + 64 * i + 16)
-        while link:
-            count += 1
-            link = region.load_u64(first + (link - 1) * width + 32)
-    return count
 
 
 # ---- one process ---------------------------------------------------------------------------------
@@ -486,27 +460,8 @@ def test_one_key_is_inserted_once_by_many(state: SharedState) -> None:
     check_blocks(state)
 
 
-def writer(state: SharedState, seed: int) -> None:
-    """Sets, deletes, inserts until its parent is gone, and reads what others wrote."""
-    chance, parent = random.Random(seed), os.getppid()
-    n = 0
-    while os.getppid() == parent:
-        n += 1
-        key = f"key {chance.randrange(24)}"
-        move = chance.random()
-        if move < 0.6:
-            state.set(key, sealed(key, n, chance.choice((8, 60, 150, 700))))
-        elif move < 0.7:
-            state.delete(key)
-        elif move < 0.8:
-            state.set(key, sealed(key, n, 30), ttl=0.0005)
-        elif (value := state.get(key)) is not None:
-            check_sealed(key, value)
-        state.add(f"ops {seed}")
-
-
 @pytest.mark.timeout(180)
-@pytest.mark.parametrize("kills", [300])
+@pytest.mark.parametrize("kills", [50])
 def test_killed_anywhere(state: SharedState, kills: int) -> None:
     """No value is torn, no block is lost, and nobody waits for the dead."""
     chance = random.Random(kills)

@@ -39,6 +39,25 @@ GOALS = (
         {"kills": (500, 100_000)},
     ),
     Goal(
+        (6,),
+        "values of the shared state are never torn, whoever is killed as he writes",
+        "test_shared_state.py::test_values_are_never_torn",
+        {"kills": (300, 10_000)},
+    ),
+    Goal(
+        (7,),
+        "the shared state is linearizable per key, also under kills",
+        "test_shared_state.py::test_histories_are_linearizable",
+        {"histories": (200, 10_000)},
+    ),
+    Goal(
+        (8,),
+        "a dead holder's lock passes on, a living one's never",
+        "test_shared_state.py::test_a_dead_holders_lock_passes_on",
+        {"locks": (200, 10_000)},
+        "10 ms",
+    ),
+    Goal(
         (9,),
         "full memory is an exception, never SIGBUS",
         "test_full_memory.py::test_full_memory_is_an_exception",
