@@ -78,6 +78,8 @@ class Kernel:
     def __init__(
         self, name: str, *, partial: int = 0, combine: Combine | None = None, inout: bool = False
     ) -> None:
+        if not isinstance(name, str):
+            raise TypeError(f"a kernel's name must be text, not {type(name).__name__}")
         module, colon, symbol = name.partition(":")
         if not (module and colon and symbol):
             raise ValueError(f'a kernel is named as "package.module:name", not {name!r}')
@@ -98,7 +100,9 @@ class Kernel:
         """A function of a shared library, which has no signature to check. path: as dlopen's. Raises: OSError
         for a library that cannot be loaded; LookupError.
         """
-        library = os.fspath(path)
+        library = os.fsdecode(path)
+        if not isinstance(symbol, str):
+            raise TypeError(f"symbol must be text, not {type(symbol).__name__}")
         if os.sep in library:
             library = os.path.abspath(library)
         return cls._made(f"{library}:{symbol}", ("library", library, symbol), partial, combine, inout)
@@ -114,10 +118,7 @@ class Kernel:
 
         if not isinstance(function, ctypes._CFuncPtr):  # type: ignore[attr-defined]
             raise TypeError(f"from_ctypes() needs a function of ctypes, not {type(function).__name__}")
-        arguments: Any = function.argtypes
-        if arguments is not None and len(arguments) != 5:
-            found = ", ".join(kind.__name__ for kind in arguments)
-            raise TypeError(f"a kernel is {SIGNATURE}; this function takes ({found})")
+        _check_ctypes(function)
         address = ctypes.cast(function, ctypes.c_void_p).value or 0
         return cls._at(address, function, partial, combine, inout)
 
@@ -126,7 +127,7 @@ class Kernel:
         cls, low_level_callable: Any, *, partial: int = 0, combine: Combine | None = None, inout: bool = False
     ) -> Kernel:
         """A scipy.LowLevelCallable without user_data. Raises: as from_ctypes; ValueError with user_data."""
-        if not isinstance(low_level_callable, tuple):
+        if not (isinstance(low_level_callable, tuple) and low_level_callable):
             kind = type(low_level_callable).__name__
             raise TypeError(f"from_scipy() needs a scipy.LowLevelCallable, not {kind}")
         signature, address = _core.read_capsule(tuple.__getitem__(low_level_callable, 0))
@@ -239,7 +240,20 @@ def _in_library(path: str, symbol: str) -> _Found:
             f"library {path} has no symbol {symbol!r}; `nm -D {path}` lists those that it has. In C++ a "
             'kernel is `extern "C"`; a static function has none'
         ) from None
-    return _Found(ctypes.cast(function, ctypes.c_void_p).value or 0, library)
+    address = ctypes.cast(function, ctypes.c_void_p).value or 0
+    if not _is_code(address):
+        raise LookupError(f"{symbol!r} of library {path} is no function, but data")
+    return _Found(address, library)
+
+
+def _is_code(address: int) -> bool:
+    with open("/proc/self/maps") as lines:
+        for line in lines:
+            bounds, rights, *_ = line.split(maxsplit=2)
+            start, end = (int(bound, 16) for bound in bounds.split("-"))
+            if start <= address < end:
+                return "x" in rights
+    return False
 
 
 def _by_numba(data: bytes) -> _Found:
@@ -295,6 +309,25 @@ def _check_signature(signature: str, what: str) -> None:
     plain = found.replace("(const", "(").replace(",const", ",")
     if plain != "int(void*,size_t,void*,size_t,void*)":
         raise TypeError(f"a kernel is {SIGNATURE}; {what} is {signature or 'without a signature'}")
+
+
+def _check_ctypes(function: Any) -> None:
+    """What it was told of its types. Nothing was: then nobody can check it."""
+    import ctypes
+
+    def pointer(kind: Any) -> bool:
+        code = getattr(kind, "_type_", None)  # of a number it is one character
+        return not isinstance(code, str) or code in "PzZ"
+
+    arguments, result = function.argtypes, function.restype
+    fits = result is ctypes.c_int
+    if fits and arguments is not None:
+        sizes = tuple(arguments[1::2])
+        fits = len(arguments) == 5 and all(map(pointer, arguments[::2])) and sizes == (ctypes.c_size_t,) * 2
+    if not fits:
+        found = ", ".join(getattr(kind, "__name__", str(kind)) for kind in arguments or ())
+        name = getattr(result, "__name__", str(result))
+        raise TypeError(f"a kernel is {SIGNATURE}; this function is {name} ({found})")
 
 
 def _check_numba(signature: Any) -> None:

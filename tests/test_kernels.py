@@ -169,6 +169,9 @@ def test_libraries(library: str, pool: Runtime) -> None:
         Kernel.from_library("/no_such/library.so", "upper")
     with pytest.raises(LookupError):
         Kernel.from_library("libc.so.6", "no_such_function")
+    with pytest.raises(LookupError, match="'environ' .* is no function"):
+        Kernel.from_library("libc.so.6", "environ")
+    assert Kernel.from_library(os.fsencode(library), "upper").name == f"{library}:upper"
 
 
 def test_the_example_package(tmp_path: Path) -> None:
@@ -210,6 +213,29 @@ def test_functions_of_ctypes_that_are_none() -> None:
         Kernel.from_ctypes(len)
 
 
+def test_types_that_ctypes_was_told(library: str) -> None:
+    """A function that was told none cannot be checked; all that differ from a kernel's are refused."""
+
+    def told(result: Any, *arguments: Any) -> Any:
+        function = ctypes.CDLL(library).upper
+        function.restype, function.argtypes = result, list(arguments)
+        return function
+
+    word, number = ctypes.c_void_p, ctypes.c_size_t
+    doubles = ctypes.POINTER(ctypes.c_double)
+    for arguments in ((word, number, word, number, word), (doubles, number, ctypes.c_char_p, number, doubles)):
+        assert Kernel.from_ctypes(told(ctypes.c_int, *arguments)).name == f"{library}:upper"
+    for result, *others in (
+        (ctypes.c_double, word, number, word, number, word),
+        (None, word, number, word, number, word),
+        (ctypes.c_int, number, word, number, word, word),
+        (ctypes.c_int, word, ctypes.c_int, word, ctypes.c_int, word),
+        (ctypes.c_int, word, number),
+    ):
+        with pytest.raises(TypeError, match=r"a kernel is int .*; this function is \w+ \("):
+            Kernel.from_ctypes(told(result, *others))
+
+
 def test_numba(pool: Runtime) -> None:
     if numba is None:
         pytest.skip("numba is not installed")
@@ -248,6 +274,15 @@ def test_scipy(library: str, pool: Runtime) -> None:
         Kernel.from_scipy(scipy.LowLevelCallable(function, ctypes.c_void_p(1)))
     with pytest.raises(LookupError):
         Kernel.from_scipy(scipy.LowLevelCallable.from_cython(runtime._builtin, "crc32"))
+
+
+def test_names_that_are_no_text(library: str) -> None:
+    with pytest.raises(TypeError, match="name must be text, not int"):
+        Kernel(3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="symbol must be text, not bytes"):
+        Kernel.from_library(library, b"upper")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="LowLevelCallable"):
+        Kernel.from_scipy(())
 
 
 def test_arguments_of_kernels(library: str) -> None:
