@@ -1,4 +1,4 @@
-/* Kernels for tests/test_kernels.py, which compiles them. */
+/* Kernels for tests/test_kernels.py and the storm, which compile them. */
 #include <fcntl.h>
 #include <sched.h>
 #include <stdatomic.h>
@@ -6,6 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <time.h>
 #include <unistd.h>
 
 /* What a gate is: two words in a file, whose path are the params up to a NUL. */
@@ -87,6 +88,21 @@ int add_up(const void *src, size_t n, void *dst, size_t m, const void *params) {
     for (size_t i = 0; i < n / 2; i++) *out += ((const unsigned char *)src)[i];
     pass(params);
     for (size_t i = n / 2; i < n; i++) *out += ((const unsigned char *)src)[i];
+    return 0;
+}
+
+/* Adds src to dst; half-way it takes as many ns as params say. */
+int add_slowly(const void *src, size_t n, void *dst, size_t m, const void *params) {
+    const double *x = src;
+    double *y = dst;
+    struct timespec since, now;
+    int64_t ns = *(const int64_t *)params;
+    (void)n;
+    for (size_t i = 0; i < m / 16; i++) y[i] += x[i];
+    clock_gettime(CLOCK_MONOTONIC, &since);
+    do clock_gettime(CLOCK_MONOTONIC, &now);
+    while ((now.tv_sec - since.tv_sec) * 1000000000LL + now.tv_nsec - since.tv_nsec < ns);
+    for (size_t i = m / 16; i < m / 8; i++) y[i] += x[i];
     return 0;
 }
 

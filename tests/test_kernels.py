@@ -169,7 +169,7 @@ def test_libraries(library: str, pool: Runtime) -> None:
         Kernel.from_library("/no_such/library.so", "upper")
     with pytest.raises(LookupError):
         Kernel.from_library("libc.so.6", "no_such_function")
-    with pytest.raises(LookupError, match="'environ' .* is no function"):
+    with pytest.raises(LookupError, match=r"'environ' .* is no function"):
         Kernel.from_library("libc.so.6", "environ")
     assert Kernel.from_library(os.fsencode(library), "upper").name == f"{library}:upper"
 
@@ -223,7 +223,10 @@ def test_types_that_ctypes_was_told(library: str) -> None:
 
     word, number = ctypes.c_void_p, ctypes.c_size_t
     doubles = ctypes.POINTER(ctypes.c_double)
-    for arguments in ((word, number, word, number, word), (doubles, number, ctypes.c_char_p, number, doubles)):
+    for arguments in (
+        (word, number, word, number, word),
+        (doubles, number, ctypes.c_char_p, number, doubles),
+    ):
         assert Kernel.from_ctypes(told(ctypes.c_int, *arguments)).name == f"{library}:upper"
     for result, *others in (
         (ctypes.c_double, word, number, word, number, word),

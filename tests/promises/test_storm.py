@@ -16,7 +16,7 @@ CODE = "import sys; sys.path.append(sys.argv[2]); from storm import host; host.m
 MANY = 1_000  # kills, in a storm that has met all there is
 MET = (
     "growths", "trim", "arguments by value", "arrays without room", "Refs", "Refs released", "Refs of Refs",
-    "looks while arguments were kept",
+    "looks while arguments were kept", "kernels",
 )  # fmt: skip
 GROWTH = {  # by which each may grow in a slice: what is less is no leak, or one for a longer slice to see
     "memory of the host": 4 << 20,
@@ -80,4 +80,4 @@ def test_nothing_grows_in_a_steady_storm(tally, tmp_path):
 def test_a_moment_of_it(method, tmp_path):
     """For `make test`. So many kills, not so many seconds: those of a slow machine may be too few."""
     counts = storm(method, tmp_path / "it", seed="a moment", kills=60)["counts"]
-    assert counts["kills"] >= 60 and counts["results"] > 0
+    assert counts["kills"] >= 60 and counts["results"] > 0 and counts["kernels"] > 0

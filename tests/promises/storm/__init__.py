@@ -3,6 +3,7 @@
     host.py      a process of its own: runtimes one after another, waves of orders, the calm after them
     weather.py   what strikes: kills, stops, recycling, scaling
     orders.py    what is asked for, by submit, map and asyncio, and which outcomes each may have
+    kernels.py   kernels, which run to their end whatever dies
     tasks.py     what runs in the workers, and notes in a ledger on disk that it does
     accounts.py  outcomes against the ledger; blocks, leases, descriptors, processes, threads, files
     slopes.py    whether a series of samples grows

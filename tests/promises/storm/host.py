@@ -32,8 +32,8 @@ from watching import all_ready, until
 
 import runtime
 
-from . import accounts, arrays, tasks
-from .orders import CLIENTS, PATIENCE, Wave
+from . import accounts, arrays, kernels, orders, tasks
+from .orders import PATIENCE, Wave
 from .weather import KILLS_ALONE, STORM, Weather
 
 ROUND = 8.0  # seconds of storm for a runtime
@@ -41,6 +41,7 @@ WAVE = 3.0  # seconds for which a wave rises
 STEADY_WAVE = 0.4  # … where samples are taken after each
 ZYGOTE = 24 << 20  # bytes that a fresh interpreter has, with what it imports
 ROOM = 8 << 20  # bytes that a worker may grow
+CLIENTS = (*orders.CLIENTS, kernels.grinding)
 KILLS = ("kill", "newborn", "zygote", "heir")
 TIGHT = {"region_size": "256KiB", "region_max": "2MiB"}  # every other runtime's: it grows, and is full
 
@@ -61,7 +62,7 @@ class Storm:
         self.counts = Counter()
         self.samples = {}  # what -> [(seconds, value)]
         self.settings = {}
-        self.rt = self.weather = self.ledger = None
+        self.rt = self.weather = self.ledger = self.slow = None
         self.logs = deque(maxlen=50)  # what the runtime has warned of
         self.words = accounts.Words()
         self.out = self.folder / "stdout"
@@ -76,6 +77,7 @@ class Storm:
     def run(self):
         """Until there were enough kills, or it has lasted long enough."""
         prime()
+        self.slow = kernels.compiled(self.folder)
         before = accounts.taken()
         while self.more():
             self.one_runtime()
@@ -129,7 +131,7 @@ class Storm:
         faulthandler.dump_traceback_later(3 * PATIENCE, exit=True)
         path = self.folder / f"ledger-{next(self.keys)}"
         seconds = STEADY_WAVE if self.steady else WAVE
-        wave = Wave(self.rt, str(path), self.keys, seconds, self.more)
+        wave = Wave(self.rt, str(path), self.keys, seconds, self.more, self.slow)
         draws = [random.Random(self.draw.random()) for _ in CLIENTS]
         with concurrent.futures.ThreadPoolExecutor(len(CLIENTS)) as pool:
             clients = [

@@ -85,8 +85,9 @@ class Order:
 class Wave:
     """What its clients share: where they hand in, where the ledger is, how long the wave rises."""
 
-    def __init__(self, rt, path, keys, seconds, more):
+    def __init__(self, rt, path, keys, seconds, more, slow=None):
         self.rt, self.path, self.keys, self.more = rt, path, keys, more
+        self.slow = slow  # a kernel that takes its time, if there is a compiler
         self.until = time.monotonic() + seconds
         self.orders = []
         self.stock = arrays.Stock()
