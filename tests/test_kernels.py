@@ -23,6 +23,7 @@ import subprocess
 import sys
 import sysconfig
 import threading
+import time
 import weakref
 import zlib
 from collections.abc import Callable, Iterator
@@ -749,6 +750,38 @@ def test_stats(library: str, factory: Callable[..., Runtime], doorway: Doorway) 
     doorway.open()
     job.result(30)
     assert rt.stats().kernels == ()
+
+
+def held(flag: Any) -> None:
+    """A task that has the GIL, but for what others take of it."""
+    while not flag[0]:
+        pass
+
+
+def test_progress_grows_while_a_neighbour_holds_the_gil(
+    library: str, factory: Callable[..., Runtime]
+) -> None:
+    """A participant needs no GIL between its grains: once it has begun, all are done without it."""
+    rt = factory(1, threads=2)
+    name, grains, ns = f"{library}:add_slowly", 200, 1_000_000
+    kernel = Kernel.from_library(library, "add_slowly", inout=True)
+    src, flag = np.ones(grains * 512), rt.alloc(1)
+    dst = np.zeros_like(src)
+    flag[0] = 0
+    neighbour = rt.submit(held, flag)
+    until(neighbour.running, "the other thread is busy")
+    seen: set[int] = set()
+    began = time.monotonic()
+    job = background(lambda: rt.run_kernel(kernel, src, dst, params=struct.pack("q", ns), grain=PAGE))
+    while not job.done():
+        seen |= {done for *what, done in rt.stats().kernels if what == [name, grains]}
+    took = time.monotonic() - began
+    flag[0] = 1
+    neighbour.result(30)
+    job.result(30)
+    assert (dst == 1).all() and len(seen) > 10
+    # 5 ms (sys.getswitchinterval) more for each grain if it needed the GIL.
+    assert took < 4 * grains * ns / 1e9
 
 
 # ---- deaths ------------------------------------------------------------------------------------------
