@@ -391,7 +391,8 @@ class Runtime(Front, Store, Kernels):
     def state(self) -> SharedState:
         """A map that the host and all workers share, where they find it as `runtime.current().state`.
 
-        It outlives workers, and can be used after shutdown, by this process. See docs/state.md.
+        It outlives workers, and ends with the Runtime: after shutdown its methods raise ValueError. See
+        docs/state.md.
         """
         return self._core.state
 

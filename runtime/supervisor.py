@@ -10,6 +10,7 @@ loop:  respawn  a worker for each number that has none, after its back-off      
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import select
@@ -344,4 +345,6 @@ class Supervisor(Zygotes):
         self.link.close()
         self._bell.close()
         self.arena.release()
+        with contextlib.suppress(BufferError):  # a view of the user's: it ends with that
+            self.state.region.close()
         self.ended.set()

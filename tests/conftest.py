@@ -464,7 +464,6 @@ def shared(shared_options: dict[str, Any]) -> Iterator[runtime.Runtime]:
         ready(rt).submit(abs, -1).result()
         yield rt
         assert rt.stats().rescued == 0
-    rt.state.region.close()  # it lives as long as the Runtime, which the arguments of the last test still hold
 
 
 @pytest.fixture
