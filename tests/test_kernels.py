@@ -763,7 +763,7 @@ def test_progress_grows_while_a_neighbour_holds_the_gil(
 ) -> None:
     """A participant needs no GIL between its grains: once it has begun, all are done without it."""
     rt = factory(1, threads=2)
-    name, grains, ns = f"{library}:add_slowly", 200, 1_000_000
+    name, grains, ns = f"{library}:add_slowly", 2_000, 100_000
     kernel = Kernel.from_library(library, "add_slowly", inout=True)
     src, flag = np.ones(grains * 512), rt.alloc(1)
     dst = np.zeros_like(src)
@@ -773,15 +773,18 @@ def test_progress_grows_while_a_neighbour_holds_the_gil(
     seen: set[int] = set()
     began = time.monotonic()
     job = background(lambda: rt.run_kernel(kernel, src, dst, params=struct.pack("q", ns), grain=PAGE))
-    while not job.done():
-        seen |= {done for *what, done in rt.stats().kernels if what == [name, grains]}
-    took = time.monotonic() - began
-    flag[0] = 1
+    try:
+        while not job.done():
+            seen |= {done for *what, done in rt.stats().kernels if what == [name, grains]}
+            time.sleep(0.001)  # the other processor is the kernel's
+        took = time.monotonic() - began
+    finally:
+        flag[0] = 1
     neighbour.result(30)
     job.result(30)
     assert (dst == 1).all() and len(seen) > 10
-    # 5 ms (sys.getswitchinterval) more for each grain if it needed the GIL.
-    assert took < 4 * grains * ns / 1e9
+    # 5 ms (sys.getswitchinterval) more for each grain if it needed the GIL: 10 s.
+    assert took < 5
 
 
 # ---- deaths ------------------------------------------------------------------------------------------
