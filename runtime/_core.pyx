@@ -24,7 +24,9 @@
     _stacks    next_question                         how a worker hears that its stacks are wanted
     _bell      Bell, Outlet, Recent, replaced        what any thread may do, without a lock
     _shaped    Shaped                                a flat buffer with a format and a shape
-    _state     StateMap, StateLock                   a map that all processes share, and its locks
+    _mapaccess                                       how a process gets at a map in a region
+    _statelock StateLock                             a lock of it, by name
+    _state     StateMap                              a map that all processes share
     _watch     StateWatch                            what has changed in it
     _stdio     line_buffer_stdio, flush_stdio        what C keeps of a worker's output
     _stream    Stream                                the iterator of a map
@@ -74,7 +76,8 @@ from runtime._runner import LEASE_LOST, Runner
 from runtime._series import read_series
 from runtime._shaped import Shaped
 from runtime._stacks import next_question
-from runtime._state import StateLock, StateMap
+from runtime._state import StateMap
+from runtime._statelock import StateLock
 from runtime._stdio import flush_stdio, line_buffer_stdio
 from runtime._stream import Stream
 from runtime._submit import Submitter

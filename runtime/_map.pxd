@@ -47,7 +47,7 @@ cdef inline bint map_find(map_t *m, map_key *k, map_place *place) noexcept nogil
     cdef map_bucket *bucket = &m.buckets[k.hash & m.mask]
     cdef uint64_t at
     place.vacant = NULL
-    for at in range(CELLS):
+    for at in range(<uint64_t>CELLS):
         if look_at_cell(m, &bucket.cells[at], at, k, place):
             return True
     if a64_load_acquire(&bucket.next) == 0 and cell_block(a64_load_acquire(&bucket.pending)) == 0:

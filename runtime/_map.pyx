@@ -53,13 +53,13 @@ cdef bint map_find_on(map_t *m, map_bucket *bucket, map_key *k, map_place *place
     if cell_block(p):
         map_help(m, bucket, p)
     place.vacant = NULL
-    for i in range(CELLS):
+    for i in range(<uint64_t>CELLS):
         if look_at_cell(m, &bucket.cells[i], i, k, place):
             return True
     at = CELLS
     chunk = chunk_after(m, &bucket.next)
     while chunk != NULL and at < MAX_CELLS:
-        for i in range(CHUNK_CELLS):
+        for i in range(<uint64_t>CHUNK_CELLS):
             if look_at_cell(m, &chunk.cells[i], at + i, k, place):
                 return True
         at += CHUNK_CELLS
@@ -156,7 +156,7 @@ cdef bint map_names(map_t *m, uint64_t b) noexcept nogil:
     cdef map_chunk *chunk
     if cell_block(p) == b + 1:
         map_help(m, bucket, p)
-    for i in range(CELLS):
+    for i in range(<uint64_t>CELLS):
         if cell_block(a64_load_seq_cst(&bucket.cells[i])) == b + 1:
             return True
     at = CELLS
@@ -166,7 +166,7 @@ cdef bint map_names(map_t *m, uint64_t b) noexcept nogil:
         chunk = chunk_after(m, link)
         if chunk == NULL:
             return False
-        for i in range(CHUNK_CELLS):
+        for i in range(<uint64_t>CHUNK_CELLS):
             if cell_block(a64_load_seq_cst(&chunk.cells[i])) == b + 1:
                 return True
         link = &chunk.next

@@ -197,5 +197,5 @@ cdef bint reclaim(map_t *m, map_bucket *bucket, a64_t *cell, uint64_t w) noexcep
 
 cdef void map_tidy(map_t *m, int64_t now) noexcept nogil:
     cdef uint64_t i = a64_fetch_add_relaxed(&m.head.cursor, TIDY), k
-    for k in range(TIDY):
+    for k in range(<uint64_t>TIDY):
         tidy_bucket(m, &m.buckets[(i + k) & m.mask], now, False)

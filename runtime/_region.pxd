@@ -34,7 +34,7 @@ cdef struct region_pool:        # where the region's MemoryPool is; the protocol
     a64_t at
     uint64_t spare[6]
 
-cdef struct region_state:       # where the region's SharedState is; the protocol stands in _state.pyx
+cdef struct region_state:       # where the region's SharedState is; the protocol stands in _mapaccess.pyx
     a64_t claim                 # as in region_pool, by who formats a map
     a64_t at                    # 0 -> file offset of the map's header, by the holder of the claim, once
     uint64_t spare[6]

@@ -18,7 +18,8 @@ from runtime._atomics cimport (
 )
 from runtime._map cimport map_cell
 from runtime._maplayout cimport K_VALUE, map_key, map_t
-from runtime._state cimport StateMap, key_of
+from runtime._mapaccess cimport key_of
+from runtime._state cimport StateMap
 
 
 cdef enum:

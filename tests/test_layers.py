@@ -36,6 +36,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("_map",),
     ("_maplock",),
     ("_mapsweep",),
+    ("_mapaccess",),
+    ("_statelock",),
     ("_state", "_threads", "_runner", "_records"),
     ("_watch",),
     ("_leasing",),
