@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from runtime.kernels import Kernel
     from runtime.lifecycle import WorkerStatus
     from runtime.refs import Ref
+    from runtime.reloads import ReloadReport
     from runtime.state import Change, SharedState
 
 # The host's side, imported when it is asked for: a zygote and its workers start sooner without it.
@@ -48,6 +49,7 @@ _HOST = {
     "Future": "future",
     "Kernel": "kernels",
     "Ref": "refs",
+    "ReloadReport": "reloads",
     "Runtime": "executor",
     "SharedState": "state",
     "Stats": "figures",
@@ -83,6 +85,7 @@ __all__ = [
     "Ref",
     "RegionFull",
     "ReloadFailed",
+    "ReloadReport",
     "RemoteError",
     "Runtime",
     "RuntimeFailure",

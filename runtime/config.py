@@ -47,6 +47,7 @@ MAX_THREADS: Final = 64
 MAX_LANES: Final = 2000  # threads of all workers together: each has a slot of the table
 _MAX_COUNT: Final = 2**31 - 1
 _MAX_SECONDS: Final = 1e9  # 31 years: a deadline in nanoseconds stays far from 2^63
+_RELOAD_TIMEOUT: Final = 60.0
 _MIN_STATE: Final = 1 << 10  # bytes
 MAX_REGION: Final = (2**28 - 2) << 12  # bytes that extent words can tell apart, see _layout.pxd
 _MAX_BYTES: Final = 2**46  # half of the address space of a process
@@ -309,6 +310,11 @@ def _workers(value: int | None, threads: int) -> int:
 def scaled(value: object) -> int:
     """What Runtime.scale() may be told: from 0 to MAX_WORKERS. Raises: TypeError, ValueError."""
     return _count("the number of workers", value, 0, MAX_WORKERS)
+
+
+def reload_timeout(value: object) -> float:
+    """What Runtime.reload() may be told, in seconds. Raises: TypeError, ValueError."""
+    return _RELOAD_TIMEOUT if value is None else _seconds("timeout", value)
 
 
 def _whole(what: str, value: object, kind: str = "an int") -> int:

@@ -14,6 +14,7 @@ import functools
 import itertools
 import os
 import pickle
+import sys
 import types
 import weakref
 from collections import OrderedDict
@@ -78,6 +79,12 @@ class FunctionTable:
         if issubclass(type(fn), CODE_TYPES):
             return self._ref_code(fn)
         return self._ref_object(fn)
+
+    def modules(self) -> list[str]:
+        """Those outside of the standard library in which another process finds what was sent by name."""
+        entries = list(self._entries.values())
+        names = {entry.ref.module for entry in entries if entry.guards is None}
+        return sorted(name for name in names if name.partition(".")[0] not in sys.stdlib_module_names)
 
     def _ref_code(self, fn: Any) -> FunctionRef:
         where = locate(fn)

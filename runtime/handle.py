@@ -66,6 +66,8 @@ class Zygote:
         self.socket.setblocking(False)
         self.pid, self.pidfd, self.stack_fd = pid, pidfd, stack_fd
         self._ending = ending
+        self.generation = 1  # of the code that it has imported
+        self.leave_by = 0.0  # monotonic time at which it is killed, 0: it is not asked to leave
         self.importing = ""  # the preload module that is being imported now
         self.started = False  # it forks from now on
         self.unsent: deque[bytes] = deque()

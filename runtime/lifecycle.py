@@ -75,6 +75,7 @@ class Worker:
     died: float = 0.0  # monotonic seconds, 0: alive
     patience: float = REPORT_WAIT  # seconds from its death until its slot is swept without a report
     leave_by: float = 0.0  # monotonic time at which it is killed, 0: not leaving
+    successor: bool = False  # a reload has started it beside the worker of its number, and it is not ready
     unready: bool = False  # it died before it was ready, or had done nothing since
     reported: bool = False  # the zygote has said how it ended, and that its descendants are gone
     status: int | None = None  # exit code, negative for a signal
@@ -218,6 +219,8 @@ def zygote_settings(settings: config.Settings, table: serializer.FunctionTable) 
         "max_tasks": settings.max_tasks_per_child,
         "max_rss": settings.max_worker_rss,
         "threads": settings.threads,
+        "generation": 1,
+        "known": [],
     }
 
 

@@ -89,6 +89,19 @@ class Lives(abc.ABC):
     def _zygote_is_there(self) -> bool:
         """Whether there is one that forks; it is started if it may be."""
 
+    @property
+    @abc.abstractmethod
+    def _reloading(self) -> bool:
+        """Whether a reload is under way, which replaces workers itself."""
+
+    @abc.abstractmethod
+    def _succeeded(self, worker: Worker) -> None:
+        """A successor is ready, and gets leases."""
+
+    @abc.abstractmethod
+    def _not_succeeded(self, worker: Worker, failure: BrokenRuntime | None) -> None:
+        """A successor has ended before it was ready. None: as it was asked to."""
+
     # ---- looking -------------------------------------------------------------------------------------
 
     def look(self, slot: int) -> None:
@@ -180,7 +193,7 @@ class Lives(abc.ABC):
                 missing.append((n, number))
         if not missing:
             return
-        room = starts_possible(sum(self._lacks_descriptors(worker) for worker in self._slots.values()))
+        room = self._starts_possible()
         for n, number in missing:
             if room <= 0:
                 if not self._short:
@@ -190,22 +203,38 @@ class Lives(abc.ABC):
                 continue
             self._short = False
             room -= 1
-            slot = self.dispatcher.open_slot(n, 1)
-            if slot < 0:
-                return  # all are being swept; the next settle comes back here
             assert self._zygote is not None
-            worker = Worker(n, slot, self._zygote, time.time())
-            number.worker = self._slots[slot] = worker
-            try:
-                paths = self.link.open(slot)
-            except OSError as error:
-                self._refused(worker, f"no sockets for a new worker: {error}")
-                continue
-            incarnation = self.dispatcher.incarnation(slot)
-            self._zygote.order(
-                "fork", slot=slot, incarnation=incarnation, number=n, generation=1, paths=paths,
-                levels=host_levels() if self.settings.forward_logs else None,
-            )  # fmt: skip
+            worker = self._new_worker(n, self._zygote)
+            if worker is None:
+                return  # all slots are being swept; the next settle comes back here
+            number.worker = worker
+            self._order(worker)
+
+    def _new_worker(self, n: int, zygote: Zygote) -> Worker | None:
+        """A slot for a worker that is to be ordered; None: none is free."""
+        slot = self.dispatcher.open_slot(n, zygote.generation)
+        if slot < 0:
+            return None
+        worker = self._slots[slot] = Worker(n, slot, zygote, time.time())
+        return worker
+
+    def _order(self, worker: Worker) -> None:
+        """Have a worker forked."""
+        slot = worker.slot
+        try:
+            paths = self.link.open(slot)
+        except OSError as error:
+            self._refused(worker, f"no sockets for a new worker: {error}")
+            return
+        worker.zygote.order(
+            "fork", slot=slot, incarnation=self.dispatcher.incarnation(slot), number=worker.number,
+            generation=worker.zygote.generation, paths=paths,
+            levels=host_levels() if self.settings.forward_logs else None,
+        )  # fmt: skip
+
+    def _starts_possible(self) -> int:
+        """How many more workers there are descriptors for."""
+        return starts_possible(sum(self._lacks_descriptors(worker) for worker in self._slots.values()))
 
     def _lacks_descriptors(self, worker: Worker) -> bool:
         """Whether the host will have more descriptors for a worker than it has now."""
@@ -252,7 +281,7 @@ class Lives(abc.ABC):
         worker.died = now = time.monotonic()
         worker.reported = True
         self._retire(worker)
-        self._failed_before_ready(self._numbers[worker.number], now, BrokenRuntime(reason))
+        self._failed_before_ready(worker, now, BrokenRuntime(reason))
 
     def _follow_phases(self) -> None:
         """A worker that is ready gets leases; one that leaves gets none."""
@@ -269,6 +298,8 @@ class Lives(abc.ABC):
                     continue
                 self.dispatcher.make_ready(worker.slot)
                 self.collector.announce()
+                if worker.successor:
+                    self._succeeded(worker)
             elif phase == _core.PHASE_LEAVING and not worker.leave_by:
                 # It runs nothing any more, but threads of a task's may keep it from ending. The next one
                 # starts now.
@@ -297,6 +328,8 @@ class Lives(abc.ABC):
         self.dispatcher.vacate(worker.slot)
         with contextlib.suppress(RegionFull):  # no row for this process: those who wait find out themselves
             self.state._bury()
+        if worker.successor:
+            return  # its number has nothing to do with it yet
         if worker.unready:
             if worker.ready and worker.died - worker.ready_at > WINDOW:
                 number.restarts.lived()
@@ -313,7 +346,8 @@ class Lives(abc.ABC):
             except ValueError as error:
                 cause = error
             text = "".join(traceback.format_exception_only(cause)).strip()  # survives a __str__ that raises
-            failure = BrokenRuntime(f"the initializer raised {text}")
+            what = "the initializer" if self.settings.initializer is not None else "the start of a worker"
+            failure = BrokenRuntime(f"{what} raised {text}")
             failure.__cause__ = cause
             return failure
         stack = death_of(worker).stack
@@ -322,8 +356,12 @@ class Lives(abc.ABC):
             + (f"\n{stack}" if stack else "")
         )
 
-    def _failed_before_ready(self, number: Number, now: float, failure: BrokenRuntime) -> None:
+    def _failed_before_ready(self, worker: Worker, now: float, failure: BrokenRuntime) -> None:
         """Back off; give up when no slot has any attempt left, or at once when the very first one raised."""
+        if worker.successor:
+            self._not_succeeded(worker, failure)
+            return
+        number = self._numbers[worker.number]
         wanted = self._wanted.values()
         number.restarts.failed(now, sum(it.restarts.in_a_row > 0 for it in wanted))
         if self.broken is not None or self._drained or number not in wanted:
@@ -348,7 +386,9 @@ class Lives(abc.ABC):
             if worker.status == -signal.SIGKILL and not self.dispatcher.sent_kill(slot):
                 worker.suspicion = self._memory.suspicion(worker.memory, worker.rss)
             if worker.unready:
-                self._failed_before_ready(self._numbers[worker.number], now, self._start_failure(worker))
+                self._failed_before_ready(worker, now, self._start_failure(worker))
+            elif worker.successor:
+                self._not_succeeded(worker, None)
             self.link.close_slot(slot)
             self.collector.forget(slot)
             self.dispatcher.settle(slot, death_of(worker))
@@ -380,7 +420,11 @@ class Lives(abc.ABC):
         that.
         """
         wanted = self._wanted.values()
-        if not self._old or any(not it.served and not it.restarts.in_a_row for it in wanted):
+        if (
+            not self._old
+            or self._reloading
+            or any(not it.served and not it.restarts.in_a_row for it in wanted)
+        ):
             return
         last = self._replaced
         if (

@@ -54,6 +54,7 @@ class Orders(NamedTuple):
     stack: int
     levels: dict[str, int] | None  # of the host's loggers; None: records stay here
     threads: int = 1
+    known: tuple[str, ...] = ()  # modules whose functions the generation before has run
 
 
 class Worker(Calls):
@@ -103,6 +104,7 @@ class Worker(Calls):
             for name in self.orders.imports:
                 __import__(name)
             self.initialise()
+            self.import_known()
         except BaseException as error:
             if self.orphaned():
                 os._exit(EXIT_ORPHANED)  # the slot may be another process's by now
@@ -135,6 +137,18 @@ class Worker(Calls):
     def orphaned(self) -> bool:
         """Whether the zygote died before the host can have heard of this process from it."""
         return os.getppid() != self.orders.zygote_pid
+
+    def import_known(self) -> None:
+        """After a reload: what is wrong with modules that tasks need shall be found before the first one."""
+        for name in self.orders.known:
+            try:
+                __import__(name)
+            except BaseException as error:
+                missing = error.name if isinstance(error, ModuleNotFoundError) else None
+                if missing is not None and f"{name}.".startswith(f"{missing}."):
+                    continue  # the new code has no such module
+                error.add_note(f"(imported for module {name!r}, whose functions have been submitted)")
+                raise
 
     def initialise(self) -> None:
         """Run the initializer, if there is one."""

@@ -4,6 +4,7 @@ loop:  respawn  a worker for each number that has none, after its back-off      
        listen   what the zygote reports: forked, exited, failed                 zygotes.py
        reap     pidfds that say a worker is dead                                lives.py
        killed   leases that the deadline keeper or a cancel has killed
+       reload   new code takes over, a worker at a time                        reloads.py
        settle   the dead whose descendants are dead too: sweep the slot         lives.py
        drain    end when asked to and nothing is left to do
 """
@@ -33,9 +34,9 @@ from runtime.lifecycle import (
 )
 from runtime.locks import Latch
 from runtime.relay import Relay
+from runtime.reloads import Reloads
 from runtime.sockets import HostLink, make_folder
 from runtime.state import state_of_runtime
-from runtime.zygotes import Zygotes
 
 __all__ = ["Supervisor"]
 
@@ -45,11 +46,11 @@ _END_WAIT = 1.0  # seconds that workers have to end when the runtime is ended by
 log = logging.getLogger("runtime")
 
 
-class Supervisor(Zygotes):
+class Supervisor(Reloads):
     """Everything of one runtime but its front: region, sockets, zygote, workers, threads.
 
-    Thread-safety: `stop`, `end`, `scale`, `fail`, `wake`, `look` and `workers` may be called from any
-    thread, as may `dispatcher` and `collector`; the rest belongs to the supervisor's own thread.
+    Thread-safety: `stop`, `end`, `scale`, `ask_reload`, `fail`, `wake`, `look` and `workers` may be called
+    from any thread, as may `dispatcher` and `collector`; the rest belongs to the supervisor's own thread.
     Fork-safety: `forked()` makes it inert in a child. Blocking: only `ended.wait()`.
     Raises: OSError, RegionFull when the machine lacks what it needs; the message says what to do.
     """
@@ -220,7 +221,9 @@ class Supervisor(Zygotes):
                 self._reap(ready)
                 self._follow_phases()
                 self._resolve_killed()
+                self._follow_reload()
                 self._settle()
+                self._dismiss()
                 self._recycle()
                 self._release_surplus()
                 self._warn()
@@ -235,12 +238,10 @@ class Supervisor(Zygotes):
         """Until something happens, or until the next thing is due. Descriptors that are ready."""
         poller = select.poll()
         poller.register(self._bell.fd, select.POLLIN)
-        if self._zygote is not None:
-            self._zygote.send()
-            poller.register(
-                self._zygote.socket, select.POLLIN | (select.POLLOUT if self._zygote.unsent else 0)
-            )
-            poller.register(self._zygote.pidfd, select.POLLIN)
+        for zygote in self._living():
+            zygote.send()
+            poller.register(zygote.socket, select.POLLIN | (select.POLLOUT if zygote.unsent else 0))
+            poller.register(zygote.pidfd, select.POLLIN)
         for worker in self._slots.values():
             if worker.pidfd >= 0 and not worker.died:
                 poller.register(worker.pidfd, select.POLLIN)
@@ -251,7 +252,7 @@ class Supervisor(Zygotes):
     def _due(self) -> float:
         """Monotonic time of the next thing that happens by the clock."""
         now = time.monotonic()
-        due = now + 60.0
+        due = self._reload_due(now)
         for worker in self._slots.values():
             if worker.died and not worker.reported:
                 due = min(due, worker.died + worker.patience)
@@ -312,19 +313,21 @@ class Supervisor(Zygotes):
 
         One that may have forked some that we have not heard of is asked first: it ends them all.
         """
-        if self._zygote is not None and any(worker.pid is None for worker in self._slots.values()):
-            if self._zygote.started and not force:
-                self._zygote.order("quit")
-            else:
-                self._zygote.kill()
+        for zygote in self._living():
+            if any(worker.pid is None and worker.zygote is zygote for worker in self._slots.values()):
+                if zygote.started and not force:
+                    zygote.order("quit")
+                else:
+                    zygote.kill()
 
     def _close(self) -> None:
         """The last steps; everything of this runtime is gone after them."""
         for worker in self._slots.values():  # none, unless the loop has failed
             self.dispatcher.signal(worker.slot, signal.SIGKILL)
             self.dispatcher.vacate(worker.slot)
-        if self._zygote is not None:
-            self._zygote.close(_QUIT_WAIT if self._zygote.started else 0.0)
+        self._refuse_reloads()
+        for zygote in self._living():
+            zygote.close(_QUIT_WAIT if zygote.started else 0.0)
         for zygote in self._old:
             zygote.close(0.0)
         if self._heir is not None:

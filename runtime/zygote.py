@@ -37,6 +37,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from runtime import _core, forwarding, serializer, worker
+from runtime.bytecode import beware_of_old_bytecode
 from runtime.channels import Channels, readable
 from runtime.children import children_of
 from runtime.handle import Ending, Zygote
@@ -222,7 +223,7 @@ class _Process(Heirs):
                 initializer=self.settings["initializer"], max_tasks=self.settings["max_tasks"],
                 max_rss=self.settings["max_rss"], folder=os.fsencode(self.settings["folder"]),
                 imports=tuple(self.settings["imports"]), records=records, stack=stack, levels=order["levels"],
-                threads=self.settings["threads"],
+                threads=self.settings["threads"], known=tuple(self.settings["known"]),
             )  # fmt: skip
             worker.main(self.arena, self.state, orders)
         finally:
@@ -315,6 +316,8 @@ def main() -> None:
     gc.enable()
     settings = pickle.loads(_read(config))
     _like_the_host(settings)
+    if settings["generation"] > 1:
+        beware_of_old_bytecode()
     arena = _core.Arena.attach_fd(region)
     process = _Process(socket.socket(fileno=connection), arena, open_state(state), host, settings)
     os.close(region)

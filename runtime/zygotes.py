@@ -2,6 +2,7 @@
 
 listen   what it reports: importing, started, forked, exited, refused, failed
 died     a new one takes over; the workers of the old one are replaced, one by one (lives.py)
+others   that do not lead: the next one of a reload, the last one while workers of it live          reloads.py
 warn     nothing is killed for slowness at the first start, but it is said what takes so long
 """
 
@@ -44,10 +45,20 @@ class Zygotes(Lives):
     def stopping(self) -> bool:
         """Whether the runtime ends when nothing is left to do."""
 
+    @abc.abstractmethod
+    def _other_reported(self, zygote: Zygote, report: Report) -> None:
+        """One that does not lead cannot import a module: it raised, or left a thread."""
+
+    @abc.abstractmethod
+    def _other_died(self, zygote: Zygote, reason: str) -> None:
+        """One that does not lead has ended."""
+
     def __init__(self, settings: config.Settings, table: serializer.FunctionTable) -> None:
         super().__init__(settings)
         self._zygote_settings = zygote_settings(settings, table)
         self._environment = {**os.environ, **config.thread_caps(settings.max_workers, settings.threads)}
+        self._generation = 1  # of the code that new workers get
+        self._others: list[Zygote] = []  # living ones that do not lead
         self._zygote_failures = 0
         self._zygote_at = 0.0  # monotonic time of the next attempt to start one
         self._heir: Heir | None = None  # of a zygote that was forked from the host
@@ -65,19 +76,34 @@ class Zygotes(Lives):
     def _new_zygote(self) -> bool:
         if self.settings.start_method == "fork":
             return self._take_heir()
-        self.arena.restate()  # it goes by what it finds there
         try:
-            self._zygote = exec_zygote(self._zygote_settings, self.arena, self.state, self._environment)
+            self._zygote = self._exec_zygote(self._zygote_settings)
         except OSError as error:
             self._zygote_failed(f"no process for the zygote could be made: {error}")
             return False
         return True
 
+    def _exec_zygote(self, settings: dict[str, Any]) -> Zygote:
+        """A fresh interpreter. Raises: OSError."""
+        self.arena.restate()  # it goes by what it finds there
+        zygote = exec_zygote(settings, self.arena, self.state, self._environment)
+        zygote.generation = settings["generation"]
+        return zygote
+
+    def _living(self) -> list[Zygote]:
+        """The zygote that leads, and the others."""
+        return [*([self._zygote] if self._zygote is not None else ()), *self._others]
+
     def _listen(self, ready: set[int]) -> None:
-        """Act on what the zygote reports, and on its end: a child of its may hold the connection open."""
-        zygote = self._zygote
-        for report in zygote.reports() if zygote is not None else ():
-            assert zygote is not None
+        """Act on what the zygotes report, and on their ends."""
+        for zygote in self._living():
+            self._listen_to(zygote)
+            # A child of its may hold the connection open.
+            if zygote.pidfd in ready and zygote in self._living():
+                self._zygote_died(zygote)
+
+    def _listen_to(self, zygote: Zygote) -> None:
+        for report in zygote.reports():
             worker = self._slots.get(report.fields.get("slot", -1))
             if worker is not None and report.fields["incarnation"] != self.dispatcher.incarnation(
                 worker.slot
@@ -96,19 +122,21 @@ class Zygotes(Lives):
             elif report.what == "started":
                 zygote.importing = ""
                 zygote.started = True
-                self._zygote_failures = 0
+                if zygote is self._zygote:
+                    self._zygote_failures = 0
             elif report.what == "heir":
                 self._meet_heir(zygote, report)
+            elif report.what in ("threads", "failed") and zygote is not self._zygote:
+                self._other_reported(zygote, report)
             elif report.what == "threads":
-                self._import_in_workers(report.fields["module"])
+                self._import_in_workers(self._zygote_settings, report.fields["module"])
+                self._zygote_failures -= 1  # this one does not count
             elif report.what == "failed":
                 self._preload_failed(report.fields)
             elif report.what == "":
                 self._zygote_died(zygote)
-        if zygote is not None and zygote is self._zygote and zygote.pidfd in ready:
-            self._zygote_died(zygote)
 
-    def _import_in_workers(self, module: str) -> None:
+    def _import_in_workers(self, settings: dict[str, Any], module: str) -> None:
         """A fork would leave a module's threads behind, so each worker imports it for itself."""
         with contextlib.suppress(RuntimeWarning):  # under -W error
             warnings.warn(
@@ -116,10 +144,8 @@ class Zygotes(Lives):
                 RuntimeWarning,
                 stacklevel=1,
             )
-        settings = self._zygote_settings
         settings["preload"] = [name for name in settings["preload"] if name != module]
         settings["imports"] = [*settings["imports"], module]
-        self._zygote_failures -= 1  # this one does not count
 
     def _preload_failed(self, fields: dict[str, Any]) -> None:
         """A preload module raised: nothing can start."""
@@ -135,7 +161,11 @@ class Zygotes(Lives):
         """A new one takes over; workers of the old one are replaced, one by one."""
         zygote.kill()  # it may have closed its end without ending
         code = zygote.wait()
-        self._zygote = None
+        leading = zygote is self._zygote
+        if leading:
+            self._zygote = None
+        else:
+            self._others.remove(zygote)
         for worker in list(self._slots.values()):
             if worker.zygote is zygote and worker.pid is None and not worker.died:
                 # Never forked, or never heard of: such a one ends when it sees that its parent is gone. There
@@ -146,13 +176,13 @@ class Zygotes(Lives):
         self._old.append(zygote)
         if self._drained or self.broken is not None:
             return
+        what = f"the zygote ended with exit code {code}"
         if zygote.importing:
-            what = (
-                f"the zygote ended with exit code {code} as it imported preload module {zygote.importing!r}"
-            )
-            self._zygote_failed(what, importing=True)
+            what += f" as it imported preload module {zygote.importing!r}"
+        if leading:
+            self._zygote_failed(what, importing=bool(zygote.importing))
         else:
-            self._zygote_failed(f"the zygote ended with exit code {code}")
+            self._other_died(zygote, what)
 
     def _meet_heir(self, zygote: Zygote, report: Report) -> None:
         """A forked zygote makes its spare."""

@@ -56,7 +56,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("serializer",),  # the door to these nine
     ("refs",),
     ("store",),
-    ("sockets", "children", "forking", "inherit", "heirs", "logrecords", "channels"),
+    ("sockets", "children", "forking", "inherit", "bytecode", "heirs", "logrecords", "channels"),
     ("forwarding", "stacks", "handle"),
     ("contexts",),
     ("kernels",),
@@ -71,6 +71,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("relay",),
     ("lives",),
     ("zygotes",),
+    ("reloads",),
     ("supervisor",),
     ("figures", "front", "pressure", "jobs"),
     ("native",),
