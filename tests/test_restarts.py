@@ -325,7 +325,7 @@ def test_a_pause_that_is_over_between_two_looks_is_not_slept_through() -> None:
     number = Number()
     number.restarts.not_before = now - 0.001
     looks: dict[str, Any] = {"_slots": {}, "_wanted": {0: number}, "_drained": False, "_zygote": object()}
-    looks |= {"_ever_ready": True, "_stop_by": 0.0}
+    looks |= {"_ever_ready": True, "_stop_by": 0.0, "_reload_due": lambda now: now + 60.0}
     assert Supervisor._due(SimpleNamespace(_respawned=now - 0.002, **looks)) <= now  # type: ignore[arg-type]
     late = Supervisor._due(SimpleNamespace(_respawned=now, **looks))  # type: ignore[arg-type]
     assert late > now + 10, "it was looked at, and waits for something else"
