@@ -25,7 +25,7 @@ from runtime.memory import resident
 from runtime.native import KernelFuture, Kernels
 from runtime.pressure import Pressure
 from runtime.progress import open_bar
-from runtime.reloads import ReloadReport
+from runtime.reloadable import Reloadable
 from runtime.state import SharedState
 from runtime.store import Store
 from runtime.supervisor import Supervisor
@@ -35,7 +35,7 @@ __all__ = ["Future", "Options", "Runtime", "Stats", "WorkerInfo"]
 T = TypeVar("T")
 
 
-class Runtime(Front, Store, Kernels):
+class Runtime(Front, Store, Kernels, Reloadable):
     """A pool of worker processes that may crash, hang or leak without losing a task.
 
     Thread-safety: every method, from any thread. Fork-safety: in a fork of its process it is inert: `submit`
@@ -331,40 +331,6 @@ class Runtime(Front, Store, Kernels):
         if core.pid == os.getpid() and (self._shutdown or _exiting):
             raise RuntimeError("cannot scale a runtime after shutdown")
         self._usable().scale(workers)
-
-    def reload(self, *, timeout: float | None = None) -> ReloadReport:
-        """Replace the code of the workers by what is in its files now, without losing a task.
-
-        A new interpreter imports `preload` afresh, and a worker of it starts, with the initializer, beside an
-        old one. When that is ready, it takes over, and the old one finishes what it runs, within
-        drain_timeout: then it is killed, which is a worker's death to its tasks. The next one follows. So
-        there is always a worker ready for each number that had one. `state`, the queue and the region stay.
-        Functions that travel by value, and what is defined in `__main__`, are the host's and stay as they
-        are.
-
-        timeout: seconds for the imports and the first worker, and anew for each further worker; None: 60.
-        Returns when the last old worker is gone. A second reload waits for the end of the first. Ctrl-C ends
-        the waiting, not the reload. Thread-safety: any thread, but those of a callback. Raises: ReloadFailed
-        with the reason when the new code does not start: the old code serves on; or when the runtime is shut
-        down meanwhile. ValueError with start_method="fork"; TypeError, ValueError for a bad timeout;
-        RuntimeError after shutdown, in a fork and in a callback; BrokenRuntime.
-        """
-        seconds = config.reload_timeout(timeout)
-        if self._settings.start_method == "fork":
-            raise ValueError(
-                'start_method="fork" cannot reload: its workers are forks of this process and have its '
-                'modules; use start_method="exec"'
-            )
-        core = self._usable()
-        if threading.current_thread() in core.threads:
-            raise RuntimeError("reload() cannot be called in a callback: it waits for this very thread")
-        core.dispatcher.must_not_wait()
-        asked = core.ask_reload(seconds)
-        while not asked.done.wait(1.0) and not (core.ended.is_set() or not core.supervising.is_alive()):
-            pass
-        if asked.report is None:
-            raise asked.error or self._ended()
-        return asked.report
 
     def dump_stacks(self, number: int | None = None) -> dict[int, str]:
         """The Python stacks of all threads of live workers, by worker number; of one alone if it is named.

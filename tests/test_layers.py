@@ -74,7 +74,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("reloads",),
     ("supervisor",),
     ("figures", "front", "pressure", "jobs"),
-    ("native",),
+    ("native", "reloadable"),
     ("executor",),
     ("cli",),
     ("__init__",),

@@ -78,6 +78,12 @@ GOALS = (
         "100 ms",
     ),
     Goal(
+        (12, 13),
+        "reloads under load lose and double no task, never fewer than N - 1 ready; broken code is refused",
+        "test_reloads.py::test_reloads_lose_no_task_and_broken_code_is_refused",
+        {"reloads": (10, 1_000), "broken": (3, 100)},
+    ),
+    Goal(
         (14,),
         "a crash loop does not slow the other slots (its CPU has a test of its own)",
         "test_crash_loops.py::test_a_crash_loop_does_not_slow_the_other_slots",
