@@ -41,7 +41,7 @@ from runtime._builtin import (
     combine_sum,
 )
 from runtime._bell import Bell, Outlet, Recent, replaced
-from runtime._dispatch import CANCEL_DONE, CANCEL_KILLED, CANCEL_NO, Dispatcher
+from runtime._dispatch import CANCEL_DONE, CANCEL_KILLED, CANCEL_NO, Dispatcher, JobHold
 from runtime._extent import Arena, HostBlock, in_region, note_losses
 from runtime._frame import BlockSlice, Frame, read_frame
 from runtime._frame cimport S_ERROR as _S_ERROR, S_PLAIN as _S_PLAIN, S_VALUE as _S_VALUE

@@ -9,7 +9,7 @@ from runtime._waiting cimport Waiting
 
 cdef class Dispatcher(Waiting):
     cdef public bint refusing   # users may submit nothing more
-    cdef int64_t jobs           # that were accepted, and may submit more tasks
+    cdef int64_t jobs           # that were accepted, and may submit more tasks: JobHolds
 
     cdef int take_in(self, entry) except -1
     cdef HostBlock room_for(self, Task task, uint64_t nbytes)

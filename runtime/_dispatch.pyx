@@ -17,6 +17,7 @@ The only other thread is the deadline keeper (_threads), ordered by the guards.
 Should a destructor let another thread in, that one defers to the inbox in the same way, so no method
 here ever waits. Outcomes collect in a list of tuples; unpickling and futures are the collector's business.
 """
+cimport cython
 from cpython.pythread cimport PyThread_get_thread_ident
 from libc.signal cimport SIGKILL
 from libc.stdint cimport int64_t, uint32_t, uint64_t
@@ -575,14 +576,6 @@ cdef class Dispatcher(Waiting):
             self.close()
         return self.closed
 
-    def job_begun(self):
-        """Tasks will be submitted for something that was accepted, until `job_ended`: a kernel's job."""
-        self.jobs += 1
-
-    def job_ended(self):
-        """No more tasks follow for it."""
-        self.jobs -= 1
-
     @property
     def idle(self):
         """Whether everything that was accepted has ended."""
@@ -647,3 +640,21 @@ cdef class Dispatcher(Waiting):
             kept += <uint64_t>len(table.kept)
             inflight += table.inflight
         return kept, inflight, len(self.announce)
+
+
+@cython.final
+@cython.no_gc_clear
+cdef class JobHold:
+    """While it lives the runtime is not idle: a job was accepted, and may submit more tasks.
+
+    An object, so that a signal handler that raises at any bytecode leaves none behind.
+    """
+    cdef Dispatcher dispatcher
+
+    def __cinit__(self, Dispatcher dispatcher not None):
+        self.dispatcher = dispatcher
+        dispatcher.jobs += 1
+
+    def __dealloc__(self):
+        if self.dispatcher is not None:
+            self.dispatcher.jobs -= 1

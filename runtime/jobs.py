@@ -194,7 +194,7 @@ class Job:
             arena, plan.src.nbytes, 0 if plan.dst is None else plan.dst.nbytes, grain, participants,
             kernel.partial, kernel._rules.per_page, kernel.inout,
         )  # fmt: skip
-        self.core.dispatcher.job_begun()
+        self.hold: _core.JobHold | None = _core.JobHold(self.core.dispatcher)
         owner._jobs.add((kernel.name, self.block))
         self.out: dict[int, Future[None]] = {}  # participant -> its task, that has not been attended to
         self.error: BaseException | None = None
@@ -312,7 +312,7 @@ class Job:
     def close(self) -> None:
         """Nothing of it is needed any more; its tasks keep what they work on. A traceback may keep this."""
         self.owner._jobs.discard((self.kernel.name, self.block))
-        self.core.dispatcher.job_ended()
+        self.hold = None
         if self.core.stopping:
             self.core.wake()
         del self.block
