@@ -60,19 +60,34 @@ cdef class StateWatch:
 
     def look(self):
         """[(key, version, value or None)] of what has changed since the last look."""
-        cdef uint64_t i, total
+        cdef uint64_t i = 0, buckets = self.state.m.mask + 1
         cdef map_key start
         cdef list found = []
         key_of(self.prefix, K_VALUE, &start)
-        for i in range(self.state.m.mask + 1):
+        for known in list(self.known):          # the time of a key may be over, and nobody has changed it
+            if self.over(known):
+                self.compare(known, &start, found)
+        while True:
             self.state.check()
+            self.state.region.enter()
+            with nogil:
+                i = self.changed(i, buckets)
+            self.state.region.leave()
+            if i == buckets:
+                return found
+            self.compare(i, &start, found)
+            i += 1
+
+    cdef uint64_t changed(self, uint64_t i, uint64_t end) noexcept nogil:
+        """The first bucket from i on whose sum is another, which is noted; `end`: there is none."""
+        cdef uint64_t total
+        while i < end:
             total = self.sum_of(i)
-            if total != self.sums[i] or i in self.known:
-                # Known keys are looked at in any case: the time of one may be over.
-                if total != self.sums[i] or self.over(i):
-                    self.sums[i] = total
-                    self.compare(i, &start, found)
-        return found
+            if total != self.sums[i]:
+                self.sums[i] = total            # before the cells are read: a later change is another sum
+                break
+            i += 1
+        return i
 
     cdef bint over(self, uint64_t i) except -1:
         for key in self.known[i]:

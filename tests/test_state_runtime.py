@@ -176,6 +176,7 @@ def test_the_host_watches_what_workers_change(factory: Callable[..., Runtime]) -
 
 
 def test_a_thousand_watchers(pool: Runtime) -> None:
+    """Each looks at all buckets, and there are 32,768."""
     watches = [pool.state.watch("config") for _ in range(1000)]
     pool.submit(lambda: runtime.current().state.set("config", b"1")).result()
     pool.submit(lambda: runtime.current().state.set("config", b"2")).result()
