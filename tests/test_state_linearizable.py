@@ -55,6 +55,12 @@ class Log:
     def put(self, process: int, i: int, *numbers: int) -> None:
         RECORD.pack_into(self.memory, 64 + (process * OPS + i) * RECORD.size, *numbers)
 
+    def returned(self, process: int, i: int, result: int, has: int, returned: int) -> None:
+        """pack_into clears first: killed there, a call must not look as if it had never been."""
+        at = 64 + (process * OPS + i) * RECORD.size
+        struct.pack_into("<qq", self.memory, at + 24, result, has)
+        struct.pack_into("<q", self.memory, at + 48, returned)
+
     def history(self) -> list[Op]:
         found = []
         for at in range(PROCESSES * OPS):
@@ -81,17 +87,13 @@ def run(state: Any, log: Log, process: int, seed: int) -> None:
         log.put(process, i, KINDS.index(kind), *shown, 0, 0, called, 0)
         result = perform(state, kind, args)
         returned = time.monotonic_ns()
-        has = 2 if isinstance(result, bool) else 1
-        log.put(
+        log.returned(
             process,
             i,
-            KINDS.index(kind),
-            *shown,
             NONE if result is None else int(result),
-            has,
-            called,
+            2 if isinstance(result, bool) else 1,
             returned,
-        )  # type: ignore[call-overload]
+        )
 
 
 def record(state: Any, seed: int, kills: bool) -> list[Op]:
