@@ -26,6 +26,7 @@ try:
         TaskTimeout,
         WorkerDied,
     )
+    from runtime.service import ServiceContext
     from runtime.worker import current
 except Exception as error:
     from runtime.cli import broken
@@ -89,6 +90,7 @@ __all__ = [
     "RemoteError",
     "Runtime",
     "RuntimeFailure",
+    "ServiceContext",
     "SharedRegion",
     "SharedState",
     "StaleBlock",

@@ -71,6 +71,23 @@ INHERIT: Final = Inherit()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Service:
+    """What each worker runs instead of tasks; plain values, so that a zygote can be told."""
+
+    module: str
+    path: str  # of the function, in the module
+    sockets: tuple[int, ...]  # descriptors of listening sockets, the same ones in host, zygotes and workers
+    region: int  # descriptor of the memory that the workers share
+    pool: tuple[int, int]  # blocks in it, and the bytes of one
+    settle: float  # seconds that it must have run to be ready
+
+    @property
+    def fds(self) -> tuple[int, ...]:
+        """Descriptors that every process of the runtime has."""
+        return (*self.sockets, self.region)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Settings:
     """What a Runtime was asked for. Immutable, so any thread may read it."""
 
@@ -92,6 +109,7 @@ class Settings:
     state_max_bytes: int | None
     forward_logs: bool  # replay workers' log records in the host
     name: str | None  # under which `runtime ctl` finds it
+    service: Service | None = None  # what the workers run instead of tasks
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

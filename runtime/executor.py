@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import dataclasses
 import os
 import signal
 import sys
@@ -69,6 +70,8 @@ class Runtime(Front, Store, Kernels, Reloadable):
     RuntimeError for "fork" in a process with threads.
     """
 
+    _service: config.Service | None = None  # what the workers run instead of tasks: for `runtime serve`
+
     def __init__(
         self,
         max_workers: int | None = None,
@@ -92,11 +95,12 @@ class Runtime(Front, Store, Kernels, Reloadable):
         forward_logs: bool = True,
         name: str | None = None,
     ) -> None:
-        self._settings = config.settings(
+        settings = config.settings(
             max_workers, threads, initializer, initargs, max_tasks_per_child, mp_context, preload,
             start_method, region_size, region_max, retries, retry_on, timeout, drain_timeout, max_worker_rss,
             state_max_items, state_max_bytes, forward_logs, name,
         )  # fmt: skip
+        self._settings = dataclasses.replace(settings, service=self._service)
         if _exiting:
             raise RuntimeError("cannot make a Runtime after interpreter shutdown")
         self._options = TaskOptions(

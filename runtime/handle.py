@@ -240,9 +240,11 @@ def exec_zygote(
         for fd in (theirs.fileno(), arena.fd, state.region.fd, host, config, stack_fd):
             fds.append(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3))
             passed.callback(os.close, fds[-1])
+        # Under the same numbers: nothing else has been opened there yet.
+        theirs_too = settings["service"].fds if settings["service"] is not None else ()
         process = subprocess.Popen(
             [sys.executable, *flags, "-P", "-c", code, *map(str, fds)],
-            pass_fds=fds, stdin=subprocess.DEVNULL, env=environment,
+            pass_fds=[*fds, *theirs_too], stdin=subprocess.DEVNULL, env=environment,
         )  # fmt: skip
         pidfd = _core.pidfd_open(process.pid)
         kept.pop_all()  # they are the handle's

@@ -20,7 +20,7 @@ from runtime.errors import RegionFull
 from runtime.handle import Zygote
 from runtime.oom import Reading
 from runtime.restarts import Restarts
-from runtime.worker import EXIT_DESCRIPTORS, EXIT_HOST_GONE, EXIT_KILLED, EXIT_ORPHANED
+from runtime.worker import EXIT_DESCRIPTORS, EXIT_HOST_GONE, EXIT_KILLED, EXIT_ORPHANED, EXIT_SERVICE
 
 __all__ = [
     "Number",
@@ -221,6 +221,7 @@ def zygote_settings(settings: config.Settings, table: serializer.FunctionTable) 
         "threads": settings.threads,
         "generation": 1,
         "known": [],
+        "service": settings.service,
     }
 
 
@@ -255,6 +256,7 @@ def how_it_ended(worker: Worker) -> str:
         EXIT_HOST_GONE: "it believed that the host was gone",
         EXIT_ORPHANED: "its zygote had died before it was ready",
         EXIT_DESCRIPTORS: "a task had closed file descriptors that the worker needs",
+        EXIT_SERVICE: "its service raised, or returned without being asked to stop",
     }.get(status, f"it exited with code {status}")
 
 

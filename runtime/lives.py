@@ -323,7 +323,8 @@ class Lives(abc.ABC):
         number = self._numbers[worker.number]
         # Who leaves of its own accord may be gone before anybody has looked at its phase.
         left = worker.stopping or self.dispatcher.phase(worker.slot) == _core.PHASE_LEAVING
-        worker.unready = not (left or self.dispatcher.worked(worker.slot))
+        worked = self._worked(worker)
+        worker.unready = not (left or worked)
         self._retire(worker)
         self.dispatcher.vacate(worker.slot)
         with contextlib.suppress(RegionFull):  # no row for this process: those who wait find out themselves
@@ -334,8 +335,12 @@ class Lives(abc.ABC):
             if worker.ready and worker.died - worker.ready_at > WINDOW:
                 number.restarts.lived()
             number.restarts.not_before = worker.died + worker.patience  # _settle knows how it ended
-        elif self.dispatcher.worked(worker.slot):
+        elif worked:
             number.restarts.lived()
+
+    def _worked(self, worker: Worker) -> bool:
+        """Whether it has done something since it was ready. A service has: it has not failed for a while."""
+        return self.dispatcher.worked(worker.slot) or (worker.ready and self.settings.service is not None)
 
     def _start_failure(self, worker: Worker) -> BrokenRuntime:
         """Why a worker did not become ready."""
@@ -347,6 +352,7 @@ class Lives(abc.ABC):
                 cause = error
             text = "".join(traceback.format_exception_only(cause)).strip()  # survives a __str__ that raises
             what = "the initializer" if self.settings.initializer is not None else "the start of a worker"
+            what = what if self.settings.service is None else "the service"
             failure = BrokenRuntime(f"{what} raised {text}")
             failure.__cause__ = cause
             return failure
@@ -389,6 +395,8 @@ class Lives(abc.ABC):
                 self._failed_before_ready(worker, now, self._start_failure(worker))
             elif worker.successor:
                 self._not_succeeded(worker, None)
+            elif self.settings.service is not None and not worker.stopping:
+                log.warning("worker %d (pid %s) died: %s", worker.number, worker.pid, how_it_ended(worker))
             self.link.close_slot(slot)
             self.collector.forget(slot)
             self.dispatcher.settle(slot, death_of(worker))
@@ -456,6 +464,8 @@ class Lives(abc.ABC):
 
     def _ask_to_leave(self, worker: Worker) -> None:
         worker.stopping = True
+        if self.settings.service is not None:  # a task may take its time; what has been told to stop, not
+            worker.leave_by = time.monotonic() + self.settings.drain_timeout
         self.dispatcher.stop_slot(worker.slot)
         self.collector.tell()
         self.link.publish(worker.slot, self.dispatcher.incarnation(worker.slot))

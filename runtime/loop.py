@@ -19,7 +19,7 @@ import time
 import warnings
 from typing import NamedTuple
 
-from runtime import _core, forking, memory, serializer
+from runtime import _core, config, forking, memory, serializer
 from runtime.calls import Calls, Leave, item_of
 from runtime.children import Children
 from runtime.contexts import Context, Here
@@ -55,6 +55,7 @@ class Orders(NamedTuple):
     levels: dict[str, int] | None  # of the host's loggers; None: records stay here
     threads: int = 1
     known: tuple[str, ...] = ()  # modules whose functions the generation before has run
+    service: config.Service | None = None  # what it runs instead of tasks
 
 
 class Worker(Calls):
@@ -101,10 +102,7 @@ class Worker(Calls):
         if not self.link.greet(self.orphaned):
             os._exit(EXIT_ORPHANED)
         try:
-            for name in self.orders.imports:
-                __import__(name)
-            self.initialise()
-            self.import_known()
+            self.prepare()
         except BaseException as error:
             if self.orphaned():
                 os._exit(EXIT_ORPHANED)  # the slot may be another process's by now
@@ -114,6 +112,17 @@ class Worker(Calls):
             os._exit(EXIT_FAILED)
         if self.orphaned():
             os._exit(EXIT_ORPHANED)
+        self.prepared()
+
+    def prepare(self) -> None:
+        """Import and initialise: what may fail by the user's code."""
+        for name in self.orders.imports:
+            __import__(name)
+        self.initialise()
+        self.import_known()
+
+    def prepared(self) -> None:
+        """From now on the host leases to this worker."""
         self.warn_of_size()
         self.port.ready()
         self.notify()
@@ -173,14 +182,15 @@ class Worker(Calls):
 
     # ---- the loop ------------------------------------------------------------------------------------
 
-    def run(self) -> None:
-        """Until told to leave."""
+    def run(self) -> int:
+        """Until told to leave. The exit code."""
         try:
             self.loop()
         except Leave:  # SIGTERM came just before or after the wait
             pass
         self.port.leave()
         self.notify()
+        return 0
 
     def rest(self) -> None:
         """Wait for a hint, unless SIGTERM has come; or until it comes."""

@@ -146,6 +146,11 @@ class Supervisor(Reloads):
         """Whether it ends when nothing is left to do."""
         return self._stopping
 
+    @property
+    def turned(self) -> float:
+        """Monotonic time of the loop's last turn."""
+        return self._respawned
+
     def stop(self) -> None:
         """Finish what was accepted, then end."""
         self._stopping = True

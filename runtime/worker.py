@@ -1,6 +1,6 @@
 """A worker process, from its fork to its end: what it adopts, its signals, its forks, its goodbye.
 
-What it does in between is in loop.py, or with several threads in lanes.py.
+What it does in between is in loop.py; with several threads in lanes.py; in service.py if that is a service.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from runtime.calls import EXIT_KILLED, Leave
 from runtime.contexts import Context, Here, current
 from runtime.lanes import Crew
 from runtime.loop import EXIT_DESCRIPTORS, EXIT_FAILED, EXIT_HOST_GONE, EXIT_ORPHANED, Orders, Worker
+from runtime.service import EXIT_SERVICE, ServiceWorker
 from runtime.state import SharedState
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "EXIT_HOST_GONE",
     "EXIT_KILLED",
     "EXIT_ORPHANED",
+    "EXIT_SERVICE",
     "Context",
     "Orders",
     "Worker",
@@ -56,18 +58,18 @@ def main(arena: _core.Arena, state: SharedState | None, orders: Orders) -> None:
         if orders.levels is not None:
             forwarding.forward_records(orders.records, Here.context, orders.levels)
         serializer.adopt_main()
-        worker = Worker(arena, orders, context) if orders.threads == 1 else Crew(arena, orders, context)
+        kind = ServiceWorker if orders.service is not None else Worker if orders.threads == 1 else Crew
+        worker = kind(arena, orders, context)
         _on_term(worker)
         worker.start()
-        worker.run()
+        code = worker.run()
         worker.link.close()
-        code = 0
     except BaseException:  # a fault of ours: the traceback is all that can be given
         if not Here.forked:
             sys.excepthook(*sys.exc_info())
     finally:
         if not Here.forked:
-            _goodbye()
+            _goodbye(orderly=code in (0, 1))
         os._exit(code)
 
 
@@ -149,10 +151,11 @@ def _prefer_for_oom() -> None:
         file.write(str(min(score + 300, 1000)))
 
 
-def _goodbye() -> None:
-    """What an interpreter does at its end: join threads, run callbacks, flush."""
+def _goodbye(orderly: bool) -> None:
+    """What an interpreter does at its end: join threads, unless it failed; run callbacks; flush."""
     try:
-        threading._shutdown()  # type: ignore[attr-defined]
+        if orderly:
+            threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()
     except BaseException:
         sys.excepthook(*sys.exc_info())

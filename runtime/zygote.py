@@ -224,6 +224,7 @@ class _Process(Heirs):
                 max_rss=self.settings["max_rss"], folder=os.fsencode(self.settings["folder"]),
                 imports=tuple(self.settings["imports"]), records=records, stack=stack, levels=order["levels"],
                 threads=self.settings["threads"], known=tuple(self.settings["known"]),
+                service=self.settings["service"],
             )  # fmt: skip
             worker.main(self.arena, self.state, orders)
         finally:
@@ -315,6 +316,8 @@ def main() -> None:
     gc.freeze()
     gc.enable()
     settings = pickle.loads(_read(config))
+    for fd in settings["service"].fds if settings["service"] is not None else ():
+        os.set_inheritable(fd, False)
     _like_the_host(settings)
     if settings["generation"] > 1:
         beware_of_old_bytecode()

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from runtime.cli import broken, exits
+from runtime.cli import broken, exits, options
 
 __all__ = ["main"]
 
@@ -35,16 +35,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _subcommand(arguments: argparse.Namespace) -> int:
-    if arguments.command == "run":
-        if broken.reason is not None:
-            print(f"runtime: the package {broken.told()}; ask `runtime doctor` why", file=sys.stderr)
-            return exits.FAILED
-        from runtime.cli import run
+    if arguments.command == "doctor":
+        from runtime.cli import doctor
 
-        return run.command(arguments)
-    from runtime.cli import doctor
+        return doctor.command(arguments)
+    if broken.reason is not None:
+        print(f"runtime: the package {broken.told()}; ask `runtime doctor` why", file=sys.stderr)
+        return exits.FAILED
+    if os.getpid() == 1:
+        from runtime.cli.init import become_init
 
-    return doctor.command(arguments)
+        become_init()
+    if arguments.command == "serve":
+        from runtime.cli import serve
+
+        return serve.command(arguments)
+    from runtime.cli import run
+
+    return run.command(arguments)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -56,6 +64,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action=_Version)
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_run(commands)
+    _add_serve(commands)
     _add_doctor(commands)
     return top
 
@@ -72,33 +81,22 @@ def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     )
     run.add_argument("target", metavar="TARGET", help="module:function or file.py:function")
     run.add_argument("args", metavar="args", nargs=argparse.REMAINDER, help="arguments for the function")
-    run.add_argument(
-        "--workers",
-        type=int,
-        metavar="N",
-        help="worker processes (default: $RUNTIME_MAX_WORKERS, else the CPUs that this process may use)",
+    options.add(run, options.RUN)
+
+
+def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    serve = commands.add_parser(
+        "serve",
+        help="run a service in supervised workers, on sockets that outlive them",
+        description="Each worker calls TARGET as function(ctx), with a runtime.ServiceContext, until it is "
+        "told to stop; an `async def` is run by asyncio.run. The listening sockets belong to this process "
+        "and are kept over crashes and reloads. Signals: USR1 and HUP reload the code, TERM and INT drain "
+        "and stop, QUIT stops now, TTIN and TTOU make one worker more or less.",
+        epilog="example: runtime serve --bind 127.0.0.1:8000 --workers 4 examples/serve_raw.py:main",
+        allow_abbrev=False,
     )
-    run.add_argument(
-        "--threads",
-        type=int,
-        metavar="N",
-        help="tasks that a worker runs at a time, in threads (default: $RUNTIME_THREADS, else 1)",
-    )
-    run.add_argument(
-        "--preload",
-        action="append",
-        default=[],
-        metavar="MODULE",
-        help="import this before the workers are forked; may be repeated, or hold a list with commas",
-    )
-    run.add_argument("--timeout", type=float, metavar="SECONDS", help="end a task that runs longer")
-    run.add_argument(
-        "--retries", type=int, default=0, metavar="N", help="run a task up to N times more if its worker dies"
-    )
-    run.add_argument(
-        "--region-size", default="4MiB", metavar="SIZE", help="shared memory at the start (%(default)s)"
-    )
-    run.add_argument("--no-progress", action="store_true", help="no progress line on stderr")
+    serve.add_argument("target", metavar="TARGET", help="module:function or file.py:function")
+    options.add(serve, options.SERVE)
 
 
 def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -12,10 +12,15 @@ from types import TracebackType
 from typing import Any
 
 from runtime import config
-from runtime.cli import exits, targets
+from runtime.cli import exits, options, targets
+from runtime.cli.notify import Notifier
+from runtime.cli.program import Program
 from runtime.cli.progress import Progress
+from runtime.executor import Runtime
 
 __all__ = ["command"]
+
+_GRACE = 1.0  # seconds that running tasks have after Ctrl-C
 
 
 def command(arguments: argparse.Namespace) -> int:
@@ -23,74 +28,57 @@ def command(arguments: argparse.Namespace) -> int:
 
     Raises: exits.Usage
     """
-    options = _options(arguments)
+    found = options.resolve(arguments, options.RUN, os.environ, os.getcwd())
+    keywords = _keywords(found)
+    program: Program | None = None
     try:
         function = targets.load(arguments.target)
-        result = _call(function, arguments.args, options, not arguments.no_progress)
+        notifier = Notifier(os.environ)
+        rt = Runtime(**keywords)
+        program = Program(rt, notifier, drain_timeout=found["drain_timeout"], interrupt_grace=_GRACE)
+        with program, Progress(rt, enabled=found["progress"]):
+            notifier.ready()
+            result = _call(rt, function, arguments.args)
         return _exit_code(result, arguments.target)
     except exits.Usage:
         raise
-    except KeyboardInterrupt:
-        return exits.INTERRUPTED
-    except SystemExit as error:
-        return _system_exit(error)
     except BaseException as error:
+        if program is not None and program.ended_by:
+            return program.exit_code
+        if isinstance(error, KeyboardInterrupt):
+            return exits.INTERRUPTED
+        if isinstance(error, SystemExit):
+            return _system_exit(error)
         traceback.print_exception(error.with_traceback(_below_here(error)))
         return exits.FAILED
 
 
-def _call(
-    function: Callable[[Any, list[str]], object], argv: list[str], options: dict[str, Any], progress: bool
-) -> object:
+def _call(rt: Runtime, function: Callable[[Any, list[str]], object], argv: list[str]) -> object:
     """`function(rt, argv)`; tasks that it left behind are finished if it succeeds, dropped if it fails."""
-    from runtime.executor import Runtime
-
-    rt = Runtime(**options)
     try:
-        with Progress(rt, enabled=progress):
-            try:
-                result = function(rt, argv)
-            except KeyboardInterrupt:
-                raise
-            except BaseException as error:
-                success = isinstance(error, SystemExit) and not error.code
-                rt.shutdown(wait=True, cancel_futures=not success)
-                raise
-            rt.shutdown(wait=True)
-            return result
+        try:
+            result = function(rt, argv)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            success = isinstance(error, SystemExit) and not error.code
+            rt.shutdown(wait=True, cancel_futures=not success)
+            raise
+        rt.shutdown(wait=True)
+        return result
     except KeyboardInterrupt:  # also the one that comes while the shutdown waits
         rt.kill_workers()
         raise
 
 
-def _options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The Runtime's arguments. Precedence: option, environment, default."""
-    workers, threads = arguments.workers, arguments.threads
-    if workers is None:
-        workers = _number_of_environment("RUNTIME_MAX_WORKERS")
-    if threads is None:
-        threads = _number_of_environment("RUNTIME_THREADS")
-    options = {
-        "max_workers": workers,
-        "threads": 1 if threads is None else threads,
-        "preload": [name for names in arguments.preload for name in names.split(",") if name],
-        "timeout": arguments.timeout,
-        "retries": arguments.retries,
-        "region_size": arguments.region_size,
-    }
+def _keywords(found: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of the Runtime. Raises: exits.Usage."""
+    keywords = {key: value for key, value in found.items() if key not in ("progress", "metrics")}
     try:
-        config.settings(**options)
+        config.settings(**keywords)
     except (TypeError, ValueError) as error:
         raise exits.Usage(str(error)) from None
-    return options
-
-
-def _number_of_environment(name: str) -> int | None:
-    text = os.environ.get(name, "").strip()
-    try:
-        return int(text) if text else None
-    except ValueError:
-        raise exits.Usage(f"{name} is {text!r} in the environment: it must be a number") from None
+    return keywords
 
 
 def _exit_code(result: object, target: str) -> int:

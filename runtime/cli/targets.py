@@ -18,7 +18,7 @@ from typing import Any
 
 from runtime.cli.exits import Usage
 
-__all__ = ["load"]
+__all__ = ["load", "locate"]
 
 
 def load(target: str) -> Callable[[Any, list[str]], object]:
@@ -26,23 +26,54 @@ def load(target: str) -> Callable[[Any, list[str]], object]:
 
     Raises: Usage where the target is wrong; what the module itself raises passes through.
     """
+    place, path = _split(target)
+    _search_first(os.getcwd())
+    module = _from_file(place) if _is_file(place) else _from_name(place, path)
+    return _function(module, place, path)
+
+
+def locate(target: str) -> tuple[str, str]:
+    """(module, function) that `target` names, importable by others with our sys.path; nothing is imported.
+
+    Raises: Usage where the target is wrong, as far as that can be known so.
+    """
+    place, path = _split(target)
+    _search_first(os.getcwd())
+    if not _is_file(place):
+        _check_name(place, path)
+        return place, path
+    name = _check_file(place)
+    if not name.isidentifier():
+        raise Usage(f"{place!r} cannot be imported by workers: rename it to one word and .py")
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.origin or not _same(spec.origin, place):
+        raise Usage(f"{place!r} has the same name as another module, {name!r}: rename the file")
+    return name, path
+
+
+def _split(target: str) -> tuple[str, str]:
     place, separator, path = target.rpartition(":")
     if not (separator and place and path):
         raise Usage(
             f"{target!r} is not a TARGET: write module:function or file.py:function, "
             "for example examples/census.py:main"
         )
-    _search_first(os.getcwd())
-    is_file = place.endswith(".py") or os.sep in place
-    module = _from_file(place) if is_file else _from_name(place, path)
-    return _function(module, place, path)
+    return place, path
 
 
-def _from_name(name: str, path: str) -> ModuleType:
+def _is_file(place: str) -> bool:
+    return place.endswith(".py") or os.sep in place
+
+
+def _check_name(name: str, path: str) -> None:
     if os.path.isfile(name + ".py") and not name.isidentifier():
         raise Usage(f"{name!r} is not a module name; for the file write {name}.py:{path}")
     if not all(part.isidentifier() for part in name.split(".")):
         raise Usage(f"{name!r} is not a module name: write it with dots, for example package.module:{path}")
+
+
+def _from_name(name: str, path: str) -> ModuleType:
+    _check_name(name, path)
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -55,7 +86,8 @@ def _from_name(name: str, path: str) -> ModuleType:
         ) from None
 
 
-def _from_file(file: str) -> ModuleType:
+def _check_file(file: str) -> str:
+    """The name that it is imported by; its folder is searched first."""
     if not os.path.isfile(file):
         what = "is a folder, not a file" if os.path.isdir(file) else "does not exist"
         raise Usage(f"the file {file!r} {what} (the current folder is {os.getcwd()})")
@@ -67,6 +99,11 @@ def _from_file(file: str) -> ModuleType:
         )
     _search_first(folder)
     importlib.invalidate_caches()
+    return name
+
+
+def _from_file(file: str) -> ModuleType:
+    name = _check_file(file)
     module = sys.modules.get(name)
     if module is None:
         spec = importlib.util.find_spec(name)
