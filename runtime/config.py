@@ -421,10 +421,15 @@ def _exceptions(value: object) -> tuple[type[BaseException], ...]:
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 
+def is_name(text: str) -> bool:
+    """Whether a runtime may be named so."""
+    return _NAME.fullmatch(text) is not None and bool(text.strip("."))
+
+
 def _name(value: object) -> str:
     if not isinstance(value, str):
         raise TypeError(f"name must be a str, not {_described(value)}")
-    if not _NAME.fullmatch(value) or not value.strip("."):
+    if not is_name(value):
         raise ValueError(f"name must be 1 to 64 of A-Z a-z 0-9 _ . - and not only dots, not {value!r}")
     return value
 

@@ -42,32 +42,32 @@ class Runtime(Front, Store, Kernels, Reloadable):
     Thread-safety: every method, from any thread. Fork-safety: in a fork of its process it is inert: `submit`
     raises. Blocking: the constructor returns at once; `submit` waits only with arguments of 16 KiB and more,
     for room in the region while tasks end that free some, and not in a callback or where an event loop runs:
-    what finds none waits in the host's own memory. At the end of the interpreter,
-    or when it is garbage-collected, pending tasks are finished, as the stdlib's executors do; but Ctrl-C that
-    nobody catches ends running tasks after a second, and so it does when it leaves a `with` block.
+    what finds none waits in the host's own memory. At the end of the interpreter, or when it is
+    garbage-collected, pending tasks are finished, as the stdlib's executors do; but Ctrl-C that nobody
+    catches ends running tasks after a second, and so it does when it leaves a `with` block.
 
     max_workers: processes; by default what the cgroup's quota and the affinity allow. threads: tasks that one
     of them runs at a time, in threads that share its memory, its GIL and its death (docs/threads.md); at most
-    64, and 2,000 in all workers together. initializer, initargs:
-    called in each worker before its first task. max_tasks_per_child: tasks, or items of a map, after which a
-    worker is replaced. preload: modules to import before workers are forked. start_method: "exec", from a
-    fresh interpreter; or "fork", from this process as it is now (its modules and data by copy-on-write, but
-    no open file), while it has one thread. region_size: bytes of shared
-    memory for arguments and results, or a text like "64MiB": these are reserved at once and kept. region_max:
-    bytes to which that grows when it is needed, as far as there is memory; what is beyond region_size and has
-    not been used for some seconds is given back. By default half of the machine's memory, or of the cgroup's
-    limit. What finds no room travels by value, which is slower. retries: further attempts for a task whose
-    worker died, or that raised one of retry_on: the first at once, the others after 50 ms and more, at most
-    5 s; the time is drawn anew for each. timeout: seconds that one attempt of a task, or one item of
-    a map, may run. drain_timeout: seconds that workers have to leave at shutdown. max_worker_rss: bytes of
-    unshared memory after which a worker is replaced; each draws its own limit between 90 and 100 % of that,
-    so that workers that grow alike do not leave at once. state_max_items, state_max_bytes: limits of `state`
-    (bytes of keys and values, each item rounded up to a multiple of 128 or more): memory for those bytes is
-    taken at once; by default there are 16 MiB, which are taken as they are used. mp_context is accepted and
+    64, and 2,000 in all workers together. initializer, initargs: called in each worker before its first task.
+    max_tasks_per_child: tasks, or items of a map, after which a worker is replaced. preload: modules to
+    import before workers are forked. start_method: "exec", from a fresh interpreter; or "fork", from this
+    process as it is now (its modules and data by copy-on-write, but no open file), while it has one thread.
+    region_size: bytes of shared memory for arguments and results, or a text like "64MiB": these are reserved
+    at once and kept. region_max: bytes to which that grows when it is needed, as far as there is memory; what
+    is beyond region_size and has not been used for some seconds is given back. By default half of the
+    machine's memory, or of the cgroup's limit. What finds no room travels by value, which is slower. retries:
+    further attempts for a task whose worker died, or that raised one of retry_on: the first at once, the
+    others after 50 ms and more, at most 5 s; the time is drawn anew for each. timeout: seconds that one
+    attempt of a task, or one item of a map, may run. drain_timeout: seconds that workers have to leave at
+    shutdown. max_worker_rss: bytes of unshared memory after which a worker is replaced; each draws its own
+    limit between 90 and 100 % of that, so that workers that grow alike do not leave at once. state_max_items,
+    state_max_bytes: limits of `state` (bytes of keys and values, each item rounded up to a multiple of 128 or
+    more): memory for those bytes is taken at once; by default there are 16 MiB, which are taken as they are
+    used. name: under which `runtime ctl` finds it; by default it has none. mp_context is accepted and
     ignored, with a warning.
 
     Raises: TypeError, ValueError for bad arguments; OSError, RegionFull when the machine lacks what it needs;
-    RuntimeError for "fork" in a process with threads.
+    RuntimeError for "fork" in a process with threads, and for a name that is taken.
     """
 
     _service: config.Service | None = None  # what the workers run instead of tasks: for `runtime serve`
@@ -118,6 +118,8 @@ class Runtime(Front, Store, Kernels, Reloadable):
         self._submitter = _core.Submitter(self._core.dispatcher, Future, self._core, self._table.plain)
         self._finalizer = weakref.finalize(self, _stop, self._core)
         self._finalizer.atexit = False  # _at_exit waits for it, in the right order
+        if self._core.control is not None:
+            self._core.control.start(self)
 
     # ---- submitting ----------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ from runtime.channels import HostEnds
 from runtime.collector import Death
 from runtime.errors import RegionFull
 from runtime.handle import Zygote
+from runtime.names import control_path
 from runtime.oom import Reading
 from runtime.restarts import Restarts
 from runtime.worker import EXIT_DESCRIPTORS, EXIT_HOST_GONE, EXIT_KILLED, EXIT_ORPHANED, EXIT_SERVICE
@@ -222,6 +223,7 @@ def zygote_settings(settings: config.Settings, table: serializer.FunctionTable) 
         "generation": 1,
         "known": [],
         "service": settings.service,
+        "control": control_path(settings.name) if settings.name is not None else None,
     }
 
 

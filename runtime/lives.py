@@ -91,7 +91,7 @@ class Lives(abc.ABC):
 
     @property
     @abc.abstractmethod
-    def _reloading(self) -> bool:
+    def reloading(self) -> bool:
         """Whether a reload is under way, which replaces workers itself."""
 
     @abc.abstractmethod
@@ -430,7 +430,7 @@ class Lives(abc.ABC):
         wanted = self._wanted.values()
         if (
             not self._old
-            or self._reloading
+            or self.reloading
             or any(not it.served and not it.restarts.in_a_row for it in wanted)
         ):
             return

@@ -125,7 +125,8 @@ class Reloads(Zygotes):
         return self._generation
 
     @property
-    def _reloading(self) -> bool:
+    def reloading(self) -> bool:
+        """Whether a reload is under way."""
         return self._reload is not None
 
     def _reload_due(self, now: float) -> float:

@@ -22,6 +22,7 @@ from collections.abc import Callable
 
 from runtime import _core, config, serializer
 from runtime.collector import Collector
+from runtime.control import Control
 from runtime.errors import BrokenRuntime
 from runtime.lifecycle import (
     Number,
@@ -61,15 +62,19 @@ class Supervisor(Reloads):
         fill_standard_descriptors()
         raise_descriptor_limit(settings.max_workers)
         super().__init__(settings, table)
+        self.control: Control | None = None
         self.arena = new_arena(settings)
         self._unpaused = settings.max_workers  # the last one that was not 0
         self._zygote_settings["folder"] = folder = make_folder()
         try:
+            if settings.name is not None:
+                self.control = Control(settings.name)
             self.state = state_of_runtime(settings.state_max_items, settings.state_max_bytes)
             self._first_zygote()
         except BaseException:
             os.rmdir(folder)
             self.arena.release()
+            self._close_control()
             raise
         self.link = HostLink(folder, self.arena.room // settings.threads)
         self._bell = _core.Bell()
@@ -106,6 +111,7 @@ class Supervisor(Reloads):
                 self._zygote.close(_QUIT_WAIT)
             self.link.close()
             self._bell.close()
+            self._close_control()
             self.ended.set()
             raise
 
@@ -353,6 +359,11 @@ class Supervisor(Reloads):
         self.link.close()
         self._bell.close()
         self.arena.release()
+        self._close_control()
         with contextlib.suppress(BufferError):  # a view of the user's: it ends with that
             self.state.region.close()
         self.ended.set()
+
+    def _close_control(self) -> None:
+        if self.control is not None:
+            self.control.close()

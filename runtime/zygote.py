@@ -43,6 +43,7 @@ from runtime.children import children_of
 from runtime.handle import Ending, Zygote
 from runtime.heirs import Heirs
 from runtime.inherit import forget_host, has_threads, refuse_threads
+from runtime.names import remove_dead
 from runtime.sockets import Paths
 from runtime.state import SharedState, open_state
 from runtime.wire import REPORT_BYTES, decode_report, encode_report
@@ -289,7 +290,7 @@ class _Process(Heirs):
     # ---- the end ----
 
     def leave(self) -> None:
-        """End every descendant, then this process; if the host is gone, remove its folder too.
+        """End every descendant, then this process; if the host is gone, remove its folder and name, too.
 
         When the host is killed, its end of the connection is closed a moment before its pidfd says so.
         """
@@ -300,6 +301,8 @@ class _Process(Heirs):
                 for name in os.listdir(folder):
                     os.unlink(os.path.join(folder, name))
                 os.rmdir(folder)
+            if self.settings["control"] is not None:
+                remove_dead(self.settings["control"])
         os._exit(0)
 
 

@@ -32,6 +32,7 @@ class FakeRuntime:
 
     def __init__(self, **options):
         self.options, self.calls = options, []
+        self._core = types.SimpleNamespace(control=None)
         self.made.append(self)
 
     def stats(self):
@@ -168,7 +169,7 @@ def test_run_hands_over_options_and_arguments(here, fake, capsys):
         "region_size": "8MiB",
         "max_worker_rss": None,
         "drain_timeout": 30.0,
-        "name": None,
+        "name": "job_f",
     }
     assert rt.calls == ["shutdown wait=True cancel=False"]
     output = capsys.readouterr()
@@ -294,7 +295,7 @@ def test_help_names_only_what_exists(capsys):
         main(["--help"])
     assert caught.value.code == 0
     text = capsys.readouterr().out
-    assert all(f"    {name} " in text for name in ("run", "serve", "doctor"))
+    assert all(f"    {name} " in text for name in ("run", "serve", "ctl", "doctor"))
 
 
 def test_version(capsys):

@@ -21,7 +21,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("include",),  # C headers
     ("_atomics",),
     ("_layout",),
-    ("errors", "limits", "machine", "retries", "terminal"),
+    ("errors", "limits", "machine", "names", "retries", "terminal"),
     ("config", "memory", "oom", "progress"),
     ("_identity", "segment"),
     ("_region", "_slab"),
@@ -69,7 +69,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("collector", "mapping"),
     ("restarts",),
     ("lifecycle", "asynchronous", "future"),
-    ("relay",),
+    ("relay", "control"),
     ("lives",),
     ("zygotes",),
     ("reloads",),

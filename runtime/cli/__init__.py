@@ -42,6 +42,10 @@ def _subcommand(arguments: argparse.Namespace) -> int:
     if broken.reason is not None:
         print(f"runtime: the package {broken.told()}; ask `runtime doctor` why", file=sys.stderr)
         return exits.FAILED
+    if arguments.command == "ctl":
+        from runtime.cli import ctl
+
+        return ctl.command(arguments)
     if os.getpid() == 1:
         from runtime.cli.init import become_init
 
@@ -65,6 +69,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_run(commands)
     _add_serve(commands)
+    _add_ctl(commands)
     _add_doctor(commands)
     return top
 
@@ -108,6 +113,38 @@ def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         allow_abbrev=False,
     )
     doctor.add_argument("--json", action="store_true", help="print the checks as JSON")
+
+
+def _add_ctl(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    ctl = commands.add_parser(
+        "ctl",
+        help="ask a running runtime how it is, and tell it what to do",
+        description="NAME is that of `--name`, or of Runtime(name=...); by default the module of TARGET. The "
+        "exit code is 1 if the runtime refuses, 3 if there is none of that name.",
+        allow_abbrev=False,
+    )
+    ctl.add_argument("name", metavar="NAME")
+    verbs = ctl.add_subparsers(dest="verb", metavar="VERB", required=True)
+
+    def verb(name: str, about: str) -> argparse.ArgumentParser:
+        found = verbs.add_parser(name, help=about, description=about, allow_abbrev=False)
+        found.add_argument("--json", action="store_true", help="print JSON")
+        return found
+
+    verb("status", "its state, its workers, its queue")
+    top = verb("top", "the same again and again, with rates")
+    top.add_argument(
+        "--interval", type=float, default=1.0, metavar="SECONDS", help="between two (%(default)s)"
+    )
+    top.add_argument("--count", type=int, metavar="N", help="end after so many")
+    verb("stats", "every count and size")
+    reload = verb("reload", "reload the code; returns when that is done")
+    reload.add_argument("--timeout", type=float, metavar="SECONDS", help="for the new code to be ready")
+    verb("scale", "have N workers").add_argument("n", type=int, metavar="N")
+    verb("drain", "take nothing new, finish what was accepted, end")
+    verb("stop", "end now")
+    stacks = verb("dump-stacks", "the Python stacks of the workers, stuck ones too")
+    stacks.add_argument("--number", type=int, metavar="N", help="of this worker alone")
 
 
 class _Version(argparse.Action):

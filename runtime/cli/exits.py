@@ -2,11 +2,12 @@
 
 from typing import Final
 
-__all__ = ["FAILED", "INTERRUPTED", "OK", "USAGE", "Usage"]
+__all__ = ["FAILED", "INTERRUPTED", "OK", "UNREACHABLE", "USAGE", "Usage"]
 
 OK: Final = 0
 FAILED: Final = 1
 USAGE: Final = 2  # the command line is wrong; nothing was started
+UNREACHABLE: Final = 3  # ctl: nobody answers under this name
 INTERRUPTED: Final = 130  # Ctrl-C, as a shell reports it: 128 + SIGINT
 
 

@@ -17,6 +17,7 @@ what catches that, by the end of the process.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import enum
 import logging
 import os
@@ -31,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 
 from runtime.cli import exits
 from runtime.cli.notify import Notifier
+from runtime.control import Verbs
 from runtime.errors import RuntimeFailure
 
 if TYPE_CHECKING:
@@ -87,6 +89,9 @@ class Program:
         self._thread = threading.Thread(target=self._follow, name="runtime-program", daemon=True)
 
     def __enter__(self) -> Program:
+        control = self.rt._core.control
+        if control is not None:
+            control.verbs = ProgramVerbs(control.name, self)
         self._handlers = {number: signal.signal(number, self._handle) for number in _SIGNALS}
         self._wakeup = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
         self._thread.start()
@@ -132,6 +137,11 @@ class Program:
         """Have so many workers. Raises: as Runtime.scale."""
         self.rt.scale(workers)
         log.info("scaled to %d worker%s", workers, "" if workers == 1 else "s")
+
+    @property
+    def state(self) -> str:
+        """What it is doing."""
+        return "broken" if self.rt._core.broken is not None else self.phase.value
 
     def drain(self) -> None:
         """Take nothing new, finish what was accepted, stop."""
@@ -265,3 +275,32 @@ class Program:
                     seen, sent = turned, now
                 self.rt._core.wake()  # and look again the next time
             yield
+
+
+class ProgramVerbs(Verbs):
+    """What `runtime ctl` asks of a main program."""
+
+    def __init__(self, name: str, program: Program) -> None:
+        super().__init__(name, program.rt)
+        self._program = program
+
+    @property
+    def state(self) -> str:
+        """As that of a Runtime."""
+        return self._program.state
+
+    def reload(self, timeout: float | None = None) -> dict[str, Any]:
+        """The service manager is told, too."""
+        return dataclasses.asdict(self._program.reload(timeout))
+
+    def scale(self, n: int) -> None:
+        """It is logged, too."""
+        self._program.scale(n)
+
+    def drain(self) -> None:
+        """As SIGTERM."""
+        self._program.drain()
+
+    def stop(self) -> None:
+        """As SIGQUIT."""
+        self._program.stop()

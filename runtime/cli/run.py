@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import os
 import sys
@@ -17,6 +18,7 @@ from runtime.cli.notify import Notifier
 from runtime.cli.program import Program
 from runtime.cli.progress import Progress
 from runtime.executor import Runtime
+from runtime.names import NameTaken
 
 __all__ = ["command"]
 
@@ -34,7 +36,7 @@ def command(arguments: argparse.Namespace) -> int:
     try:
         function = targets.load(arguments.target)
         notifier = Notifier(os.environ)
-        rt = Runtime(**keywords)
+        rt = _named(keywords, function.__module__)
         program = Program(rt, notifier, drain_timeout=found["drain_timeout"], interrupt_grace=_GRACE)
         with program, Progress(rt, enabled=found["progress"]):
             notifier.ready()
@@ -69,6 +71,20 @@ def _call(rt: Runtime, function: Callable[[Any, list[str]], object], argv: list[
     except KeyboardInterrupt:  # also the one that comes while the shutdown waits
         rt.kill_workers()
         raise
+
+
+def _named(keywords: dict[str, Any], default: str) -> Runtime:
+    """The Runtime. One that was given no name has that of its module, if it is free: two may run at once.
+
+    Raises: exits.Usage for a name that is taken.
+    """
+    try:
+        if keywords["name"] is None and config.is_name(default):
+            with contextlib.suppress(NameTaken):
+                return Runtime(**{**keywords, "name": default})
+        return Runtime(**keywords)
+    except NameTaken as error:
+        raise exits.Usage(str(error)) from None
 
 
 def _keywords(found: dict[str, Any]) -> dict[str, Any]:

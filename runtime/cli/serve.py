@@ -19,6 +19,7 @@ from runtime.cli.notify import Notifier
 from runtime.cli.program import Phase, Program
 from runtime.executor import Runtime
 from runtime.lifecycle import WorkerStatus
+from runtime.names import NameTaken
 
 __all__ = ["Services", "command"]
 
@@ -78,9 +79,9 @@ def _services(
             preload=[*found["preload"], module],
             drain_timeout=found["drain_timeout"],
             max_worker_rss=found["max_worker_rss"],
-            name=found["name"],
+            name=found["name"] or (module if config.is_name(module) else None),
         )
-    except (TypeError, ValueError) as error:
+    except (NameTaken, TypeError, ValueError) as error:
         raise exits.Usage(str(error)) from None
     stack.callback(rt.kill_workers)
     return rt
