@@ -165,7 +165,9 @@ class Reloads(Zygotes):
         self._reload = reload
         reload.began = now
         reload.deadline = now + reload.timeout
-        reload.generation = self._generation + 1
+        # Where a rollback has failed, workers of a later generation than the one that leads serve on.
+        serving = [it.zygote.generation for it in self._slots.values() if not (it.stopping or it.died)]
+        reload.generation = 1 + max([self._generation, *serving])
         reload.settings = {
             **self._zygote_settings,
             "preload": list(self.settings.preload),
@@ -225,14 +227,14 @@ class Reloads(Zygotes):
             self._take_over(reload)
         number = self._numbers[worker.number]
         old, number.worker = number.worker, worker
-        number.restarts.lived()  # what the other generation has done does not count
         now = time.monotonic()
         reload.deadline = now + reload.timeout
         if old is not None and not old.died:
-            reload.leaving, reload.overdue = old, False
-            reload.drain_by = now + self.settings.drain_timeout
             if not old.stopping:
                 self._let_go(old)
+            if old.ready:  # else it runs nothing; and it may not be forked yet, by a zygote that stands still
+                reload.leaving, reload.overdue = old, False
+                reload.drain_by = now + self.settings.drain_timeout
         self.wake()
 
     def _drain_old(self, reload: Reload, old: Worker, now: float) -> None:
@@ -268,6 +270,8 @@ class Reloads(Zygotes):
         before, self._zygote = self._zygote, zygote
         self._zygote_settings, self._generation = settings, zygote.generation
         self._zygote_failures, self._zygote_at = 0, 0.0
+        for number in self._numbers.copy().values():
+            number.restarts.lived()  # failures of the other code do not count
         if before is not None:
             self._others.append(before)
         return before

@@ -354,6 +354,51 @@ def test_a_later_worker_that_fails_turns_all_back(factory: Factory, code: Code) 
     serves(rt, code, 3)
 
 
+def test_a_failed_rollback_and_the_next_reload(factory: Factory, code: Code) -> None:
+    """Workers of the code that was refused serve on; the next reload replaces them, too."""
+    setup = "def setup():\n    import runtime\n    here = runtime.current()\n"
+    failed = str(code.folder / "failed")
+    code.write(1, f"{setup}    if os.path.exists({failed!r}):\n        raise ValueError('nor me')")
+    rt = ready(factory(3, initializer=code.module.setup, preload=[code.name]))
+    code.write(
+        2,
+        f"{setup}    if here.number == 2:\n        open({failed!r}, 'w').close()\n"
+        "        raise ValueError('not me')",
+    )
+    with pytest.raises(ReloadFailed, match="not me") as caught:
+        rt.reload()
+    assert "could not be rolled back" in caught.value.__notes__[0]
+    assert "nor me" in caught.value.__notes__[0]
+    assert generations(rt) == [2, 2, 1]
+    code.write(3, f"{setup}    pass")
+    report = rt.reload()
+    assert (report.generation, report.started) == (3, 3)
+    assert generations(rt) == [3, 3, 3]
+    serves(rt, code, 3)
+
+
+def test_the_failures_of_the_old_code_do_not_delay_the_new_one(factory: Factory, code: Code) -> None:
+    """One number crashes again and again; as its code is mended, it starts at once."""
+    setup = "def setup():\n    import runtime\n    here = runtime.current()\n"
+    failing = code.folder / "failing"
+    code.write(
+        1,
+        f"{setup}    if here.number == 1 and os.path.exists({str(failing)!r}):\n"
+        "        raise ValueError('no more')",
+    )
+    rt = factory(2, initializer=code.module.setup, preload=[code.name])
+    pids = all_ready(rt)
+    failing.touch()
+    send(pids[1], signal.SIGKILL)
+    restarts = rt._core._numbers[1].restarts
+    until(lambda: restarts.exhausted, "it is given up")
+    restarts.not_before = time.monotonic() + 1000
+    code.write(2, f"{setup}    pass")
+    rt.reload()
+    all_ready(rt)
+    serves(rt, code, 2)
+
+
 def test_a_module_that_leaves_a_thread_is_imported_in_workers(factory: Factory, code: Code) -> None:
     rt = factory(2, preload=[code.name])
     serves(rt, code, 1)
@@ -393,6 +438,27 @@ def test_a_stopped_worker_does_not_hold_it_up(factory: Factory, code: Code) -> N
     send(pid, signal.SIGSTOP)
     report = rt.reload()
     assert (report.started, report.killed) == (2, 1)
+    serves(rt, code, 1)
+
+
+def test_a_worker_that_its_zygote_has_not_forked_yet_is_not_waited_for(factory: Factory, code: Code) -> None:
+    """As that stands still."""
+    rt = factory(2)
+    pids = all_ready(rt)
+    both = [rt.submit(code.module.arrive, str(code.folder / "go")) for _ in range(2)]
+    code.came("go", 2)
+    (code.folder / "go").touch()
+    assert [future.result() for future in both] == [None, None]  # they have worked: there is no back-off
+    zygote = zygote_of(pids[0])
+    send(zygote, signal.SIGSTOP)
+    try:
+        send(pids[0], signal.SIGKILL)
+        number = rt._core._numbers[0]
+        until(lambda: number.worker is not None and number.worker.pid is None, "another is ordered")
+        assert rt.reload().started == 2
+        assert set(generations(rt)) == {2}
+    finally:
+        send(zygote, signal.SIGCONT)
     serves(rt, code, 1)
 
 
