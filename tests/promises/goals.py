@@ -120,4 +120,10 @@ GOALS = (
         "test_storm.py::test_nothing_grows_in_a_steady_storm",
         {"seconds": (20, 28_800)},
     ),
+    Goal(
+        (20,),
+        "steps of the wall clock by an hour change nothing: deadlines, timeouts, drains, back-off, ttl",
+        "test_wall_clock.py::test_steps_of_the_wall_clock_change_nothing",
+        {"steps": (150, 10_000)},
+    ),
 )

@@ -42,7 +42,7 @@ STEADY_WAVE = 0.4  # … where samples are taken after each
 ZYGOTE = 24 << 20  # bytes that a fresh interpreter has, with what it imports
 ROOM = 8 << 20  # bytes that a worker may grow
 CLIENTS = (*orders.CLIENTS, kernels.grinding)
-KILLS = ("kill", "newborn", "zygote", "heir")
+KILLS = ("kill", "newborn", "zygote", "heir", "usurper")
 TIGHT = {"region_size": "256KiB", "region_max": "2MiB"}  # every other runtime's: it grows, and is full
 
 

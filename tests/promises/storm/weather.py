@@ -8,6 +8,8 @@ descendant  … to a child or grandchild of a worker
 leave       SIGTERM or SIGUSR2 to a worker: it finishes its task, and is replaced
 stop        SIGSTOP to a worker or to the zygote, SIGCONT a moment later
 scale       more workers, fewer, or for a moment none
+reload      the code is reloaded, in a thread; what is struck meanwhile may be the reason that it is refused
+usurper     SIGKILL during a reload: to a zygote that does not lead, to a successor, to a worker that leaves
 trim        nobody is hurt: memory of the region that is free for a moment is given back, which is sought
             every five seconds else
 """
@@ -23,14 +25,15 @@ from pathlib import Path
 
 from watching import send
 
-from runtime import WorkerStatus
+from runtime import ReloadFailed, WorkerStatus
 
 STORM = {
     "kill": 60, "newborn": 1, "zygote": 2, "heir": 1, "descendant": 6, "leave": 6, "stop": 6, "scale": 4,
-    "trim": 30,
+    "trim": 30, "reload": 4, "usurper": 3,
 }  # fmt: skip
 KILLS_ALONE = {"kill": 1}
-APART = {"zygote": 1.0, "heir": 1.0, "newborn": 2.0}  # seconds between two of a kind, at least
+APART = {"zygote": 1.0, "heir": 1.0, "newborn": 2.0, "reload": 1.0}  # seconds between two of a kind, at least
+RELOADED = 60.0  # seconds that a reload may take
 STOPPED = 0.25  # seconds that a process stands still, at most
 LATELY = 4 * STOPPED  # seconds in which a zygote that has stood still has ended what a dead worker left
 PAUSED = 0.05  # seconds without a worker, at most
@@ -56,6 +59,7 @@ class Weather(threading.Thread):
         self._lost = set()  # pids of zygotes and heirs that are killed
         self._last = {}  # when something of a kind was done
         self._later = []  # (when, what is to be done then), of what must not stay as it is
+        self._reloads = []  # threads, one for each
 
     def run(self):
         try:
@@ -67,6 +71,8 @@ class Weather(threading.Thread):
             self.problem = error
         finally:
             self._clear_up(float("inf"))
+            for thread in self._reloads:
+                thread.join(RELOADED)
 
     def _strike(self):
         self._meet()
@@ -174,17 +180,63 @@ class Weather(threading.Thread):
             send(pid, signal.SIGKILL)
             return pid
 
+    def do_reload(self):
+        """Now and then another one is asked for before the last one has ended."""
+        if self.method == "fork":
+            return None
+        self._reloads = [thread for thread in self._reloads if thread.is_alive()]
+        if len(self._reloads) > (self.draw.random() < 0.1):
+            return None
+        thread = threading.Thread(target=self._reload, name="reload")
+        thread.start()
+        self._reloads.append(thread)
+        return f"beside {len(self._reloads) - 1}"
+
+    def _reload(self):
+        """Nothing is wrong with the code: only who is killed again and again is a reason to refuse it."""
+        try:
+            self.rt.reload(timeout=RELOADED)
+            self.counts["reloads done"] += 1
+        except ReloadFailed as error:
+            self.log.append(f"{time.monotonic():.3f} {error}")
+            self.counts["reloads refused"] += 1
+            if "attempts)" not in str(error):
+                self.problem = error
+        except BaseException as error:
+            self.problem = error
+
+    def _changing(self):
+        """(workers, zygotes) that start or leave on account of a reload."""
+        core = self.rt._core
+        reload = core._reload
+        workers = (reload.successor, reload.leaving) if reload is not None else ()
+        return {it.pid for it in workers if it is not None and it.pid}, {it.pid for it in list(core._others)}
+
+    def do_usurper(self):
+        workers, zygotes = self._changing()
+        victims = sorted((workers | zygotes) - self.killed - self._lost)
+        if not victims or self._exhausted():
+            return None
+        pid = self.draw.choice(victims)
+        if pid in workers:
+            return self._kill(pid)
+        self._lose(pid)
+        self._meet()
+        self.orphans |= self._met.keys()
+        return pid
+
     def do_leave(self):
-        if victims := self._ready():
+        if victims := [*self._ready(), *sorted(self._changing()[0])]:
             pid = self.draw.choice(victims)
             send(pid, self.draw.choice([signal.SIGTERM, signal.SIGUSR2]))
             return pid
 
     def do_stop(self):
-        """A worker, or the zygote. It goes on in a moment, whatever comes."""
+        """A worker, or a zygote. It goes on in a moment, whatever comes."""
         zygote = self._zygote()
         if not (victims := self._ready()):
             return None
+        victims += sorted(set.union(*self._changing()))
         pid = self.draw.choice([*victims, zygote.pid] if zygote is not None else victims)
         until = time.monotonic() + self.draw.uniform(0.0, STOPPED)
         self._later.append((until, lambda: send(pid, signal.SIGCONT)))
