@@ -76,7 +76,7 @@ class Service:
 
     module: str
     path: str  # of the function, in the module
-    sockets: tuple[int, ...]  # descriptors of listening sockets, the same ones in host, zygotes and workers
+    sockets: tuple[int, ...]  # descriptors of listening sockets
     region: int  # descriptor of the memory that the workers share
     pool: tuple[int, int]  # blocks in it, and the bytes of one
     settle: float  # seconds that it must have run to be ready
@@ -85,6 +85,11 @@ class Service:
     def fds(self) -> tuple[int, ...]:
         """Descriptors that every process of the runtime has."""
         return (*self.sockets, self.region)
+
+    def at(self, first: int) -> Service:
+        """The same where these descriptors have the numbers from `first` on: in zygotes and workers."""
+        region = first + len(self.sockets)
+        return dataclasses.replace(self, sockets=tuple(range(first, region)), region=region)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -12,15 +12,17 @@ import signal
 import socket
 import sys
 from collections import deque
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from runtime import _core
 from runtime.channels import HostEnds, readable
 from runtime.state import SharedState
 from runtime.wire import REPORT_BYTES, WireError, decode_report, encode_report
 
-__all__ = ["Ending", "Heir", "Report", "Zygote", "exec_zygote"]
+__all__ = ["FIRST_FD", "ZYGOTE_FDS", "Heir", "Report", "Zygote", "exec_zygote"]
 
+FIRST_FD = 3  # the first of the descriptors that a fresh zygote gets …
+ZYGOTE_FDS = 6  # … and how many they are, before those of a service
 _STACK = 1 << 16  # bytes of a stack, at most
 
 
@@ -32,40 +34,17 @@ class Report(NamedTuple):
     fds: list[int]
 
 
-class Waits(Protocol):
-    """A Popen, or an Ending."""
-
-    def wait(self) -> int | None: ...
-
-
-class Ending:
-    """What is used of Popen, for a process that may not be a child of ours: an heir is not."""
-
-    def __init__(self, pidfd: int) -> None:
-        self._pidfd = pidfd
-        self._code: int | None = None
-
-    def wait(self) -> int | None:
-        """Until it has ended. Its exit code; None: unknown."""
-        readable(self._pidfd, None)
-        with contextlib.suppress(ChildProcessError):
-            found = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED)
-            assert found is not None
-            self._code = found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
-        return self._code
-
-
 class Zygote:
     """The host's handle of a zygote process, however that was made. Owns the descriptors that it is given.
 
     Thread-safety: for the supervisor's thread, but for `kill`. Fork-safety: in a fork it is inert.
     """
 
-    def __init__(self, connection: socket.socket, pid: int, pidfd: int, stack_fd: int, ending: Waits) -> None:
+    def __init__(self, connection: socket.socket, pid: int, pidfd: int, stack_fd: int) -> None:
         self.socket = connection
         self.socket.setblocking(False)
         self.pid, self.pidfd, self.stack_fd = pid, pidfd, stack_fd
-        self._ending = ending
+        self._code: int | None = None
         self.generation = 1  # of the code that it has imported
         self.leave_by = 0.0  # monotonic time at which it is killed, 0: it is not asked to leave
         self.importing = ""  # the preload module that is being imported now
@@ -127,8 +106,13 @@ class Zygote:
         return Heir(socket.socket(fileno=report.fds[0]), stack_fd)
 
     def wait(self) -> int | None:
-        """Until it has ended. Its exit code; None: unknown."""
-        return self._ending.wait()
+        """Until it has ended. Its exit code; None: unknown, as an heir's, which is not a child of ours."""
+        readable(self.pidfd, None)
+        with contextlib.suppress(ChildProcessError):
+            found = os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED)
+            assert found is not None
+            self._code = found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
+        return self._code
 
     def kill(self) -> None:
         """SIGKILL, through the pidfd."""
@@ -175,7 +159,7 @@ class Heir:
         except (OSError, WireError):
             fields = {}
         if fields.get("what") == "here":
-            return Zygote(self._connection, fields["pid"], fds[0], self._stack_fd, Ending(fds[0]))
+            return Zygote(self._connection, fields["pid"], fds[0], self._stack_fd)
         self._forget(fds)
         raise EOFError("there is no heir")
 
@@ -212,7 +196,11 @@ def _receive(connection: socket.socket, most: int) -> tuple[bytes, list[int]]:
 def exec_zygote(
     settings: dict[str, Any], arena: _core.Arena, state: SharedState, environment: dict[str, str]
 ) -> Zygote:
-    """A zygote that is a fresh interpreter. Raises: OSError when no process can be made."""
+    """A zygote that is a fresh interpreter. Raises: OSError when no process can be made.
+
+    Not by subprocess.Popen: that reads a pipe until its writing end is closed, which a fork by another thread
+    of the host's may have got, and may hold for as long as it lives.
+    """
     import subprocess
 
     if not sys.executable:
@@ -230,25 +218,27 @@ def exec_zygote(
         passed.callback(theirs.close)
         host = _core.pidfd_open(os.getpid())
         passed.callback(os.close, host)
-        config = _written(b"runtime-zygote", pickle.dumps(settings, protocol=5))
+        service, beyond = settings["service"], FIRST_FD + ZYGOTE_FDS
+        more = service.fds if service is not None else ()
+        there = {**settings, "service": service.at(beyond) if service is not None else None}
+        config = _written(b"runtime-zygote", pickle.dumps(there, protocol=5))
         passed.callback(os.close, config)
         stack_fd = _core.memfd_create(b"runtime-stack")
         kept.callback(os.close, stack_fd)
-        # The child gets /dev/null as 0, and keeps 1 and 2: ours must not be among these, even if the host
-        # has closed its own.
-        fds = []
-        for fd in (theirs.fileno(), arena.fd, state.region.fd, host, config, stack_fd):
-            fds.append(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3))
-            passed.callback(os.close, fds[-1])
-        # Under the same numbers: nothing else has been opened there yet.
-        theirs_too = settings["service"].fds if settings["service"] is not None else ()
-        process = subprocess.Popen(
-            [sys.executable, *flags, "-P", "-c", code, *map(str, fds)],
-            pass_fds=[*fds, *theirs_too], stdin=subprocess.DEVNULL, env=environment,
+        # The child gets /dev/null as 0, keeps 1 and 2, and has these next, in this order.
+        actions: list[Any] = [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)]
+        for fd in (theirs.fileno(), arena.fd, state.region.fd, host, config, stack_fd, *more):
+            above = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, beyond + len(more))
+            passed.callback(os.close, above)
+            actions.append((os.POSIX_SPAWN_DUP2, above, FIRST_FD + len(actions) - 1))
+        pid = os.posix_spawnp(
+            sys.executable, [sys.executable, *flags, "-P", "-c", code], environment,
+            file_actions=actions, setsigdef=[signal.SIGPIPE, signal.SIGXFSZ],
         )  # fmt: skip
-        pidfd = _core.pidfd_open(process.pid)
+        passed.close()  # so there is a descriptor
+        pidfd = _core.pidfd_open(pid)
         kept.pop_all()  # they are the handle's
-    return Zygote(ours, process.pid, pidfd, stack_fd, process)
+    return Zygote(ours, pid, pidfd, stack_fd)
 
 
 def _written(name: bytes, data: bytes) -> int:

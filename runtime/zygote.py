@@ -40,7 +40,7 @@ from runtime import _core, forwarding, serializer, worker
 from runtime.bytecode import beware_of_old_bytecode
 from runtime.channels import Channels, readable
 from runtime.children import children_of
-from runtime.handle import Ending, Zygote
+from runtime.handle import FIRST_FD, ZYGOTE_FDS, Zygote
 from runtime.heirs import Heirs
 from runtime.inherit import forget_host, has_threads, refuse_threads
 from runtime.names import remove_dead
@@ -72,7 +72,7 @@ def fork_zygote(
         if pid == 0:
             _become_zygote(theirs, arena, state, host, stack_fd, settings, environment, mask, collecting)
         pidfd = _core.pidfd_open(pid)
-        return Zygote(ours, pid, pidfd, stack_fd, Ending(pidfd))
+        return Zygote(ours, pid, pidfd, stack_fd)
     except BaseException:
         ours.close()
         os.close(stack_fd)
@@ -307,20 +307,22 @@ class _Process(Heirs):
 
 
 def main() -> None:
-    """The process: `python -c … main()` with the descriptors' numbers in sys.argv. Never returns."""
-    fds = [int(text) for text in sys.argv[1:7]]
+    """The process: `python -c … main()`, with descriptors as exec_zygote hands them over. Never returns."""
+    fds = range(FIRST_FD, FIRST_FD + ZYGOTE_FDS)
     connection, region, state, host, config, stack = fds
     for fd in fds:
         os.set_inheritable(fd, False)
     _have_streams()
+    settings = pickle.loads(_read(config))
+    more = settings["service"].fds if settings["service"] is not None else ()
+    for fd in more:
+        os.set_inheritable(fd, False)
+    _close_from(fds.stop + len(more))
     _stay()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored by the host, it would take what wait4 tells
     _core.become_subreaper()
     gc.freeze()
     gc.enable()
-    settings = pickle.loads(_read(config))
-    for fd in settings["service"].fds if settings["service"] is not None else ():
-        os.set_inheritable(fd, False)
     _like_the_host(settings)
     if settings["generation"] > 1:
         beware_of_old_bytecode()
@@ -385,6 +387,14 @@ def _like_the_host(settings: dict[str, Any]) -> None:
     warnings.filters[:] = filters  # type: ignore[index]
     if settings.get("authkey") is not None:
         importlib.import_module("multiprocessing.process").current_process().authkey = settings["authkey"]
+
+
+def _close_from(first: int) -> None:
+    """What the host has left open for programs that it starts is not ours: it would hide EOF from others."""
+    for name in os.listdir("/proc/self/fd"):
+        if int(name) >= first:
+            with contextlib.suppress(OSError):  # the listing's own
+                os.close(int(name))
 
 
 def _have_streams() -> None:

@@ -622,6 +622,46 @@ def test_tasks_that_kill_their_workers_meanwhile(
     serves(rt, code, 1)
 
 
+def test_a_host_that_forks_all_the_time() -> None:
+    """No child of its, however long it lives, holds what a new zygote is waited for with."""
+    script = """
+        import os, threading
+        import runtime
+
+        rt = runtime.Runtime(1)
+        rt.submit(abs, -1).result()
+        reading, writing = os.pipe()
+        children, ended = [], threading.Event()
+
+        def fork():
+            while not ended.wait(0.003) and len(children) < 500:
+                pid = os.fork()
+                if pid == 0:
+                    os.close(writing)
+                    os.read(reading, 1)
+                    os._exit(0)
+                children.append(pid)
+
+        def reload():
+            for _ in range(8):
+                rt.reload()
+            ended.set()
+
+        threads = [threading.Thread(target=target) for target in (fork, reload)]
+        for thread in threads:
+            thread.start()
+        print(ended.wait(20), len(children) > 20)
+        ended.set()
+        os.close(writing)
+        for thread in threads:
+            thread.join()
+        for pid in children:
+            os.waitpid(pid, 0)
+        rt.shutdown()
+    """
+    assert output(textwrap.dedent(script)) == ["True True"]
+
+
 # ---- what is refused -----------------------------------------------------------------------------
 
 
