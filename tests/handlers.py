@@ -56,10 +56,16 @@ def strike(
 
 
 def strike_everywhere(
-    call: Callable[[], object], handler: Callable[[], object], files: tuple[str, ...] = ("/runtime/",)
+    call: Callable[[], object],
+    handler: Callable[[], object],
+    files: tuple[str, ...] = ("/runtime/",),
+    most: int = 1,
 ) -> int:
-    """Call again and again, until the handler has run at every place once. How many there were."""
+    """Call again and again, until the handler has run at every place once. How many there were.
+
+    most: places in one call.
+    """
     seen: set[Place] = set()
-    while strike(call, handler, seen, 1, files):
+    while strike(call, handler, seen, most, files):
         pass
     return len(seen)
