@@ -16,7 +16,7 @@ CODE = "import sys; sys.path.append(sys.argv[2]); from storm import host; host.m
 MANY = 1_000  # kills, in a storm that has met all there is
 MET = (
     "growths", "trim", "arguments by value", "arrays without room", "Refs", "Refs released", "Refs of Refs",
-    "looks while arguments were kept", "kernels",
+    "looks while arguments were kept", "kernels", "reloads done",
 )  # fmt: skip
 GROWTH = {  # by which each may grow in a slice: what is less is no leak, or one for a longer slice to see
     "memory of the host": 4 << 20,
