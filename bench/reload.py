@@ -162,9 +162,9 @@ def rows(scale: Scale) -> list[Row]:
     return [
         Row(
             "load",
-            f"{IN_FLIGHT} tasks of 1 ms of CPU in flight on {WORKERS} workers for {scale.seconds:g} s, and "
-            "until the last reload has ended; latency is from submission to the future's callback. An operation is "
-            "a task.",
+            f"{IN_FLIGHT} tasks of 1 ms of CPU in flight on {WORKERS} workers for {scale.seconds:g} s, "
+            "and until the last reload has ended; latency is from submission to the future's callback. An "
+            "operation is a task.",
             (
                 Figure("rate", "tasks/s", higher_is_better=True),
                 Figure("p50", "ms"),
@@ -179,8 +179,8 @@ def rows(scale: Scale) -> list[Row]:
         ),
         Row(
             "exactly once",
-            f"{RELOADS} reloads in a row under the same load; each task leaves a line in a file: lost are those "
-            "without one, doubled those with two. An operation is a task.",
+            f"{RELOADS} reloads in a row under the same load; each task leaves a line in a file: lost are "
+            "those without one, doubled those with two. An operation is a task.",
             (
                 Figure("a reload", "ms"),
                 Figure("lost", "tasks"),
