@@ -189,6 +189,8 @@ cdef class Dispatcher(Waiting):
         self.numbers += 1
         task.number = self.numbers
         self.waiting += 1
+        if self.accepted % TIMED == 0:
+            task.submitted = now_ns()
         self.accepted += 1
         self.inbox.append(task)
         self.work()

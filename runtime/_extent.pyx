@@ -216,7 +216,7 @@ cdef class Arena:
     """
 
     def __cinit__(self):
-        assert sizeof(lease_t) == 640 and sizeof(slot_t) == 512 and sizeof(record_t) == 48
+        assert sizeof(lease_t) == 640 and sizeof(slot_t) == 832 and sizeof(record_t) == 48
         assert sizeof(arena_t) == PAGE + 192
 
     @staticmethod

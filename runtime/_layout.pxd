@@ -14,16 +14,22 @@ the region where it likes. A word that two processes write has its protocol writ
 """
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
-from runtime._atomics cimport a32_t, a64_t
+from runtime._atomics cimport a32_t, a64_load_relaxed, a64_store_relaxed, a64_t
+
+
+cdef extern from *:
+    uint32_t __builtin_clzll(uint64_t) noexcept nogil
 
 
 cdef enum:
-    LAYOUT_VERSION = 6
+    LAYOUT_VERSION = 7
     PAGE = 4096
     EXTENT = 4096           # bytes of one extent: a page, so that a block can be mapped by itself
     INLINE_BYTES = 320      # bytes of payload that fit into the lease entry itself
     NOTE_BYTES = 69         # bytes of the note of a report
     MAX_LEASES = 256        # entries of a lease table, at most
+    BUCKETS = 16            # of a histogram of times: 0: up to 1.024 µs, k: up to 4^k times that, 15: longer
+    TIMED = 64              # of calls one in so many is timed from its submission to its start
     NO_SLOT = 0xFFFFFFF     # in an extent word: owned by the host, no slot
 
 
@@ -135,7 +141,8 @@ ctypedef struct lease_t:
     int64_t out_ns          # ns that the items of this lease ran, in all
     a64_t reported          # reports of this lease so far, see above. Host, 0 at the lease; then the worker
     report_t reports[2]
-    uint64_t spare
+    uint64_t submitted      # monotonic ns at which the call was accepted, 0: that is not counted. Host; the
+                            # worker puts 0 when it has counted it
     char inline_[INLINE_BYTES]  # the arguments' frame; after the claim the worker may put the result's here
 
 
@@ -234,6 +241,11 @@ ctypedef struct slot_t:
     # line 7: the worker's, but whoever tells it takes the word back; see "Parking" above
     a32_t parked
     char pad7[60]
+    # lines 8 to 12: the worker's; how many items ran for how long, and calls waited. A kill loses one of them
+    a64_t ran[BUCKETS]
+    a64_t waited[BUCKETS]
+    a64_t waited_ns         # in all
+    char pad8[56]
 
 
 ctypedef struct arena_t:
@@ -286,3 +298,14 @@ cdef inline uint64_t l_item(uint64_t w) noexcept nogil:
 
 cdef inline uint64_t l_tag(uint64_t w) noexcept nogil:
     return w >> 24
+
+
+cdef inline uint32_t bucket_of(uint64_t ns) noexcept nogil:
+    """Of a histogram of times."""
+    cdef uint32_t bits = 64 - __builtin_clzll(ns | 1)
+    return 0 if bits <= 10 else min((bits - 9) // 2, <uint32_t>(BUCKETS - 1))
+
+cdef inline void count_time(a64_t *row, uint64_t ns, uint64_t count) noexcept nogil:
+    """So many of this length. For the one thread that writes there."""
+    cdef a64_t *at = &row[bucket_of(ns)]
+    a64_store_relaxed(at, a64_load_relaxed(at) + count)

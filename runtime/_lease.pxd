@@ -129,8 +129,9 @@ cdef class WorkerPort(Viewer):
     cdef lease_t *lease(self, uint32_t entry) noexcept nogil
     cdef int64_t claim(self) noexcept nogil
     cdef void begin(self, lease_t *lease, int64_t now) noexcept nogil
-    cdef int64_t stop(self, lease_t *lease) noexcept nogil
-    cdef int64_t end(self, lease_t *lease) noexcept nogil
+    cdef void count_wait(self, int64_t ns) noexcept nogil
+    cdef int64_t stop(self, lease_t *lease, uint64_t items) noexcept nogil
+    cdef int64_t end(self, lease_t *lease, uint64_t items) noexcept nogil
     cdef bint advance(self, lease_t *lease) noexcept nogil
     cdef bint complete(self, uint32_t entry, uint64_t count) except -1
     cdef int await_forks(self) except -1

@@ -196,21 +196,32 @@ cdef class WorkerPort(Viewer):
     cdef void begin(self, lease_t *lease, int64_t now) noexcept nogil:
         """The item's clock starts: its timeout counts from here."""
         a64_store_release(&lease.started, <uint64_t>now)
+        if lease.submitted:
+            self.count_wait(now - <int64_t>lease.submitted)
+            lease.submitted = 0
 
-    cdef int64_t stop(self, lease_t *lease) noexcept nogil:
-        """The clock stops, before the word moves on. The time."""
+    cdef void count_wait(self, int64_t ns) noexcept nogil:
+        """A call has waited so long, from its submission to its start."""
+        ns = max(ns, 0)                         # the clock was read before it was submitted
+        count_time(self.slot.waited, <uint64_t>ns, 1)
+        a64_store_relaxed(&self.slot.waited_ns, a64_load_relaxed(&self.slot.waited_ns) + <uint64_t>ns)
+
+    cdef int64_t stop(self, lease_t *lease, uint64_t items) noexcept nogil:
+        """The clock stops, before the word moves on. It ran for so many items. The time."""
         cdef int64_t now = now_ns()
         cdef int64_t took = now - <int64_t>a64_load_relaxed(&lease.started)
         lease.out_ns += took
         # In this order: who reads `busy`, `started` and `busy` again never counts this time twice.
         a64_store_release(&lease.started, 0)                    # B1 pairs with B2 in Slots.busy_ns
         a64_store_release(&self.slot.busy, a64_load_relaxed(&self.slot.busy) + <uint64_t>took)
+        count_time(self.slot.ran, <uint64_t>took // items if items > 1 else <uint64_t>took, items)
         return now
 
-    cdef int64_t end(self, lease_t *lease) noexcept nogil:
-        """An item has ended: the clock stops. The time."""
+    cdef int64_t end(self, lease_t *lease, uint64_t items) noexcept nogil:
+        """An item has ended: the clock stops. It ran for this one and those since it was read last. The time.
+        """
         a64_store_relaxed(&self.slot.tasks_done, a64_load_relaxed(&self.slot.tasks_done) + 1)
-        return self.stop(lease)
+        return self.stop(lease, items)
 
     cdef bint advance(self, lease_t *lease) noexcept nogil:
         """RUNNING(i) -> RUNNING(i+1). False: the host has killed this lease; exit."""

@@ -418,6 +418,8 @@ cdef class Leasing:
         lease.where = where
         lease.out_where = AT_NOWHERE
         lease.out_ns = 0
+        lease.submitted = <uint64_t>task.submitted
+        task.submitted = 0
         if task.fn_block is not None:
             lease.fn_body = task.fn_block.offset
             lease.fn_bytes = task.fn_block.nbytes

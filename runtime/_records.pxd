@@ -61,6 +61,7 @@ cdef class Task:
     cdef readonly int priority
     cdef public uint32_t retries            # further attempts that are allowed
     cdef readonly int64_t timeout
+    cdef int64_t submitted                  # ns at which it was, if that is counted and it was not leased yet
     cdef object data                        # of a call: its pickle, see Frame; None: it is in `block`
     cdef bint plain                         # `data` is no pickle, see _plain
     cdef tuple buffers, readonly            # out-of-band buffers of it, frozen

@@ -45,7 +45,7 @@ cdef class Runner(WorkerPort):
 
     def end_item(self, uint32_t entry):
         """The clock of a lease stops."""
-        self.ended_at = self.end(self.lease(entry))
+        self.ended_at = self.end(self.lease(entry), 1)
         self.left -= 1
 
     def report(self, done, total, note):
@@ -190,7 +190,7 @@ cdef class Runner(WorkerPort):
             if out is None:
                 item = self.worker.succeeded(result)
         fn = packed = kwargs = result = None    # their destructors run within the time of the call
-        self.clock = self.ended_at = self.end(lease)
+        self.clock = self.ended_at = self.end(lease, 1)
         self.left -= 1
         if out is not None:
             nbytes = SINGLE_HEAD + <uint64_t>PyBytes_GET_SIZE(out)
@@ -274,7 +274,7 @@ cdef class Runner(WorkerPort):
                 if (self.leaving or a32_load_relaxed(&self.slot.control) & C_STOP
                         or ((items or k + 1 < count) and not self.another())):
                     if clock.skipped:
-                        self.ended_at = self.stop(lease)
+                        self.ended_at = self.stop(lease, clock.skipped)
                     items.clear()
                     break
                 if (clock.took >= SLOW_ITEM or clock.since >= COMMIT or answers.nbytes >= COMMIT_BYTES
@@ -320,7 +320,7 @@ cdef class Runner(WorkerPort):
         if not last and not clock.timed and clock.skipped < clock.stride:
             a64_store_relaxed(&self.slot.tasks_done, a64_load_relaxed(&self.slot.tasks_done) + 1)
             return 0
-        now = self.ended_at = self.end(lease)
+        now = self.ended_at = self.end(lease, clock.skipped)
         clock.took = (now - clock.last) // clock.skipped
         clock.since += now - clock.last
         if clock.took > QUICK_ITEM:

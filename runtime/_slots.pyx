@@ -6,6 +6,7 @@ The sweep behind it is in _harvest.pyx; whether it is leased to, and what become
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from cpython.mem cimport PyMem_Calloc, PyMem_Free
 from libc.stdint cimport uint32_t, uint64_t
+from libc.string cimport memset
 
 from runtime._atomics cimport *
 from runtime._extent cimport Arena, first_lane
@@ -80,6 +81,9 @@ cdef class Slots(Harvest):
         a32_store_relaxed(&slot.phase, P_BOOT)
         a64_store_relaxed(&slot.tasks_done, 0)
         a64_store_relaxed(&slot.busy, 0)
+        memset(slot.ran, 0, sizeof(slot.ran))
+        memset(slot.waited, 0, sizeof(slot.waited))
+        a64_store_relaxed(&slot.waited_ns, 0)
         table.signalled = False
         a32_store_release(&slot.state, S_LIVE)
         return 0
@@ -112,6 +116,7 @@ cdef class Slots(Harvest):
             if table.counted:
                 self.tallies[table.number].tasks += a64_load_relaxed(&self.arena.slot(i).tasks_done)
                 self.tallies[table.number].busy += self.busy_ns(i)
+                self.add_times(i, &self.times)
                 table.counted = False
             table.ready = False
             table.state = S_DYING
@@ -195,6 +200,33 @@ cdef class Slots(Harvest):
         total = self.tallies[number].busy + sum([self.busy_ns(i) for i in slots])
         self.tallies[number].shown = max(self.tallies[number].shown, total)
         return self.tallies[number].shown
+
+    cdef void add_times(self, uint32_t index, times_t *times) noexcept:
+        """What the process in a slot has counted. Whatever it has written there, sums wrap and fail nowhere."""
+        cdef slot_t *slot = self.arena.slot(index)
+        cdef uint32_t k
+        for k in range(<uint32_t>BUCKETS):
+            times.ran[k] += a64_load_relaxed(&slot.ran[k])
+            times.waited[k] += a64_load_relaxed(&slot.waited[k])
+        times.waited_ns += a64_load_relaxed(&slot.waited_ns)
+
+    def histograms(self):
+        """(items by the time that they ran, calls by the time that they waited, ns that these waited in all).
+
+        By bucket, see BUCKETS. Of all processes that there were, and none of it goes backwards. Of calls one
+        in TIMED is counted.
+        """
+        cdef times_t now = self.times
+        cdef uint32_t i, k
+        for i in range(self.arena.slots):
+            if (<SlotTable>self.slots[i]).counted:
+                self.add_times(i, &now)
+        for k in range(<uint32_t>BUCKETS):
+            self.shown.ran[k] = max(self.shown.ran[k], now.ran[k])
+            self.shown.waited[k] = max(self.shown.waited[k], now.waited[k])
+        self.shown.waited_ns = max(self.shown.waited_ns, now.waited_ns)
+        return ([self.shown.ran[k] for k in range(<uint32_t>BUCKETS)], [self.shown.waited[k] for k in range(<uint32_t>BUCKETS)],
+                self.shown.waited_ns)
 
     def incarnation(self, uint32_t index):
         """Counts the processes that lived in a slot."""

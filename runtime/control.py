@@ -16,15 +16,14 @@ import contextlib
 import dataclasses
 import json
 import os
-import select
 import socket
 import struct
-import threading
 import time
 import weakref
 from collections.abc import Callable
 from typing import Any
 
+from runtime.listening import Listener
 from runtime.names import Name
 
 __all__ = ["Control", "Verbs"]
@@ -58,10 +57,7 @@ class Verbs:
     @property
     def state(self) -> str:
         """running, draining, stopping, or broken."""
-        rt = self.rt
-        if rt._core.broken is not None:
-            return "broken"
-        return "draining" if rt._core.stopping else "running"
+        return str(self.rt._core.condition)
 
     def status(self) -> dict[str, Any]:
         """How it is, in about a hundred microseconds."""
@@ -131,10 +127,10 @@ class Control:
         """Raises: NameTaken; OSError, ValueError if it cannot be had."""
         self.verbs: Verbs
         self._name = Name(name)
-        self._ended = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._clients: set[socket.socket] = set()
-        self._thread = threading.Thread(target=self._accept, name="runtime-control", daemon=True)
-        _living.add(self)
+        self._listener = Listener(
+            self._name.socket, self._serve, self._refuse, most=MAX_CLIENTS, name="runtime-control",
+            forget=self._name.forget,
+        )  # fmt: skip
 
     @property
     def name(self) -> str:
@@ -144,74 +140,38 @@ class Control:
     def start(self, rt: Any) -> None:
         """Answer for this Runtime from now on. The caller may replace `verbs`."""
         self.verbs = Verbs(self._name.name, rt)
-        self._thread.start()
+        self._listener.start()
 
     def close(self) -> None:
-        """Give the name back, and end every connection."""
-        if self not in _living:
-            return
-        _living.discard(self)
-        os.eventfd_write(self._ended, 1)
-        if self._thread.ident is not None:
-            self._thread.join()
+        """Give the name back, and end every connection. Idempotent."""
+        self._listener.close()
         self._name.release()
-        for client in list(self._clients):
-            with contextlib.suppress(OSError):
-                client.shutdown(socket.SHUT_RD)  # an answer that is due is still sent
-        os.close(self._ended)
-
-    def forked(self) -> None:
-        """In a fork: it is the parent's."""
-        self._name.forget()
-        for client in self._clients:
-            client.close()
 
     # ---- connections ---------------------------------------------------------------------------------
 
-    def _accept(self) -> None:
-        listener = self._name.socket
-        poller = select.poll()
-        for fd in (listener.fileno(), self._ended):
-            poller.register(fd, select.POLLIN)
-        while True:
-            ready = {fd for fd, _ in poller.poll()}
-            if self._ended in ready:
-                return
-            with contextlib.suppress(OSError):
-                client, _ = listener.accept()
-                self._welcome(client)
-
-    def _welcome(self, client: socket.socket) -> None:
-        client.settimeout(PATIENCE)
-        if _peer(client) not in (os.geteuid(), 0):
-            client.close()
-        elif len(self._clients) >= MAX_CLIENTS:
-            with client, contextlib.suppress(OSError):
-                client.sendall(_line(_refusal(RuntimeError(f"{MAX_CLIENTS} clients are connected already"))))
-        else:
-            self._clients.add(client)
-            threading.Thread(target=self._serve, args=(client,), name="runtime-ctl", daemon=True).start()
+    def _refuse(self, client: socket.socket) -> None:
+        client.setblocking(False)
+        with contextlib.suppress(OSError):
+            client.sendall(_line(_refusal(RuntimeError(f"{MAX_CLIENTS} clients are connected already"))))
 
     def _serve(self, client: socket.socket) -> None:
         """One connection: a line, an answer, and so on."""
-        try:
-            with client, contextlib.suppress(OSError):
-                rest = b""
-                while True:
-                    line, separator, rest = rest.partition(b"\n")
-                    if separator:
-                        client.sendall(_line(self._answer(line)))
-                        continue
-                    if len(line) > MAX_LINE:
-                        error = ValueError(f"a request has at most {MAX_LINE} bytes")
-                        client.sendall(_line(_refusal(error)))
-                        return
-                    piece = client.recv(MAX_LINE)
-                    if not piece:
-                        return
-                    rest = line + piece
-        finally:
-            self._clients.discard(client)
+        if _peer(client) not in (os.geteuid(), 0):
+            return
+        client.settimeout(PATIENCE)
+        rest = b""
+        while True:
+            line, separator, rest = rest.partition(b"\n")
+            if separator:
+                client.sendall(_line(self._answer(line)))
+                continue
+            if len(line) > MAX_LINE:
+                client.sendall(_line(_refusal(ValueError(f"a request has at most {MAX_LINE} bytes"))))
+                return
+            piece = client.recv(MAX_LINE)
+            if not piece:
+                return
+            rest = line + piece
 
     def _answer(self, line: bytes) -> dict[str, Any]:
         try:
@@ -254,15 +214,3 @@ def _peer(client: socket.socket) -> int:
     """The user at the other end."""
     _, uid, _ = _UCRED.unpack(client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
     return int(uid)
-
-
-_living: weakref.WeakSet[Control] = weakref.WeakSet()
-
-
-def _forked() -> None:
-    for control in list(_living):
-        control.forked()
-    _living.clear()
-
-
-os.register_at_fork(after_in_child=_forked)

@@ -19,13 +19,13 @@ Who forks them is chosen in zygotes.py; when all of this is done, and until when
 from __future__ import annotations
 
 import abc
+import collections
 import contextlib
 import logging
 import os
 import signal
 import time
 import traceback
-from collections import deque
 
 from runtime import _core, config, serializer, stacks
 from runtime.channels import HostEnds
@@ -67,7 +67,7 @@ class Lives(abc.ABC):
         self._numbers = {n: Number() for n in range(settings.max_workers)}
         self._wanted = dict(self._numbers)  # those that shall have a worker. Replaced, never changed
         self._slots: dict[int, Worker] = {}  # slot -> its process, until the slot is swept
-        self._looks: deque[int] = deque()  # slots whose phase may have changed
+        self._looks: collections.deque[int] = collections.deque()  # slots whose phase may have changed
         self._drained = False  # nothing is left: the workers were told to leave
         self._respawned = 0.0  # monotonic time of the last look for numbers whose back-off is over
         self._ever_ready = False
@@ -75,6 +75,7 @@ class Lives(abc.ABC):
         self._memory = MemoryWatch()
         self._zygote: Zygote | None = None  # the one that forks
         self._old: list[Zygote] = []  # dead ones, whose workers are being replaced
+        self.ends: collections.Counter[str] = collections.Counter()  # of workers, by how
         self._replaced: Number | None = None  # whose worker was asked to leave last, for that reason
 
     @abc.abstractmethod
@@ -395,7 +396,9 @@ class Lives(abc.ABC):
                 self._failed_before_ready(worker, now, self._start_failure(worker))
             elif worker.successor:
                 self._not_succeeded(worker, None)
-            elif self.settings.service is not None and not worker.stopping:
+            signalled = worker.status is None or worker.status < 0
+            self.ends["signal" if signalled else "left" if worker.stopping else "exit"] += 1
+            if self.settings.service is not None and not (worker.stopping or worker.unready):
                 log.warning("worker %d (pid %s) died: %s", worker.number, worker.pid, how_it_ended(worker))
             self.link.close_slot(slot)
             self.collector.forget(slot)

@@ -92,8 +92,8 @@ class Name:
     def release(self) -> None:
         """Give the name back. Idempotent."""
         if self._lock >= 0:
-            self.socket.close()
             _remove(self.path)
+            self.socket.close()
             os.close(self._lock)
             self._lock = -1
 

@@ -36,7 +36,7 @@ import logging
 import signal
 import time
 import traceback
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,6 +111,7 @@ class Reloads(Zygotes):
         self._table = table
         self._asked: deque[Reload] = deque()
         self._reload: Reload | None = None  # the one that is under way
+        self.outcomes: Counter[str] = Counter()  # of reloads
 
     def ask_reload(self, timeout: float) -> Reload:
         """Have the code reloaded, after the reloads that were asked for before."""
@@ -375,6 +376,7 @@ class Reloads(Zygotes):
             reload.report = ReloadReport(
                 reload.generation, reload.started, reload.drained, reload.killed, seconds
             )
+        self.outcomes["done" if error is None else "refused"] += 1
         reload.done.set()
         self.wake()
 

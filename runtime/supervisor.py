@@ -157,6 +157,11 @@ class Supervisor(Reloads):
         """Monotonic time of the loop's last turn."""
         return self._respawned
 
+    @property
+    def condition(self) -> str:
+        """running, draining, or broken."""
+        return "broken" if self.broken is not None else "draining" if self._stopping else "running"
+
     def stop(self) -> None:
         """Finish what was accepted, then end."""
         self._stopping = True

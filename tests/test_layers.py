@@ -21,7 +21,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("include",),  # C headers
     ("_atomics",),
     ("_layout",),
-    ("errors", "limits", "machine", "names", "retries", "terminal"),
+    ("errors", "limits", "listening", "machine", "names", "retries", "terminal"),
     ("config", "memory", "oom", "progress"),
     ("_identity", "segment"),
     ("_region", "_slab"),
@@ -77,6 +77,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("figures", "front", "pressure", "jobs"),
     ("native", "reloadable"),
     ("executor",),
+    ("metrics",),
     ("cli",),
     ("__init__",),
     ("__main__",),

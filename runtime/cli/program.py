@@ -31,12 +31,14 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from runtime.cli import exits
+from runtime.cli.listeners import host_and_port
 from runtime.cli.notify import Notifier
 from runtime.control import Verbs
 from runtime.errors import RuntimeFailure
 
 if TYPE_CHECKING:
     from runtime.executor import Runtime
+    from runtime.metrics import MetricsServer
 
 __all__ = ["Phase", "Program"]
 
@@ -113,6 +115,20 @@ class Program:
         """What a shell makes of the signal that has ended it."""
         return exits.INTERRUPTED if self.ended_by == signal.SIGINT else 128 + self.ended_by
 
+    def serve_metrics(self, address: str) -> contextlib.closing[MetricsServer]:
+        """To be entered. Raises: exits.Usage."""
+        from runtime.metrics import MetricsServer
+
+        try:
+            server = MetricsServer(self.rt, host_and_port(address), lambda: self.state)
+        except ImportError as error:
+            raise exits.Usage(str(error)) from None
+        except OSError as error:
+            raise exits.Usage(f"cannot serve metrics on {address}: {error.strerror or error}") from None
+        server.start()
+        log.info("metrics on http://%s:%d/metrics", *server.address)
+        return contextlib.closing(server)
+
     # ---- the verbs -----------------------------------------------------------------------------------
 
     def reload(self, timeout: float | None = None) -> Any:
@@ -141,7 +157,7 @@ class Program:
     @property
     def state(self) -> str:
         """What it is doing."""
-        return "broken" if self.rt._core.broken is not None else self.phase.value
+        return self.phase.value if self.phase is not Phase.SERVING else self.rt._core.condition
 
     def drain(self) -> None:
         """Take nothing new, finish what was accepted, stop."""

@@ -38,7 +38,11 @@ def command(arguments: argparse.Namespace) -> int:
         notifier = Notifier(os.environ)
         rt = _named(keywords, function.__module__)
         program = Program(rt, notifier, drain_timeout=found["drain_timeout"], interrupt_grace=_GRACE)
-        with program, Progress(rt, enabled=found["progress"]):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(program)
+            if found["metrics"]:
+                stack.enter_context(program.serve_metrics(found["metrics"]))
+            stack.enter_context(Progress(rt, enabled=found["progress"]))
             notifier.ready()
             result = _call(rt, function, arguments.args)
         return _exit_code(result, arguments.target)

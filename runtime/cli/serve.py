@@ -53,6 +53,8 @@ def command(arguments: argparse.Namespace) -> int:
         where = ", ".join(address_of(sock) for sock in sockets) or "no socket"
         log.info("serving %s with %d workers on %s (pid %d)",
                  arguments.target, rt._max_workers, where, os.getpid())  # fmt: skip
+        if found["metrics"]:
+            stack.enter_context(program.serve_metrics(found["metrics"]))
         if found["reload"]:
             from runtime.cli.watching import watch
 

@@ -127,7 +127,7 @@ class LeaseWorld:
 
     def lease_at(self, entry: int) -> int:
         """Where a lease of slot 0 lies in the file."""
-        return SLOTS_AT + 512 + 4 * LEASES + 48 * self.arena.outbox + 640 * entry
+        return SLOTS_AT + 832 + 4 * LEASES + 48 * self.arena.outbox + 640 * entry
 
     def state(self, entry: int) -> int:
         return self.memory[self.lease_at(entry)] & 7

@@ -1,0 +1,109 @@
+"""A listening socket of the host's, with a thread for each connection: for few clients, off the hot path."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import socket
+import threading
+import weakref
+from collections.abc import Callable
+
+__all__ = ["Listener"]
+
+
+class Listener:
+    """Serves the connections of a listening socket, from `start` to `close`.
+
+    serve: called with each connection, in a thread of its own, which closes it. refuse: called instead with
+    one that is too many, in the thread that accepts. Thread-safety: `close` from any thread. Fork-safety: a
+    fork has nothing of it; `forget` is called there.
+    """
+
+    def __init__(
+        self,
+        listener: socket.socket,
+        serve: Callable[[socket.socket], None],
+        refuse: Callable[[socket.socket], None],
+        *,
+        most: int,
+        name: str,
+        forget: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._listener = listener
+        self._serve, self._refuse, self._forget = serve, refuse, forget
+        self._most, self._name = most, name
+        self._clients: set[socket.socket] = set()
+        self._ended = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._thread = threading.Thread(target=self._accept, name=name, daemon=True)
+        _living.add(self)
+
+    def start(self) -> None:
+        """Accept from now on."""
+        self._listener.setblocking(False)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Accept no more; what is due to those who are connected is still sent. Idempotent."""
+        if self not in _living:
+            return
+        _living.discard(self)
+        os.eventfd_write(self._ended, 1)
+        if self._thread.ident is not None:
+            self._thread.join()
+        self._listener.close()
+        for client in list(self._clients):
+            with contextlib.suppress(OSError):
+                client.shutdown(socket.SHUT_RD)
+        os.close(self._ended)
+
+    def _accept(self) -> None:
+        poller = select.poll()
+        for fd in (self._listener.fileno(), self._ended):
+            poller.register(fd, select.POLLIN)
+        while self._ended not in {fd for fd, _ in poller.poll()}:
+            with contextlib.suppress(OSError, RuntimeError):  # no descriptor, or no thread: it may ask again
+                client, _ = self._listener.accept()
+                client.setblocking(True)
+                if len(self._clients) >= self._most:
+                    with client:
+                        self._refuse(client)
+                else:
+                    self._begin(client)
+
+    def _begin(self, client: socket.socket) -> None:
+        self._clients.add(client)
+        try:
+            threading.Thread(
+                target=self._run, args=(client,), name=f"{self._name}-client", daemon=True
+            ).start()
+        except BaseException:
+            self._clients.discard(client)
+            client.close()
+            raise
+
+    def _run(self, client: socket.socket) -> None:
+        try:
+            with client, contextlib.suppress(OSError):
+                self._serve(client)
+        finally:
+            self._clients.discard(client)
+
+    def _forked(self) -> None:
+        self._listener.close()
+        for client in list(self._clients):
+            client.close()
+        self._forget()
+
+
+_living: weakref.WeakSet[Listener] = weakref.WeakSet()
+
+
+def _forked() -> None:
+    for listener in list(_living):
+        listener._forked()
+    _living.clear()
+
+
+os.register_at_fork(after_in_child=_forked)
