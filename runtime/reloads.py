@@ -32,6 +32,7 @@ While a reload is under way nobody else replaces workers whose zygote has died (
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import signal
 import time
@@ -43,7 +44,7 @@ from typing import Any
 from runtime import _core, config, serializer
 from runtime.errors import BrokenRuntime, ReloadFailed, RuntimeFailure
 from runtime.handle import Report, Zygote
-from runtime.lifecycle import Worker
+from runtime.lifecycle import Worker, raise_descriptor_limit
 from runtime.locks import Latch
 from runtime.restarts import backoff
 from runtime.zygotes import Zygotes
@@ -51,7 +52,7 @@ from runtime.zygotes import Zygotes
 __all__ = ["Reload", "ReloadReport", "Reloads"]
 
 _ATTEMPTS = 3  # of a new zygote, or of a worker, that ends without saying why
-_NO_DESCRIPTORS = 0.05  # seconds until it is tried again to start a worker that there was no room for
+_NO_DESCRIPTORS = 0.05  # seconds until it is tried again to start a process that there was no room for
 _QUIT_WAIT = 2.0  # seconds that a zygote has to end
 
 log = logging.getLogger("runtime")
@@ -94,6 +95,7 @@ class Reload:
         self.successor: Worker | None = None  # not ready yet
         self.leaving: Worker | None = None  # whom the last successor replaces
         self.attempts = 0  # that have failed, of the step that is under way
+        self.short = False  # of descriptors, for the next process
         self.started = self.drained = self.killed = 0
         # Monotonic times.
         self.began = 0.0
@@ -166,6 +168,8 @@ class Reloads(Zygotes):
         self._reload = reload
         reload.began = now
         reload.deadline = now + reload.timeout
+        with contextlib.suppress(OSError):  # whether there are enough is seen as they are needed
+            raise_descriptor_limit(1)
         # Where a rollback has failed, workers of a later generation than the one that leads serve on.
         serving = [it.zygote.generation for it in self._slots.values() if not (it.stopping or it.died)]
         reload.generation = 1 + max([self._generation, *serving])
@@ -180,6 +184,8 @@ class Reloads(Zygotes):
     def _advance(self, reload: Reload, now: float) -> None:
         """Start what is to be started next; if that is nothing, it is done."""
         if not reload.leading and reload.zygote is None:
+            if self._lacks_room(reload, now):  # it takes about as many for a moment
+                return
             try:
                 reload.zygote = self._exec_zygote(reload.settings)
                 self._others.append(reload.zygote)
@@ -209,13 +215,22 @@ class Reloads(Zygotes):
         return None
 
     def _start_successor(self, reload: Reload, number: int, zygote: Zygote, now: float) -> None:
-        worker = self._new_worker(number, zygote) if self._starts_possible() > 0 else None
-        if worker is None:
+        if self._lacks_room(reload, now):
+            return
+        worker = self._new_worker(number, zygote)
+        if worker is None:  # all slots are being swept
             reload.not_before = now + _NO_DESCRIPTORS
             return
         worker.successor = True
         reload.successor = worker
         self._order(worker)
+
+    def _lacks_room(self, reload: Reload, now: float) -> bool:
+        """Whether there are too few descriptors for one more process; it is tried again soon."""
+        reload.short = self._starts_possible() <= 0
+        if reload.short:
+            reload.not_before = now + _NO_DESCRIPTORS
+        return reload.short
 
     def _succeeded(self, worker: Worker) -> None:
         reload = self._reload
@@ -355,6 +370,8 @@ class Reloads(Zygotes):
 
     def _what_is_late(self, reload: Reload) -> str:
         zygote = reload.zygote
+        if reload.short:
+            return "waiting for free file descriptors"
         if reload.successor is not None:
             return "a worker's start"
         if zygote is not None and zygote.importing:

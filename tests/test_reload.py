@@ -662,6 +662,41 @@ def test_a_host_that_forks_all_the_time() -> None:
     assert output(textwrap.dedent(script)) == ["True True"]
 
 
+def test_too_few_descriptors() -> None:
+    """That is said; the soft limit is raised as far as it may be."""
+    script = """
+        import os, resource
+        import runtime
+        from watching import all_ready
+
+        def limit(more, hard):
+            soft = len(os.listdir("/proc/self/fd")) + more
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, soft if hard else most))
+
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        rt = runtime.Runtime(2)
+        all_ready(rt)
+        limit(5, hard=False)
+        print(rt.reload().generation)
+        limit(60, hard=True)
+        held = [os.open(os.devnull, os.O_RDONLY) for _ in range(50)]
+        try:
+            rt.reload(timeout=0.5)
+        except runtime.ReloadFailed as error:
+            print(error)
+        while held:
+            os.close(held.pop())
+        print(rt.reload().generation, rt.submit(abs, -1).result())
+        rt.shutdown()
+    """
+    assert output(textwrap.dedent(script)) == [
+        "2",
+        "the reload failed, and generation 2 serves on: "
+        "waiting for free file descriptors took longer than 0.5 s",
+        "3 1",
+    ]
+
+
 # ---- what is refused -----------------------------------------------------------------------------
 
 
