@@ -17,8 +17,9 @@
                  after the other: its successor is ready and gets leases; then the old worker gets none and
                  drains, by drain_timeout; when that is gone, the next one.
                  Successor killed: another, three in all. Old worker killed: its number has its successor, or
-                 starts a worker of the new generation. New zygote killed: replaced as ever. Old zygote
-                 killed: nobody can turn back any more; its workers are replaced all the same.
+                 starts a worker of the new generation; if that fails, a successor is tried. New zygote
+                 killed: replaced as ever. Old zygote killed: nobody can turn back any more; its workers are
+                 replaced all the same.
     TURNING BACK A later successor failed: the old zygote leads again, and the workers of the new generation
                  are replaced in the same way. If that fails, too, both generations serve, and it is said.
 
@@ -205,9 +206,11 @@ class Reloads(Zygotes):
             self.wake()
 
     def _next_number(self, reload: Reload) -> int | None:
-        """Whose worker is replaced next. Numbers without one get one of the generation that leads anyway."""
+        """Whose worker is replaced next. Numbers without one get one of the generation that leads anyway: but
+        where that has failed to start, the next attempt decides.
+        """
         for n, number in self._wanted.items():
-            if not reload.leading:
+            if not reload.leading or (number.restarts.in_a_row and not number.served):
                 return n
             worker = number.worker
             if worker and not worker.stopping and worker.zygote.generation != self._generation:

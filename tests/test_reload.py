@@ -354,6 +354,30 @@ def test_a_later_worker_that_fails_turns_all_back(factory: Factory, code: Code) 
     serves(rt, code, 3)
 
 
+def test_a_number_that_lost_its_worker_must_start_in_the_new_code(
+    factory: Factory, code: Code, asked: Callable[..., Future[ReloadReport]]
+) -> None:
+    """Its old worker dies while that of another number drains: a successor has nobody to replace."""
+    setup = "def setup():\n    import runtime\n    here = runtime.current()\n"
+    code.write(1, f"{setup}    pass")
+    rt = factory(2, initializer=code.module.setup, preload=[code.name])
+    before = all_ready(rt)
+    both = [rt.submit(code.module.arrive, str(code.folder / "go")) for _ in range(2)]
+    code.came("go", 2)
+    code.write(2, f"{setup}    if here.number == 1:\n        raise ValueError('not me')")
+    reloading = asked(rt)
+    until(lambda: generations(rt)[0] == 2, "the first number has its new worker")
+    send(before[1], signal.SIGKILL)
+    until(lambda: rt._core._numbers[1].restarts.in_a_row, "it does not start")
+    (code.folder / "go").touch()
+    with pytest.raises(ReloadFailed, match="not me"):
+        reloading.result(30)
+    assert sorted(type(future.exception()).__name__ for future in both) == ["NoneType", "WorkerDied"]
+    all_ready(rt)
+    assert generations(rt) == [1, 1]
+    serves(rt, code, 1)
+
+
 def test_a_failed_rollback_and_the_next_reload(factory: Factory, code: Code) -> None:
     """Workers of the code that was refused serve on; the next reload replaces them, too."""
     setup = "def setup():\n    import runtime\n    here = runtime.current()\n"
