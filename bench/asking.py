@@ -111,8 +111,8 @@ def rows(scale: Scale) -> list[Row]:
     return [
         Row(
             "ctl status",
-            f"{ASKS:,} times connect, ask, close; {WORKERS} workers, tasks of {TASK * 1e3:g} ms. An operation "
-            "is a question.",
+            f"{ASKS:,} times connect, ask, close; {WORKERS} workers, tasks of {TASK * 1e3:g} ms. An "
+            "operation is a question.",
             (Figure("p50", "ms"), Figure("p99", "ms"), Figure("max", "ms")),
             (
                 Entry("under load", Role.OURS, lambda meter: status(True, meter)),

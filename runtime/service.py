@@ -62,8 +62,7 @@ class ServiceContext:
         self._worker = worker
         self._service = service
         self._shared: tuple[_core.SharedRegion, _core.MemoryPool] | None = None
-        self._waiters: set[asyncio.Future[None]] | None = set()  # None: it has been told to stop
-        self._lock = threading.Lock()
+        self._waiters: set[asyncio.Future[None]] = set()
 
     @property
     def region(self) -> _core.SharedRegion:
@@ -81,11 +80,10 @@ class ServiceContext:
         return self._worker.context.state
 
     def _sharing(self) -> tuple[_core.SharedRegion, _core.MemoryPool]:
-        with self._lock:
-            if self._shared is None:
-                region = _core.SharedRegion.from_fd(self._service.region)
-                self._shared = region, _core.MemoryPool(*self._service.pool, region=region)
-            return self._shared
+        if self._shared is None:  # two threads may come here; both make the same
+            region = _core.SharedRegion.from_fd(self._service.region)
+            self._shared = region, _core.MemoryPool(*self._service.pool, region=region)
+        return self._shared
 
     def ready(self) -> None:
         """This service serves from now on: no need to wait until it has run for a while (`--settle`)."""
@@ -97,23 +95,17 @@ class ServiceContext:
         import asyncio
 
         waiter = asyncio.get_running_loop().create_future()
-        with self._lock:
-            if self._waiters is None:
-                return
-            self._waiters.add(waiter)
+        self._waiters.add(waiter)
         try:
-            await waiter
+            if not self.stopping.is_set():  # after it was added: it is in the list of _stop, or sees this
+                await waiter
         finally:
-            with self._lock:
-                if self._waiters is not None:
-                    self._waiters.discard(waiter)
+            self._waiters.discard(waiter)
 
     def _stop(self) -> None:
         """The watcher: it is to stop."""
         self.stopping.set()
-        with self._lock:
-            waiters, self._waiters = self._waiters, None
-        for waiter in waiters or ():
+        for waiter in list(self._waiters):
             with contextlib.suppress(RuntimeError):  # its loop is closed
                 waiter.get_loop().call_soon_threadsafe(_wake, waiter)
 
@@ -141,7 +133,6 @@ class ServiceWorker(Worker):
         self.is_ready = False
         self.asked = False  # SIGTERM has come
         self.over = False  # the service has ended
-        self.end_lock = threading.Lock()  # one of the two decides whether it was ready before it ended
         self.began = 0.0
         self.bell = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self.watcher = threading.Thread(target=self.watch, name="runtime-watcher", daemon=True)
@@ -194,14 +185,13 @@ class ServiceWorker(Worker):
             if error is not None:
                 raise error
             return 0
-        with self.end_lock:
-            self.over = True
+        self.over = True
         self.ring()
         self.watcher.join()
         return self.ended(error)
 
     def ended(self, error: BaseException | None) -> int:
-        """Tell the host how it ended; the watcher is gone."""
+        """Tell the host how it ended; the watcher is gone, so whether it was ready changes no more."""
         if self.ctx.stopping.is_set():
             if isinstance(error, Exception):  # else it ended by what told it to: SystemExit, CancelledError
                 self.context.log.error("the service raised as it stopped", exc_info=error)
@@ -258,12 +248,10 @@ class ServiceWorker(Worker):
         """It has not failed: the host may rely on it."""
         if self.orphaned():
             os._exit(EXIT_ORPHANED)
-        with self.end_lock:
-            if self.over:
-                return
+        if not self.over:
             self.is_ready = True
             self.port.ready()
-        self.notify()
+            self.notify()
 
     @property
     def worked(self) -> bool:

@@ -456,6 +456,9 @@ ARGUED = {
     "progress": "between users and the thread that draws, which nobody waits for longer than a second",
     "terminal": "the same",
     "cli.progress": "the command's own thread",
+    "cli.program": "between threads of the command's own; handlers only tell one of them",
+    "cli.watching": "the same",
+    "service": "ctx.stopping, an Event by contract: the watcher sets it, and handlers of ours only ring",
 }
 
 

@@ -4,7 +4,7 @@
     TERM         drain, then stop              QUIT         stop now
     INT          the first like TERM, but within `interrupt_grace` seconds if there are such; the second: QUIT
 
-The interpreter writes the number of each signal into a pipe, in C, whatever the main thread does just then;
+The interpreter writes the number of each signal into a socket, in C, whatever the main thread does just then;
 a thread reads it and acts. So a signal is obeyed while the main thread computes, waits, or belongs to the
 user's function. That is ended by an exception at last: by KeyboardInterrupt after INT, as soon as the runtime
 is drained or the grace is over; by SystemExit after TERM and QUIT, a second after the runtime has ended; and
@@ -23,6 +23,7 @@ import logging
 import os
 import select
 import signal
+import socket
 import sys
 import threading
 import time
@@ -82,7 +83,10 @@ class Program:
         self._drain_timeout = drain_timeout
         self._interrupt_grace = drain_timeout if interrupt_grace is None else interrupt_grace
         self._interrupts = interrupts
-        self._pipe = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        # Sockets, since a closed one is nobody else's descriptor to those who come late.
+        self._told, self._teller = socket.socketpair()
+        self._told.setblocking(False)
+        self._teller.setblocking(False)
         self.hurried = False  # told to stop now, while it drained or at once
         self._stop_at = 0.0  # monotonic time at which draining is over
         self._throw: BaseException | None = None  # what ends the main thread
@@ -95,7 +99,7 @@ class Program:
         if control is not None:
             control.verbs = ProgramVerbs(control.name, self)
         self._handlers = {number: signal.signal(number, self._handle) for number in _SIGNALS}
-        self._wakeup = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
+        self._wakeup = signal.set_wakeup_fd(self._teller.fileno(), warn_on_full_buffer=False)
         self._thread.start()
         return self
 
@@ -105,10 +109,10 @@ class Program:
         self._thread.join()
         signal.set_wakeup_fd(self._wakeup)
         for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._notifier.stopping()
-        for fd in self._pipe:
-            os.close(fd)
+        self._told.close()
+        self._teller.close()
 
     @property
     def exit_code(self) -> int:
@@ -170,27 +174,27 @@ class Program:
     # ---- signals -------------------------------------------------------------------------------------
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        """In the main thread. The pipe has been told, unless somebody, asyncio say, has a pipe of his own."""
+        """In the main thread. The thread was told, unless somebody, asyncio say, has a wakeup of his own."""
         if self._throw is not None:
             error, self._throw = self._throw, None
             raise error
-        now = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
-        if now != self._pipe[1]:
+        now = signal.set_wakeup_fd(self._teller.fileno(), warn_on_full_buffer=False)
+        if now != self._teller.fileno():
             signal.set_wakeup_fd(now)
             self._poke(number)
 
     def _poke(self, number: int) -> None:
         with contextlib.suppress(OSError):  # full: there is enough to do; closed: it has ended
-            os.write(self._pipe[1], bytes([number]))
+            self._teller.send(bytes([number]))
 
     def _follow(self) -> None:
         """The thread: until the main thread has left."""
         sign = self._sign_of_life()
         poller = select.poll()
-        poller.register(self._pipe[0], select.POLLIN)
+        poller.register(self._told, select.POLLIN)
         while not self._left.is_set():
             if poller.poll(self._patience() * 1000):
-                for number in os.read(self._pipe[0], 4096):
+                for number in self._told.recv(4096):
                     self._act(number)
             next(sign)
             if self.phase is not Phase.SERVING and self._finish():
