@@ -123,6 +123,10 @@ class Served(Command):
         """The words of the answer. Raises: OSError."""
         return get(self.port, path)
 
+    def pids(self) -> set[int]:
+        """The workers: children of the main program's children."""
+        return {worker for zygote in children(self.process.pid) for worker in children(zygote)}
+
     def all_ready(self, workers: int, generation: int = 1) -> list[int]:
         """The pids of the workers that answer, as soon as there are so many of that generation."""
         seen: dict[int, int] = {}
@@ -135,6 +139,14 @@ class Served(Command):
 
         until(found, lambda: f"{workers} workers of generation {generation}; {seen}\n{self.log}")
         return list(seen)
+
+
+def children(pid: int) -> list[int]:
+    """Of all threads of a process; none if it has ended."""
+    with contextlib.suppress(OSError):
+        files = [task / "children" for task in Path(f"/proc/{pid}/task").iterdir()]
+        return [int(text) for file in files for text in file.read_text().split()]
+    return []
 
 
 def get(port: int, path: str = "/", timeout: float = PATIENCE) -> list[str]:

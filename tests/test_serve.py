@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import HTTP, Command, Served, get, kill, load
+from serving import HTTP, Command, Served, children, get, kill, load
 from watching import ROOT, until
 
 Serve = Callable[..., Served]
@@ -496,10 +496,6 @@ def main(ctx):
         process.wait()
 
 
-def children(pid: int) -> list[int]:
-    return [int(text) for text in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
 def zombies(pid: int) -> list[int]:
     return [
         it for it in children(pid) if Path(f"/proc/{it}/stat").read_text().rsplit(")")[1].split()[0] == "Z"
@@ -540,6 +536,37 @@ def test_the_asgi_example(tmp_path: Path) -> None:
             served.signal(signal.SIGUSR1)
             served.says("reloaded: generation 2 serves (2 started, 2 drained")
         assert counts["refused"] == 0 < counts["ok"]
+        served.signal(signal.SIGTERM)
+        assert served.end() == 0
+    finally:
+        served.close()
+
+
+@pytest.mark.promise
+@pytest.mark.timeout(120)
+def test_reloads_and_kills_under_load(tmp_path: Path) -> None:
+    """The load test of the report in short (bench/serving.py has it with wrk): no connection is refused, and
+    only what a killed worker had open is lost. A zygote dies, too.
+    """
+    served = example(tmp_path, "serve_raw")
+    rounds, clients = 5, 4
+    try:
+        with load(served.port, clients) as counts:
+            for turn in range(rounds):
+                served.signal(signal.SIGUSR1)
+                served.says("reloaded: ", turn + 1)
+                kill(int(served.get()[4].rstrip(",")))
+                served.says("killed by signal 9", turn + 1)
+                until(lambda: len(served.pids()) == 2)
+            (zygote,) = (pid for pid in children(served.process.pid) if children(pid))
+            before = served.pids()
+            kill(zygote)
+            until(
+                lambda: len(served.pids()) == 2 and not served.pids() & before, "workers of the next zygote"
+            )
+        assert counts["refused"] == 0
+        assert counts["failed"] <= clients * rounds
+        assert counts["ok"] > 100 * rounds
         served.signal(signal.SIGTERM)
         assert served.end() == 0
     finally:
