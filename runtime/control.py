@@ -124,7 +124,7 @@ class Control:
     """
 
     def __init__(self, name: str) -> None:
-        """Raises: NameTaken; OSError, ValueError if it cannot be had."""
+        """Raises: NameTaken; NoPlace; OSError for want of descriptors."""
         self.verbs: Verbs
         self._name = Name(name)
         self._listener = Listener(

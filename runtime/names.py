@@ -20,7 +20,7 @@ import socket
 import stat
 import time
 
-__all__ = ["Name", "NameTaken", "control_path", "live_names", "remove_dead"]
+__all__ = ["Name", "NameTaken", "NoPlace", "control_path", "live_names", "remove_dead"]
 
 _MAX_PATH = 107  # bytes of a socket's path: sun_path less its end
 _PATIENCE = 0.1  # seconds for others who look whether a name is dead, and for owners that come and go
@@ -29,6 +29,10 @@ _BACKLOG = 64
 
 class NameTaken(RuntimeError):
     """Another process owns the name."""
+
+
+class NoPlace(OSError):
+    """The folder of names cannot be had, or not be trusted."""
 
 
 def control_path(name: str) -> str:
@@ -66,11 +70,11 @@ class Name:
     """
 
     def __init__(self, name: str) -> None:
-        """Take the name. Raises: NameTaken; OSError, ValueError if it cannot be had."""
+        """Take the name. Raises: NameTaken; NoPlace; OSError for want of descriptors."""
         self.name = name
         self.path = control_path(name)
         if len(os.fsencode(self.path)) > _MAX_PATH:
-            raise ValueError(
+            raise NoPlace(
                 f"the socket {self.path} of the name {name!r} would have a path of over {_MAX_PATH} bytes: "
                 "choose a shorter name, or set XDG_RUNTIME_DIR to a shorter folder"
             )
@@ -124,19 +128,19 @@ def _remove(path: str) -> None:
 
 
 def _make_private(folder: str) -> None:
-    """A folder for this user alone. Raises: OSError."""
-    with contextlib.suppress(FileExistsError):
-        os.mkdir(folder, 0o700)
+    """A folder for this user alone. Raises: NoPlace."""
     try:
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(folder, 0o700)
         fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as error:
-        raise OSError(f"the folder {folder} for the sockets of names: {error.strerror}") from None
+        raise NoPlace(f"the folder {folder} for the sockets of names: {error.strerror}") from None
     try:
         found = os.fstat(fd)
         if found.st_uid != os.geteuid():
-            raise PermissionError(f"the folder {folder} belongs to user {found.st_uid}, not to this one")
+            raise NoPlace(f"the folder {folder} belongs to user {found.st_uid}, not to this one")
         if stat.S_IMODE(found.st_mode) & 0o077:
-            raise PermissionError(f"others may use the folder {folder}: chmod 700 it")
+            raise NoPlace(f"others may use the folder {folder}: chmod 700 it")
     finally:
         os.close(fd)
 

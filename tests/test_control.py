@@ -291,19 +291,19 @@ def test_a_name_that_is_none(name: str) -> None:
 
 def test_a_path_that_is_too_long(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_RUNTIME_DIR", f"/tmp/{'x' * 90}")
-    with pytest.raises(ValueError, match="over 107 bytes"):
+    with pytest.raises(names.NoPlace, match="over 107 bytes"):
         names.Name("here")
 
 
 def test_folders_that_others_may_use(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder.mkdir(0o755)
     folder.chmod(0o755)
-    with pytest.raises(PermissionError, match="chmod 700"):
+    with pytest.raises(names.NoPlace, match="chmod 700"):
         names.Name("here")
     folder.chmod(0o700)
     with monkeypatch.context() as patch:
         patch.setattr(os, "geteuid", lambda: 12345)
-        with pytest.raises(PermissionError, match="belongs to user"):
+        with pytest.raises(names.NoPlace, match="belongs to user"):
             names.Name("here")
     folder.rmdir()
     folder.symlink_to(tmp_path)
@@ -483,6 +483,31 @@ def test_a_main_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
             second.signal(signal.SIGQUIT)
             second.end()
             second.close()
+
+
+def test_without_a_place_for_the_socket(tmp_path: Path, folder: Path) -> None:
+    """Main programs do without it, unless a name was asked for."""
+    folder.touch()
+    (tmp_path / "job.py").write_text("def main(rt, argv): print(rt.submit(abs, -7).result())\n")
+    (tmp_path / "app.py").write_text("def main(ctx): ctx.stopping.wait()\n")
+    started = []
+
+    try:
+        command = Command(tmp_path, "run", "--no-progress", "--workers", "1", "job.py:main")
+        started.append(command)
+        assert (command.end(), command.log) == (0, "7\n")
+        named = Command(tmp_path, "run", "--name", "x", "--workers", "1", "job.py:main")
+        started.append(named)
+        assert named.end() == 2 and "Not a directory" in named.log
+        served = Command(tmp_path, "serve", "--workers", "1", "app:main")
+        started.append(served)
+        served.says("runtime: ready")
+        assert "runtime ctl cannot be used" in served.log
+        served.signal(signal.SIGTERM)
+        assert served.end() == 0
+    finally:
+        for command in started:
+            command.close()
 
 
 def test_a_service(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

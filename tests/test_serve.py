@@ -233,6 +233,18 @@ def main(ctx):
     assert served.end() == 0
 
 
+@pytest.mark.stress
+def test_a_worker_that_has_grown_is_replaced(serve: Serve) -> None:
+    """After ten seconds: the next one may be as large."""
+    served = serve(HTTP, "--workers", "1", "--max-worker-rss", "1MiB")
+    (pid,) = served.all_ready(1)
+    with load(served.port, 1) as counts:
+        until(lambda: int(served.get()[1]) != pid)
+    assert counts["refused"] == counts["failed"] == 0
+    served.signal(signal.SIGTERM)
+    assert served.end() == 0
+
+
 def test_nothing_outlives_the_main_program(serve: Serve) -> None:
     served = serve(HTTP, "--workers", "2")
     pidfds = [os.pidfd_open(pid) for pid in served.all_ready(2)]

@@ -18,7 +18,7 @@ from runtime.cli.notify import Notifier
 from runtime.cli.program import Program
 from runtime.cli.progress import Progress
 from runtime.executor import Runtime
-from runtime.names import NameTaken
+from runtime.names import NameTaken, NoPlace
 
 __all__ = ["command"]
 
@@ -78,16 +78,16 @@ def _call(rt: Runtime, function: Callable[[Any, list[str]], object], argv: list[
 
 
 def _named(keywords: dict[str, Any], default: str) -> Runtime:
-    """The Runtime. One that was given no name has that of its module, if it is free: two may run at once.
+    """The Runtime. One that was given no name has that of its module, if it can be had: two may run at once.
 
     Raises: exits.Usage for a name that is taken.
     """
     try:
         if keywords["name"] is None and config.is_name(default):
-            with contextlib.suppress(NameTaken):
+            with contextlib.suppress(NameTaken, NoPlace):
                 return Runtime(**{**keywords, "name": default})
         return Runtime(**keywords)
-    except NameTaken as error:
+    except (NameTaken, NoPlace) as error:
         raise exits.Usage(str(error)) from None
 
 

@@ -19,7 +19,7 @@ from runtime.cli.notify import Notifier
 from runtime.cli.program import Phase, Program
 from runtime.executor import Runtime
 from runtime.lifecycle import WorkerStatus
-from runtime.names import NameTaken
+from runtime.names import NameTaken, NoPlace
 
 __all__ = ["Services", "command"]
 
@@ -75,18 +75,27 @@ def _services(
             raise ValueError(f"settle must be a number of seconds, at least 0, not {found['settle']}")
         fds = tuple(sock.fileno() for sock in sockets)
         service = config.Service(module, path, fds, region.fd, pool, found["settle"])
-        rt = Services(
-            service,
-            max_workers=found["max_workers"],
-            preload=[*found["preload"], module],
-            drain_timeout=found["drain_timeout"],
-            max_worker_rss=found["max_worker_rss"],
-            name=found["name"] or (module if config.is_name(module) else None),
-        )
-    except (NameTaken, TypeError, ValueError) as error:
+        keywords = {
+            "max_workers": found["max_workers"],
+            "preload": [*found["preload"], module],
+            "drain_timeout": found["drain_timeout"],
+            "max_worker_rss": found["max_worker_rss"],
+        }
+        rt = _named(service, keywords, found["name"], module)
+    except (NameTaken, NoPlace, TypeError, ValueError) as error:
         raise exits.Usage(str(error)) from None
     stack.callback(rt.kill_workers)
     return rt
+
+
+def _named(service: config.Service, keywords: dict[str, Any], name: str | None, default: str) -> Services:
+    """Without a place for the socket of `ctl` it serves all the same, if nobody has asked for a name."""
+    if name is None and config.is_name(default):
+        try:
+            return Services(service, name=default, **keywords)
+        except NoPlace as error:
+            log.warning("runtime ctl cannot be used: %s", error)
+    return Services(service, name=name, **keywords)
 
 
 def _serve(rt: Services, program: Program, notifier: Notifier) -> int:
