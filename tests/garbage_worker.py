@@ -21,7 +21,7 @@ from runtime.collector import Collector, Death
 STEP = struct.Struct("<BBHIQ")
 HEAD = struct.Struct("<QIIIIQQQQQQ")  # arena_t, in the first page of the region
 LEASES, OUTBOX, EXTENTS = 8, 16, 64
-SLOT, RECORD, LEASE, EXTENT = 512, 48, 640, 4096
+SLOT, RECORD, LEASE, EXTENT = 832, 48, 640, 4096
 STEPS = 256  # of a program, at most
 NAMED = {  # offsets of words in slot_t that are the worker's, or that it may have no business with
     "ring_tail": 64, "ring_head": 128, "outbox_tail": 192, "outbox_head": 256, "phase": 320,

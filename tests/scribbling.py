@@ -11,7 +11,7 @@ import time
 import evil
 
 HEAD = struct.Struct("<QIIIIQQQQQQ")  # arena_t
-SLOT, RECORD, LEASE = 512, 48, 640
+SLOT, RECORD, LEASE = 832, 48, 640
 PAGE = 4096
 FREE, CLAIM, PRIVATE, PUBLISHING, FREEING = 0, 1, 2, 3, 5
 PARTS = ("leases", "outbox", "slot", "blocks", "header")

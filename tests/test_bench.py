@@ -242,6 +242,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return report
 
 
+@pytest.mark.stress
 @pytest.mark.timeout(150)
 def test_arrays_has_a_figure_in_each_row(quick: Path) -> None:
     rows = json.loads(quick.read_text())["rows"]
@@ -252,6 +253,7 @@ def test_arrays_has_a_figure_in_each_row(quick: Path) -> None:
             assert set(contender["summaries"]) == wanted, (row["name"], contender["name"])
 
 
+@pytest.mark.stress
 @pytest.mark.timeout(150)
 def test_arrays_prints_its_tables(quick: Path) -> None:
     out = python(BENCH / "arrays.py", "--table", str(quick))
@@ -259,6 +261,7 @@ def test_arrays_prints_its_tables(quick: Path) -> None:
     assert "### result by size" in out and "outside / inside" in out and "Second half (MB/min)" in out
 
 
+@pytest.mark.stress
 @pytest.mark.timeout(150)
 def test_arrays_curves_are_drawn(quick: Path, tmp_path: Path) -> None:
     picture = tmp_path / "arrays.svg"

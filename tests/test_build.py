@@ -129,6 +129,7 @@ def number(tree: Path, module: str) -> str:
     ).strip()
 
 
+@pytest.mark.stress
 def test_edit_loop(small: Path) -> None:
     package = small / "runtime"
     assert "built runtime._one, runtime._two" in edit_loop(small)

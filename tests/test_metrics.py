@@ -100,13 +100,13 @@ def test_times_are_in_their_buckets(factory: Factory) -> None:
     """A task that is held for a while is in a later bucket than one that does nothing."""
     rt = factory(1)
     with served(rt) as server:
-        rt.submit(abs, 1).result()
+        rt.submit(spin, 0.0).result()  # its module is imported
         before = histogram(scrape(server.address)[0], "task_seconds")
-        rt.submit(spin, 0.05).result()
+        rt.submit(spin, 0.1).result()  # at least: the machine may be busy
         after = histogram(scrape(server.address)[0], "task_seconds")
     changed = [now - then for now, then in zip(after, before, strict=True)]
     bounds = [1024e-9 * 4**k for k in range(15)]
-    assert changed == [float(bound >= 0.1) for bound in bounds] + [1.0]
+    assert changed in [[float(bound >= least) for bound in bounds] + [1.0] for least in (0.1, 0.3, 1.2)]
 
 
 def spin(seconds: float) -> None:
@@ -214,12 +214,16 @@ def test_a_fork_of_the_host_does_not_answer(factory: Factory) -> None:
     with served(rt) as server:
         rt.submit(abs, 1).result()  # no zygote is just being started: until its exec it has what we have
         held, release = os.pipe()
+        told, tell = os.pipe()
         pid = os.fork()
         if pid == 0:
             os.close(release)
+            os.write(tell, b".")  # the handlers of the fork have run
             os.read(held, 1)
             os._exit(0)
-        os.close(held)
+        os.read(told, 1)
+        for fd in (held, told, tell):
+            os.close(fd)
         address = server.address
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(address)
