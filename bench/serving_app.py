@@ -43,5 +43,8 @@ async def main(ctx: Any) -> None:
     server = Server(config)
     serving = asyncio.create_task(server.serve(sockets=list(ctx.sockets)))
     await ctx.wait_stopping()
+    for listener in ctx.sockets:  # as examples/serve_asgi.py
+        asyncio.get_running_loop().remove_reader(listener)
+    await asyncio.sleep(0.2)
     server.should_exit = True
     await serving

@@ -21,6 +21,8 @@ import runtime
 
 Message = dict[str, Any]
 
+GRACE = 0.2  # seconds for a connection that was just accepted to send its request: uvicorn would close it
+
 
 async def app(
     scope: Message, receive: Callable[[], Awaitable[Message]], send: Callable[[Message], Awaitable[None]]
@@ -49,6 +51,9 @@ async def main(ctx: runtime.ServiceContext) -> None:
     serving = asyncio.create_task(server.serve(sockets=list(ctx.sockets)))
     stopping = asyncio.create_task(ctx.wait_stopping())
     await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    for listener in ctx.sockets:  # Server.close() would lose a connection that it accepts at this moment
+        asyncio.get_running_loop().remove_reader(listener)
+    await asyncio.sleep(GRACE)
     server.should_exit = True
     await serving
     stopping.cancel()
