@@ -141,8 +141,7 @@ ctypedef struct lease_t:
     int64_t out_ns          # ns that the items of this lease ran, in all
     a64_t reported          # reports of this lease so far, see above. Host, 0 at the lease; then the worker
     report_t reports[2]
-    uint64_t submitted      # monotonic ns at which the call was accepted, 0: that is not counted. Host; the
-                            # worker puts 0 when it has counted it
+    uint64_t submitted      # monotonic ns at which the call was accepted, 0: not timed. Host; then the worker
     char inline_[INLINE_BYTES]  # the arguments' frame; after the claim the worker may put the result's here
 
 

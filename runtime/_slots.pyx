@@ -202,7 +202,7 @@ cdef class Slots(Harvest):
         return self.tallies[number].shown
 
     cdef void add_times(self, uint32_t index, times_t *times) noexcept:
-        """What the process in a slot has counted. Whatever it has written there, sums wrap and fail nowhere."""
+        """What the process in a slot has counted. Whatever it has written there, sums wrap."""
         cdef slot_t *slot = self.arena.slot(index)
         cdef uint32_t k
         for k in range(<uint32_t>BUCKETS):
@@ -225,8 +225,8 @@ cdef class Slots(Harvest):
             self.shown.ran[k] = max(self.shown.ran[k], now.ran[k])
             self.shown.waited[k] = max(self.shown.waited[k], now.waited[k])
         self.shown.waited_ns = max(self.shown.waited_ns, now.waited_ns)
-        return ([self.shown.ran[k] for k in range(<uint32_t>BUCKETS)], [self.shown.waited[k] for k in range(<uint32_t>BUCKETS)],
-                self.shown.waited_ns)
+        return ([self.shown.ran[k] for k in range(<uint32_t>BUCKETS)],
+                [self.shown.waited[k] for k in range(<uint32_t>BUCKETS)], self.shown.waited_ns)
 
     def incarnation(self, uint32_t index):
         """Counts the processes that lived in a slot."""
