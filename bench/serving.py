@@ -229,10 +229,10 @@ def measured(
 
 
 CONTENDERS = (
-    ("runtime, uvicorn", Role.OURS, Ours),
-    ("gunicorn, uvicorn", Role.PEER, Gunicorn),
+    ("runtime + uvicorn", Role.OURS, Ours),
+    ("gunicorn + uvicorn", Role.PEER, Gunicorn),
     ("uWSGI", Role.PEER, Uwsgi),
-    ("runtime, bare asyncio", Role.PEER, OursBare),
+    ("runtime + asyncio", Role.PEER, OursBare),
 )
 FIGURES = (Figure("requests", "/s", True), Figure("p99", "ms"), Figure("refused", ""), Figure("lost", ""))
 

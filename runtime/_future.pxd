@@ -20,4 +20,5 @@ cdef class Promise:
 
     cdef bint watched(self) noexcept
     cdef bint fulfil(self, value)
+    cdef int wait_long(self) except -1
     cdef object expected(self, timeout)

@@ -18,9 +18,12 @@ from concurrent.futures._base import (
     FINISHED,
     PENDING,
     RUNNING,
+    CancelledError,
     Future as _Future,
     _Waiter,
 )
+
+from runtime.locks import SLICE
 
 cdef object _pending = PENDING
 cdef object _running = RUNNING
@@ -193,13 +196,26 @@ cdef class Promise:
         timeout = self.expected(timeout)
         if self._state is _finished and self._exception is None:
             return self._result
+        if timeout is None:
+            self.wait_long()
         return _Future.result(self, timeout)
 
     def exception(self, timeout=None):
         """The exception that the call raised, or None, when it is over. Raises as `result` does else."""
         if self._state is not _finished:
             timeout = self.expected(timeout)
+            if timeout is None:
+                self.wait_long()
         return self._exception if self._state is _finished else _Future.exception(self, timeout)
+
+    cdef int wait_long(self) except -1:
+        """Until it is done, a slice at a time: see SLICE in locks.py."""
+        while not self.done():
+            try:
+                _Future.exception(self, SLICE)
+            except (CancelledError, TimeoutError):
+                pass
+        return 0
 
     cdef object expected(self, timeout):
         """Let the thread look for the outcome by itself. What is left of its timeout then."""

@@ -12,6 +12,7 @@ cdef class GrowingArena(Arena):
     cdef uint64_t refused   # extents that were asked for then; 0: it may be tried again
     cdef int64_t refused_at     # monotonic ns
     cdef uint64_t refused_frees     # arena_t.frees then
+    cdef unsigned long grower   # the thread that grows or trims, while one does
     cdef bint crowded       # there is no room in the arena, so no memory is lacking
 
     cdef int refuse(self, uint64_t need, str why, bint crowded) except -1
@@ -21,5 +22,6 @@ cdef class GrowingArena(Arena):
     cdef int64_t find(self, uint64_t need, uint64_t *found) noexcept nogil
     cdef int fill(self, uint64_t at, uint64_t run) except -1
     cdef int extend(self, uint64_t more) except -1
+    cdef bint wait_for_other(self) except -1
     cdef int drain(self, list runs) except -1
     cdef bint punch(self, uint64_t at, uint64_t run) except -1

@@ -11,10 +11,13 @@ so growing is to reserve memory in the file, and then to say so; offsets stay va
 
 Memory is reserved before it is used (memory.reserve): a memory file has no limit of its own, and who touches
 a page that nobody has reserved may be killed for it. One thread at a time is here; the GIL is let go while
-the kernel works, so whoever comes meanwhile is told that there is no room. Nothing waits.
+the kernel works. Whoever comes meanwhile is told that there is no room, but for `take`: that waits, as its
+answer is for good.
 """
+from cpython.exc cimport PyErr_CheckSignals
+from cpython.pythread cimport PyThread_get_thread_ident
 from libc.stdint cimport int64_t, uint64_t
-from posix.unistd cimport getpid
+from posix.unistd cimport getpid, usleep
 
 from runtime._atomics cimport *
 from runtime._extent cimport Arena, HostBlock, heap_free, heap_t, heap_take, round_up
@@ -29,6 +32,7 @@ cdef uint64_t PIECE = (1 << 20) // EXTENT       # extents that are given back to
 cdef uint64_t BITE = 16 * PIECE                 # extents that are given back by one call, at most
 cdef int64_t LOOK = 5_000_000_000               # ns between two looks at what is free
 cdef int64_t PAUSE = 1_000_000_000              # ns until memory is asked for again that was not there
+cdef unsigned int NAP = 20                      # µs between two looks whether another thread has grown it
 cdef int TRIES = 8                              # times that others may be quicker to take what was made
 
 
@@ -40,7 +44,8 @@ cdef class GrowingArena(Arena):
     """An arena that grows, up to `max_bytes`.
 
     Thread-safety: every method, from any thread. Fork-safety: in a fork it neither grows nor shrinks.
-    Blocking: `grow` and `take` while memory is reserved, 6 GiB take about a second.
+    Blocking: `grow` and `take` while memory is reserved, 6 GiB take about a second; `take` also while another
+    thread does that, or gives memory back.
     """
 
     @classmethod
@@ -75,6 +80,7 @@ cdef class GrowingArena(Arena):
         if self.growing or not self.hopeful(nbytes):
             return False
         self.growing = True
+        self.grower = PyThread_get_thread_ident()
         self.lookers += 1                       # the region stays mapped
         try:
             return self.make_room(need)
@@ -205,11 +211,16 @@ cdef class GrowingArena(Arena):
     def take(self, nbytes):
         """A new block of the host; the region grows for it. Raises: RegionFull when there is no room."""
         cdef HostBlock block = None
-        cdef int _k
-        for _k in range(TRIES if nbytes <= self.max_bytes else 0):
+        cdef int tries = TRIES if nbytes <= self.max_bytes else 0
+        while tries > 0:
             block = HostBlock.take(self, nbytes)
-            if block is not None or not self.grow(nbytes):
+            if block is not None:
                 break
+            if self.wait_for_other():
+                continue                        # there may be room by now
+            if not self.grow(nbytes):
+                break
+            tries -= 1
         if block is None:
             room, limit = memory_room()
             why = f"; {self.refusal}" if self.refused else ""
@@ -219,6 +230,16 @@ cdef class GrowingArena(Arena):
                 f"available (limit: {limit}){why}"
             )
         return block
+
+    cdef bint wait_for_other(self) except -1:
+        """Wait while another thread grows or trims. False: none does, or it is this one, below a handler."""
+        if not self.growing or self.grower == PyThread_get_thread_ident():
+            return False
+        while self.growing:
+            with nogil:
+                usleep(NAP)
+            PyErr_CheckSignals()
+        return True
 
     # ---- giving back ---------------------------------------------------------------------------------
 
@@ -237,6 +258,7 @@ cdef class GrowingArena(Arena):
             self.idle = {}
             return 0
         self.growing = True
+        self.grower = PyThread_get_thread_ident()
         self.lookers += 1                       # the region stays mapped
         try:
             self.drain(self.unused())

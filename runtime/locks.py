@@ -11,7 +11,14 @@ from __future__ import annotations
 
 import threading
 
-__all__ = ["Latch"]
+__all__ = ["SLICE", "Latch"]
+
+SLICE = 1.0
+"""Seconds that a user's thread waits for a lock at a time.
+
+CPython looks for signals, lets the GIL go, and then waits; while other threads want the GIL that takes a
+moment, and a Ctrl-C that comes in it would be seen when the wait is over.
+"""
 
 
 class Latch:

@@ -20,6 +20,7 @@ from typing import Any
 
 from runtime import _core, serializer
 from runtime.config import TaskOptions
+from runtime.locks import SLICE
 from runtime.progress import Bar
 
 __all__ = ["LATE", "Results", "Run", "check_sizes", "total_of"]
@@ -89,11 +90,11 @@ class Run:
             self._waits = True
             if (found := self._pop()) is not None:
                 break
-            left = None if deadline is None else deadline - time.monotonic()
-            if left is not None and left <= 0:
+            left = SLICE if deadline is None else deadline - time.monotonic()
+            if left <= 0:
                 raise TimeoutError(LATE)
             with contextlib.suppress(Empty):
-                self._wakes.get(timeout=None if left is None else min(left, 1e6))
+                self._wakes.get(timeout=min(left, SLICE))
         return found
 
     def take_now(self, listener: Callable[[], object]) -> tuple[int, list[Any] | Failure] | None:

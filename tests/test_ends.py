@@ -222,6 +222,44 @@ def test_ctrl_c_ends_it_quietly(tmp_path: Path, where: str, method: str) -> None
     assert process.returncode == -signal.SIGINT
 
 
+UNSEEN = """
+    import os, signal
+    rt = runtime.Runtime(1)
+    futures = [rt.submit(time.sleep, 1000)]
+
+    def interrupt():
+        while not waits():
+            time.sleep(0.001)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    def waits():  # in a lock, that is: not in what looks for signals before
+        frame = sys._current_frames()[threading.main_thread().ident]
+        names = set()
+        while frame is not None:
+            names.add(frame.f_code.co_name)
+            frame = frame.f_back
+        return HOW in names
+
+    wait(futures)
+    threading.Thread(target=interrupt, daemon=True).start()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "call"),
+    [("take", "list(rt.map(time.sleep, [1000]))"), ("wait", "futures[0].result()"),
+     ("wait", "futures[0].exception()")],
+)  # fmt: skip
+def test_ctrl_c_that_interrupts_no_wait(tmp_path: Path, how: str, call: str) -> None:
+    """CPython sees it late when it comes just as a wait begins; here another thread is given it."""
+    path = tmp_path / "script.py"
+    path.write_text(SCRIPT + WAIT + textwrap.dedent(UNSEEN).replace("HOW", repr(how)) + call + "\n")
+    done = run([str(path), "exec"])
+    assert done.returncode in (-signal.SIGINT, 130), done.stderr  # it is blocked in the main thread
+    assert done.stderr.rstrip().endswith("KeyboardInterrupt")
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_ctrl_c_while_the_interpreter_waits_for_tasks(tmp_path: Path, method: str) -> None:
     path = tmp_path / "script.py"

@@ -731,3 +731,32 @@ def test_more_than_the_machine_has_is_address_space(factory: Callable[..., Runti
     rt = factory(1, region_max="512GiB")
     assert all_are(rt.submit(tasks.echo, filled(8 * MIB, 1)).result(), 1)
     assert rt.stats().reserved < 64 * MIB
+
+
+def test_several_threads_take_while_it_grows_and_is_trimmed() -> None:
+    """Who comes while another thread grows the region waits for that: there is room."""
+    region = arena(MIB, 64 * MIB)
+    over = threading.Event()
+    failures: list[BaseException] = []
+
+    def take() -> None:
+        try:
+            for _ in range(200):
+                blocks = [region.take(MIB) for _ in range(3)]
+                del blocks
+        except BaseException as error:
+            failures.append(error)
+
+    def trim() -> None:
+        while not over.is_set():
+            region.trim(0)
+
+    trimmer = threading.Thread(target=trim)
+    takers = [threading.Thread(target=take) for _ in range(4)]
+    for thread in (trimmer, *takers):
+        thread.start()
+    for thread in takers:
+        thread.join()
+    over.set()
+    trimmer.join()
+    assert not failures

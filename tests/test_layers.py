@@ -21,7 +21,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("include",),  # C headers
     ("_atomics",),
     ("_layout",),
-    ("errors", "limits", "listening", "machine", "names", "retries", "terminal"),
+    ("errors", "limits", "listening", "locks", "machine", "names", "retries", "terminal"),
     ("config", "memory", "oom", "progress"),
     ("_identity", "segment"),
     ("_region", "_slab"),
@@ -47,7 +47,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("_dispatch",),
     ("_submit",),
     ("_core",),  # the compiled door
-    ("wire", "lookup", "arrays", "payload", "locks", "state"),
+    ("wire", "lookup", "arrays", "payload", "state"),
     ("linking", "guards"),
     ("versions",),
     ("reducers",),
