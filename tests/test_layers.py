@@ -75,7 +75,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("reloads",),
     ("supervisor",),
     ("figures", "front", "pressure", "jobs"),
-    ("native", "reloadable"),
+    ("native", "observable", "reloadable"),
     ("executor",),
     ("metrics",),
     ("cli",),
