@@ -19,10 +19,11 @@ from runtime.channels import HostEnds, readable
 from runtime.state import SharedState
 from runtime.wire import REPORT_BYTES, WireError, decode_report, encode_report
 
-__all__ = ["FIRST_FD", "ZYGOTE_FDS", "Heir", "Report", "Zygote", "exec_zygote"]
+__all__ = ["FIRST_FD", "QUIT_WAIT", "ZYGOTE_FDS", "Heir", "Report", "Zygote", "exec_zygote"]
 
 FIRST_FD = 3  # the first of the descriptors that a fresh zygote gets …
 ZYGOTE_FDS = 6  # … and how many they are, before those of a service
+QUIT_WAIT = 2.0  # seconds that a zygote has to end
 _STACK = 1 << 16  # bytes of a stack, at most
 
 

@@ -39,9 +39,9 @@ from runtime.restarts import WINDOW
 from runtime.sockets import HostLink
 from runtime.state import SharedState
 
-__all__ = ["Lives"]
+__all__ = ["NO_DESCRIPTORS", "Lives"]
 
-_NO_DESCRIPTORS = 0.05  # seconds until it is tried again to start a worker that there was no descriptor for
+NO_DESCRIPTORS = 0.05  # seconds until it is tried again to start a worker that there was no descriptor for
 
 log = logging.getLogger("runtime")
 
@@ -200,7 +200,7 @@ class Lives(abc.ABC):
                 if not self._short:
                     log.warning("too few file descriptors are left to start worker %d; waiting for some", n)
                 self._short = True
-                number.restarts.not_before = now + _NO_DESCRIPTORS
+                number.restarts.not_before = now + NO_DESCRIPTORS
                 continue
             self._short = False
             room -= 1

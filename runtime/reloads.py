@@ -44,8 +44,9 @@ from typing import Any
 
 from runtime import _core, config, serializer
 from runtime.errors import BrokenRuntime, ReloadFailed, RuntimeFailure
-from runtime.handle import Report, Zygote
+from runtime.handle import QUIT_WAIT, Report, Zygote
 from runtime.lifecycle import Worker, raise_descriptor_limit
+from runtime.lives import NO_DESCRIPTORS
 from runtime.locks import Latch
 from runtime.restarts import backoff
 from runtime.zygotes import Zygotes
@@ -53,8 +54,6 @@ from runtime.zygotes import Zygotes
 __all__ = ["Reload", "ReloadReport", "Reloads"]
 
 _ATTEMPTS = 3  # of a new zygote, or of a worker, that ends without saying why
-_NO_DESCRIPTORS = 0.05  # seconds until it is tried again to start a process that there was no room for
-_QUIT_WAIT = 2.0  # seconds that a zygote has to end
 
 log = logging.getLogger("runtime")
 
@@ -222,7 +221,7 @@ class Reloads(Zygotes):
             return
         worker = self._new_worker(number, zygote)
         if worker is None:  # all slots are being swept
-            reload.not_before = now + _NO_DESCRIPTORS
+            reload.not_before = now + NO_DESCRIPTORS
             return
         worker.successor = True
         reload.successor = worker
@@ -232,7 +231,7 @@ class Reloads(Zygotes):
         """Whether there are too few descriptors for one more process; it is tried again soon."""
         reload.short = self._starts_possible() <= 0
         if reload.short:
-            reload.not_before = now + _NO_DESCRIPTORS
+            reload.not_before = now + NO_DESCRIPTORS
         return reload.short
 
     def _succeeded(self, worker: Worker) -> None:
@@ -417,7 +416,7 @@ class Reloads(Zygotes):
 
     def _quit(self, zygote: Zygote) -> None:
         """It ends its children, and itself; at once, if it can have no workers yet."""
-        zygote.leave_by = time.monotonic() + _QUIT_WAIT
+        zygote.leave_by = time.monotonic() + QUIT_WAIT
         if zygote.started:
             zygote.order("quit")
         else:

@@ -24,6 +24,7 @@ from runtime import _core, config, serializer
 from runtime.collector import Collector
 from runtime.control import Control
 from runtime.errors import BrokenRuntime
+from runtime.handle import QUIT_WAIT
 from runtime.lifecycle import (
     Number,
     death_of,
@@ -41,7 +42,6 @@ from runtime.state import state_of_runtime
 
 __all__ = ["Supervisor"]
 
-_QUIT_WAIT = 2.0  # seconds that a zygote has to end
 _END_WAIT = 1.0  # seconds that workers have to end when the runtime is ended by force
 
 log = logging.getLogger("runtime")
@@ -108,7 +108,7 @@ class Supervisor(Reloads):
                 if thread.ident is not None:
                     thread.join()
             if self._zygote is not None:
-                self._zygote.close(_QUIT_WAIT)
+                self._zygote.close(QUIT_WAIT)
             self.link.close()
             self._bell.close()
             self._close_control()
@@ -343,11 +343,11 @@ class Supervisor(Reloads):
             self.dispatcher.vacate(worker.slot)
         self._refuse_reloads()
         for zygote in self._living():
-            zygote.close(_QUIT_WAIT if zygote.started else 0.0)
+            zygote.close(QUIT_WAIT if zygote.started else 0.0)
         for zygote in self._old:
             zygote.close(0.0)
         if self._heir is not None:
-            self._heir.close(_QUIT_WAIT)
+            self._heir.close(QUIT_WAIT)
         for worker in self._slots.values():
             self.dispatcher.settle(worker.slot, death_of(worker))
             self._release(worker)
