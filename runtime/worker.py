@@ -87,7 +87,10 @@ def _before_fork() -> None:
 def _unmask() -> None:
     masks = _masks.get(threading.get_ident())
     if masks:
-        signal.pthread_sigmask(signal.SIG_SETMASK, masks.pop())
+        mask = masks.pop()
+        if not masks:
+            del _masks[threading.get_ident()]
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _after_fork() -> None:
