@@ -38,6 +38,7 @@ def test_a_moment_of_garbage(name, tmp_path):
     assert count > 10
 
 
+@pytest.mark.stress
 @pytest.mark.parametrize(
     ("how", "told"), [("raise", "an exception"), ("segfault", "SIGSEGV"), ("hang", "a hang")]
 )

@@ -202,6 +202,7 @@ def test_a_fork_holds_nothing(state: SharedState) -> None:
             state.lock("a").acquire(0)
 
 
+@pytest.mark.stress
 def test_killed_anywhere_on_the_way(state: SharedState) -> None:
     """Never two at once, and never lost, whoever is killed, waiting or holding."""
 

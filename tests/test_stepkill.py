@@ -250,6 +250,7 @@ def test_each_function_of_blocks_and_extents_has_a_line() -> None:
     assert exported - listed == {"_slab.pool_count_free", "_extent.heap_used"}, "these only read"
 
 
+@pytest.mark.stress
 def test_it_runs_from_its_folder_too(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(ROOT / "tools" / "stepkill"), "--quick", "extent hand over"],
