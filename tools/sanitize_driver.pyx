@@ -325,7 +325,7 @@ cdef bint run_lease(WorkerPort port, Arena arena, uint32_t slot, uint32_t entry,
         report.note_bytes = 8
         memcpy(report.note, &report.done, 8)
         write_report(lease, &report)
-        port.end(lease)
+        port.end(lease, 1)
     fill(lease.inline_, 128, mark + 7)
     lease.out_bytes = 128
     lease.out_where = AT_INLINE
