@@ -33,7 +33,7 @@ cdef enum:
     SLOTS = 8
     ENTRIES = 8                 # of a lease table
 
-cdef uint64_t GHOST = (<uint64_t>4194303 << 42) | 77   # a process that never was
+cdef uint64_t GHOST = (<uint64_t>4194303 << 42) | 77   # a process that never was, and the first of many
 
 
 cdef inline uint64_t draw(uint64_t *seed, uint64_t below) noexcept nogil:
@@ -141,7 +141,8 @@ def die_in_pool(MemoryPool pool not None, int64_t times):
                 a64_cas_acq_rel(&own.head.owners[row], me, 0)   # a sweep looks at who owns a block alone
                 continue
             died += 1
-            a64_cas_acq_rel(&own.head.owners[row], me, GHOST)
+            # Each under a name of its own: a sweeper relies on that no identity comes back.
+            a64_cas_acq_rel(&own.head.owners[row], me, GHOST + <uint64_t>died)
         pool_sweep(&own)
     return died
 
