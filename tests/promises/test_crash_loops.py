@@ -18,6 +18,7 @@ import runtime
 
 TASKS = 40  # in a turn
 TURNS = 12
+ROUNDS = 3  # of turns, at most: what else runs here may slow one of the two down for a while
 
 
 def crash(how, path):
@@ -54,6 +55,15 @@ def turn(rt):
     return took
 
 
+def slowed(healthy, looping):
+    """How much longer tasks take beside a crash loop: (medians, sums)."""
+    alone, beside = [], []
+    for _ in range(TURNS):
+        alone += turn(healthy)
+        beside += turn(looping)
+    return statistics.median(beside) / statistics.median(alone), sum(beside) / sum(alone)
+
+
 def test_a_crash_loop_does_not_slow_the_other_slots(tally, runtime_factory, tmp_path):
     healthy = runtime_factory(1)
     all_ready(healthy)
@@ -62,16 +72,14 @@ def test_a_crash_loop_does_not_slow_the_other_slots(tally, runtime_factory, tmp_
             note = tmp_path / f"{how}-{tally.counts['kinds']}"
             looping = runtime_factory(2, initializer=crash, initargs=(how, str(note)), retries=1000)
             until(lambda rt=looping: rt.submit(os.getpid).result(30), "worker 0 works")
-            alone, beside = [], []
-            for _ in range(TURNS):
-                alone += turn(healthy)
-                beside += turn(looping)
-            crashes = len(note.read_bytes())
-            ratio = statistics.median(beside) / statistics.median(alone)
-            in_all = sum(beside) / sum(alone)
-            print(f"{how}: {crashes} crashes, tasks take {ratio:.3f} × (median), {in_all:.3f} × (in all)")
+            for last in range(1, ROUNDS + 1):  # a loop that took time from the others would take it each time
+                ratio, in_all = slowed(healthy, looping)
+                crashes = len(note.read_bytes())
+                print(f"{how}: {crashes} crashes, tasks take {ratio:.3f} × (median), {in_all:.3f} × (in all)")
+                if ratio <= 1.25 and in_all <= 2:
+                    break
+                assert last < ROUNDS, (how, ratio, in_all)
             assert crashes >= 3, "there was no loop"
-            assert ratio <= 1.25 and in_all <= 2, (how, ratio, in_all)
             looping.shutdown(cancel_futures=True)
             tally.counts["kinds"] += 1
             tally.counts["crashes"] += crashes
