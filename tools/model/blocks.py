@@ -11,10 +11,10 @@ or writes one extent word. Nothing is counted, so nothing ends: the checker walk
 from __future__ import annotations
 
 from array import array
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 
-from tools.model.checker import Broken, Step, step
+from tools.model.checker import Broken, Step, numbers_of, step
 from tools.model.runs import (
     DROP_HEAD,
     DROP_TAIL,
@@ -61,6 +61,10 @@ class Actor(Taker):
     place: int = 0  # and the extent that it looks at next
 
 
+ROW, ACTOR = numbers_of(Actor), len(fields(Actor))
+LISTS = 2 * EXTENTS + 3 * ACTOR  # where they begin in a frozen state
+
+
 class Blocks(Runs):
     """One state of the extents. See the module."""
 
@@ -80,9 +84,10 @@ class Blocks(Runs):
 
     def thaw(self, state: bytes) -> None:
         """Read what `raw` has written."""
-        take = iter(array("b", state)).__next__
-        self.words = [[take(), take()] for _ in range(EXTENTS)]
-        self.actors = [Actor(*[take() for _ in range(6)]) for _ in range(3)]
+        numbers = array("b", state).tolist()
+        self.words = [numbers[i : i + 2] for i in range(0, 2 * EXTENTS, 2)]
+        self.actors = [Actor(*numbers[i : i + ACTOR]) for i in range(2 * EXTENTS, LISTS, ACTOR)]
+        take = iter(numbers[LISTS:]).__next__
         self.records = [[(take(), take()) for _ in range(take())] for _ in range(2)]
         self.blocks = [(take(), take()) for _ in range(take())]
 
@@ -90,7 +95,7 @@ class Blocks(Runs):
         """All fields in a row, each list behind its length."""
         out = [number for word in self.words for number in word]
         for actor in self.actors:
-            out += astuple(actor)
+            out += ROW(actor)
         for blocks in (*self.records, self.blocks):
             out.append(len(blocks))
             for block in blocks:

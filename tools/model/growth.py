@@ -10,10 +10,9 @@ Who dies is in `blocks`: to a taker, a sweep is one more that frees.
 from __future__ import annotations
 
 from array import array
-from dataclasses import astuple
 from functools import partial
 
-from tools.model.checker import Broken, Step, step
+from tools.model.checker import Broken, Step, numbers_of, step
 from tools.model.runs import (
     DROP_HEAD,
     DROP_TAIL,
@@ -33,6 +32,7 @@ from tools.model.runs import (
 
 __all__ = ["FAULTS", "Growth", "model"]
 
+ROW = numbers_of(Actor)
 EXTENTS, BEGIN = 4, 2  # laid out; that there are at first
 RUNS = (1, 2)  # lengths of blocks, in extents
 TAKERS, GROWER = 2, 2  # actors 0 and 1; the third one
@@ -71,12 +71,12 @@ class Growth(Runs):
         """All fields in a row."""
         out = [self.count, *[number for word in self.words for number in word], *self.memory]
         for actor in self.actors:
-            out += astuple(actor)
+            out += ROW(actor)
         return array("b", out).tobytes()
 
     def freeze(self) -> bytes:
         """The takers have no order; words do not name them."""
-        self.actors[:TAKERS] = sorted(self.actors[:TAKERS], key=astuple)
+        self.actors[:TAKERS] = sorted(self.actors[:TAKERS], key=ROW)
         return self.raw()
 
     def shown(self) -> dict[str, str]:

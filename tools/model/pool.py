@@ -13,10 +13,10 @@ before it stale.
 from __future__ import annotations
 
 from array import array
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import partial
 
-from tools.model.checker import Broken, Step, World, step
+from tools.model.checker import Broken, Step, World, numbers_of, step
 
 __all__ = ["FAULTS", "Pool", "model"]
 
@@ -52,6 +52,9 @@ class Process:
     fresh: int = 0  # whether nobody has taken that block since it was read
 
 
+ROW = numbers_of(Process)
+
+
 class Pool(World):
     """One state of a pool. See the module."""
 
@@ -70,7 +73,7 @@ class Pool(World):
         """All fields in a row."""
         out = [*self.words, *self.owners]
         for process in self.processes:
-            out += astuple(process)
+            out += ROW(process)
         return array("b", out).tobytes()
 
     freeze = raw
