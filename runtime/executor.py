@@ -14,7 +14,6 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from runtime import _core, config, forking, serializer
-from runtime.collector import again
 from runtime.config import INHERIT, TaskOptions
 from runtime.front import Front
 from runtime.future import Future
@@ -22,6 +21,7 @@ from runtime.kernels import Kernel
 from runtime.mapping import Results, Run, check_sizes, total_of
 from runtime.native import KernelFuture, Kernels
 from runtime.observable import Observable
+from runtime.outcomes import again
 from runtime.pressure import Pressure
 from runtime.progress import open_bar
 from runtime.reloadable import Reloadable

@@ -15,11 +15,11 @@ from typing import Any
 
 from runtime import _core, config, serializer, stacks
 from runtime.channels import HostEnds
-from runtime.collector import Death
 from runtime.errors import RegionFull
 from runtime.handle import Zygote
 from runtime.names import control_path
 from runtime.oom import Reading
+from runtime.outcomes import Death
 from runtime.restarts import Restarts
 from runtime.worker import EXIT_DESCRIPTORS, EXIT_HOST_GONE, EXIT_KILLED, EXIT_ORPHANED, EXIT_SERVICE
 

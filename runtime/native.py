@@ -63,7 +63,7 @@ class KernelFuture(Future[Any]):
         except BaseException as error:
             ok, value = (None if type(error) is concurrent.futures.CancelledError else False), error
         job.close()
-        job.core.collector.conclude(self, ok, value)
+        job.core.collector.outcomes.conclude(self, ok, value)
         value = None  # a traceback knows this frame: no cycle
 
     def participants(self) -> list[Future[None]]:

@@ -100,7 +100,8 @@ class Supervisor(Reloads):
                 thread.start()
         except BaseException:  # no memory or no right for a thread: leave nothing half-made
             self.dispatcher.close()
-            self._drained = self.collector.stopped = True
+            self._drained = True
+            self.collector.stop()
             self.keeper.stop()
             self.link.wake()
             self.relay.finish(self.relaying)
@@ -212,7 +213,7 @@ class Supervisor(Reloads):
     def fail(self, error: BrokenRuntime) -> None:
         """No task can run any more: all without an outcome get this error, and later ones too."""
         self.broken = self.broken or error
-        self.collector.broken = self.broken
+        self.collector.outcomes.broken = self.broken
         self._stopping = True
         self.dispatcher.close()
         self.dispatcher.abandon(False)
@@ -351,7 +352,7 @@ class Supervisor(Reloads):
         for worker in self._slots.values():
             self.dispatcher.settle(worker.slot, death_of(worker))
             self._release(worker)
-        self.collector.stopped = True
+        self.collector.stop()
         self.link.wake()
         self.collecting.join()
         self.keeper.stop()
@@ -360,7 +361,7 @@ class Supervisor(Reloads):
         self.dispatcher.close()
         self.dispatcher.abandon(False)
         self.collector.complete()
-        self.collector.finish_late()
+        self.collector.outcomes.finish_late()
         self.link.close()
         self._bell.close()
         self.arena.release()

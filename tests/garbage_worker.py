@@ -16,7 +16,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from runtime import Future, _core, serializer
-from runtime.collector import Collector, Death
+from runtime.collector import Collector
+from runtime.outcomes import Death
 
 STEP = struct.Struct("<BBHIQ")
 HEAD = struct.Struct("<QIIIIQQQQQQ")  # arena_t, in the first page of the region
@@ -260,7 +261,7 @@ class Garbage:
         kept, inflight, _ = dispatcher.counts()
         assert (kept, inflight, dispatcher.leased) == (0, 0, 0), "something is out, and nobody has it"
         dispatcher.abandon(False)
-        self.collector.broken = None
+        self.collector.outcomes.broken = None
         self.collector.complete()
         assert dispatcher.waiting == 0 and dispatcher.idle, "the counts do not add up"
         for future in self.futures:

@@ -66,6 +66,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("service",),  # and of one that runs a service
     ("worker",),
     ("zygote",),  # forks, and then calls worker.main
+    ("outcomes",),
     ("collector", "mapping"),
     ("restarts",),
     ("lifecycle", "asynchronous", "future"),

@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 
 from runtime import WorkerDied, _core, config, serializer
-from runtime.collector import Collector, Death
+from runtime.collector import Collector
 from runtime.mapping import Results, Run
+from runtime.outcomes import Death
 from runtime.worker import Worker
 
 
@@ -175,7 +176,7 @@ KINDS = {"ok": 60, "slow": 9, "raise": 2, "leave": 1, "die": 1, "odd": 5, "large
 def test_maps_against_the_model(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     global world
     # Retries are put off, but not for so long that all else has ended by then.
-    monkeypatch.setattr("runtime.collector.retry_delay", lambda attempts: 1e-5 * (attempts - 1))
+    monkeypatch.setattr("runtime.outcomes.retry_delay", lambda attempts: 1e-5 * (attempts - 1))
     world = World(seed)
     chance = world.chance
     kinds = chance.choices(list(KINDS), list(KINDS.values()), k=300)

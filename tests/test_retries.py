@@ -33,7 +33,7 @@ def waiting_retry(rt: Runtime) -> bool:
 @pytest.fixture
 def far(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every retry but the first is a minute away."""
-    monkeypatch.setattr("runtime.collector.retry_delay", lambda attempts: 0.0 if attempts < 2 else 60.0)
+    monkeypatch.setattr("runtime.outcomes.retry_delay", lambda attempts: 0.0 if attempts < 2 else 60.0)
 
 
 def log_and_die(path: str, value: Any = None) -> None:
@@ -151,15 +151,15 @@ def test_a_cancel_that_meets_an_attempt_at_its_end_prevents_the_next(
     """The outcome is with the collector, the next attempt is not queued yet: neither can be taken back."""
     rt = factory(1, retries=1, retry_on=ValueError)
     path = str(tmp_path / "log")
-    collector = rt._core.collector
+    outcomes = rt._core.collector.outcomes
     said: list[bool] = []
-    kept = collector.fail_or_retry
+    kept = outcomes.fail_or_retry
 
     def cancel_first(*args: Any) -> None:
         said.append(rt.cancel(future, running=True))
         kept(*args)
 
-    monkeypatch.setattr(collector, "fail_or_retry", cancel_first)
+    monkeypatch.setattr(outcomes, "fail_or_retry", cancel_first)
     future = rt.submit(log_and_raise, path)
     with pytest.raises(CancelledError):
         future.result(10)
@@ -175,15 +175,15 @@ def test_a_cancel_that_meets_the_end_of_a_call_is_what_it_says(
     """The outcome is with the collector, the future does not have it yet: cancelled it is, and stays."""
     rt = factory(1)
     said: list[bool] = []
-    collector = rt._core.collector
-    kept = collector.finish
+    outcomes = rt._core.collector.outcomes
+    kept = outcomes.finish
 
     def cancel_first(*args: Any) -> None:
         said.append(rt.cancel(future, running=True))
         kept(*args)
         said.append(rt.cancel(future, running=True))
 
-    monkeypatch.setattr(collector, "finish", cancel_first)
+    monkeypatch.setattr(outcomes, "finish", cancel_first)
     future = rt.submit(evil.square, 3) if outcome == "result" else rt.submit(evil.misbehave, "raise")
     assert future._condition  # so it is the collector's
     with pytest.raises(CancelledError):
@@ -282,7 +282,7 @@ def test_one_death_is_no_history_in_the_message(factory: Callable[..., Runtime])
 
 
 def test_a_long_history_is_cut(factory: Callable[..., Runtime], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runtime.collector.retry_delay", lambda attempts: 0.0)
+    monkeypatch.setattr("runtime.outcomes.retry_delay", lambda attempts: 0.0)
     error = factory(2, retries=HISTORY + 3).submit(tasks.kill_self).exception()
     assert isinstance(error, WorkerDied)
     assert error.attempts == HISTORY + 4 and len(error.history) == HISTORY

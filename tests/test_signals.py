@@ -52,7 +52,7 @@ def exceptions(rt: Runtime) -> None:
 CALLS: dict[str, tuple[Callable[[Runtime], object], tuple[str, ...]]] = {
     "submit": (lambda rt: rt.submit(abs, -1).result(PATIENCE), ALSO_THEIRS),
     "exceptions": (exceptions, ALSO_THEIRS),
-    "maps": (waits, ("/mapping.py", "/sockets.py", "/collector.py", "/locks.py")),
+    "maps": (waits, ("/mapping.py", "/sockets.py", "/collector.py", "/outcomes.py", "/locks.py")),
     "by value": (by_value, ("/functions.py", "/versions.py", "/sockets.py")),
     "cancel": (lambda rt: rt.cancel(rt.submit(abs, -1), running=True), RUNTIME),
     "scale": (scale, RUNTIME),
@@ -231,7 +231,7 @@ def test_a_waiter_whose_lock_is_taken_is_told_later(which: str) -> None:
 def test_many_futures_are_locked_at_the_end(factory: Factory) -> None:
     """One thread stays for all of them."""
     rt = factory(1)
-    collector = rt._core.collector
+    outcomes = rt._core.collector.outcomes
     rt.shutdown()
     futures: list[Future[int]] = [Future() for _ in range(100)]
     locked, go = threading.Event(), threading.Event()
@@ -247,7 +247,7 @@ def test_many_futures_are_locked_at_the_end(factory: Factory) -> None:
     thread.start()
     assert locked.wait(PATIENCE)
     for future in futures:
-        collector.conclude(future, True, 1)
+        outcomes.conclude(future, True, 1)
     assert [it.name for it in threading.enumerate()].count("runtime-late") == 1
     go.set()
     thread.join()
@@ -259,7 +259,7 @@ def test_no_thread_for_a_locked_future_at_the_end(
     factory: Factory, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     rt = factory(1)
-    collector = rt._core.collector
+    outcomes = rt._core.collector.outcomes
     rt.shutdown()
     future: Future[int] = Future()
 
@@ -278,12 +278,12 @@ def test_no_thread_for_a_locked_future_at_the_end(
     assert locked.wait(PATIENCE)
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", refused)
-        collector.conclude(future, True, 1)
-        collector.finish_late()
+        outcomes.conclude(future, True, 1)
+        outcomes.finish_late()
     assert "no thread can be made for the 1 futures" in caplog.text
     go.set()
     thread.join()
-    collector.finish_late()
+    outcomes.finish_late()
     assert future.result(PATIENCE) == 1
 
 
