@@ -416,6 +416,7 @@ def test_many_that_do_not_fit_at_once(factory: Callable[..., Runtime]) -> None:
     blocks_are_back(rt, FUNCTION_BYTES)
 
 
+@pytest.mark.stress
 def test_2000_results_of_1_mib_uncollected(factory: Callable[..., Runtime]) -> None:
     rt = factory(2, region_size="4MiB", region_max="256MiB")
     futures = [rt.submit(numpy.full, MIB // 8, i, "i8") for i in range(2000)]

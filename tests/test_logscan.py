@@ -70,6 +70,7 @@ def test_a_line_that_is_too_long_is_said_to_be(logscan: ModuleType, kernel: runt
     assert failed.value.code == 1
 
 
+@pytest.mark.stress
 def test_the_whole_with_kills(tmp_path: Path) -> None:
     report, picture = tmp_path / "logscan.json", tmp_path / "logscan.svg"
     options = ["--size", "24MiB", "--workers", "2", "--kill", "3", "--rounds", "1", "--json", report]

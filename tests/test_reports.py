@@ -285,6 +285,7 @@ def test_no_torn_mix_is_ever_shown(factory: Callable[..., Runtime]) -> None:
         assert future.progress() == (149_999, 149_999, ("149999" * 8)[:69])
 
 
+@pytest.mark.stress
 def test_killed_in_the_middle_of_a_report_a_whole_one_is_left(factory: Callable[..., Runtime]) -> None:
     rt = factory(2)
     all_ready(rt)

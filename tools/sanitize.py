@@ -49,7 +49,6 @@ DESELECTED = {  # test: why it cannot hold here, or is not worth its time
     **dict.fromkeys(
         (
             "tests/test_pool.py::test_hundreds_of_kills_lose_no_block",
-            "tests/test_reports.py::test_killed_in_the_middle_of_a_report_a_whole_one_is_left",
             "tests/test_reports.py::test_busy_never_goes_backwards_and_outlives_processes",
         ),
         "15 s each",
