@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import socket
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from serving import Command
 from watching import until
+
+from runtime import Runtime
+from runtime.cli.notify import Notifier
+from runtime.cli.program import Phase, Program
 
 Run = Callable[..., Command]
 
@@ -235,3 +242,46 @@ def test_nobody_is_left(run: Run) -> None:
     command.signal(signal.SIGTERM)
     assert command.end() == 143
     until(lambda: not os.path.exists(f"/proc/{pid}"), "the worker has ended")
+
+
+# ---- in this process -------------------------------------------------------------------------------------
+
+
+def test_no_thread_for_a_reload(
+    runtime_factory: Callable[..., Runtime], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is said, what else is asked is done, and the next reload is one."""
+    rt = runtime_factory(1)
+
+    def refused(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with Program(rt, Notifier({}), drain_timeout=5.0, interrupts=False) as program:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refused)
+            for _ in range(3):
+                program.reload_soon()
+        assert caplog.text.count("not reloaded: can't start new thread") == 3
+        program.reload_soon()
+        until(lambda: rt.workers()[0].generation == 1, "it reloads")
+    assert program.phase is Phase.SERVING
+
+
+def test_a_reload_that_meets_the_end_is_not_told_as_ready(
+    runtime_factory: Callable[..., Runtime], tmp_path: Path
+) -> None:
+    rt = runtime_factory(1)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "n"))
+        manager.setblocking(False)
+        notifier = Notifier({"NOTIFY_SOCKET": str(tmp_path / "n")})
+        with Program(rt, notifier, drain_timeout=5.0, interrupts=False) as program:
+            program.drain()
+            until(rt._core.ended.is_set, "it has drained")
+            with pytest.raises(RuntimeError):
+                program.reload()
+        said = []
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                said.append(manager.recv(4096).split(b"\n")[0])
+    assert b"STOPPING=1" in said and b"READY=1" not in said

@@ -141,7 +141,8 @@ class Program:
         try:
             report = self.rt.reload(timeout=timeout)
         finally:
-            self._notifier.ready()
+            if self.phase is Phase.SERVING:  # else it was told that this is the end
+                self._notifier.ready()
         log.info(
             "reloaded: generation %d serves (%d started, %d drained, %d killed, %.2f s)",
             report.generation, report.started, report.drained, report.killed, report.seconds,
@@ -150,8 +151,13 @@ class Program:
 
     def reload_soon(self) -> None:
         """Reload in the background; what goes wrong is logged. One that waits to begin stands for all."""
-        if self._reloads.acquire(blocking=False):
+        if not self._reloads.acquire(blocking=False):
+            return
+        try:
             threading.Thread(target=self._reload_quietly, name="runtime-reload", daemon=True).start()
+        except RuntimeError as error:  # the signals' thread goes on
+            self._reloads.release()
+            log.error("not reloaded: %s", error)
 
     def scale(self, workers: int) -> None:
         """Have so many workers. Raises: as Runtime.scale."""
