@@ -17,9 +17,10 @@
     _records   Task, Batch, Span                     what the host notes about work
     _leasing                                         what waits, and how it is leased
     _harvest                                         what came back, and what the dead leave
-    _slots                                           the life of a slot
+    _slots                                           the life of a slot, and what it holds
     _waiting                                         who sleeps, who must be told
-    _dispatch  Dispatcher                            the door to the four above
+    _rescue                                          what no hint tells of
+    _dispatch  Dispatcher                            the door to the five above
     _submit    Submitter                             the short way of submit
     _stacks    next_question                         how a worker hears that its stacks are wanted
     _bell      Bell, Outlet, Recent, replaced        what any thread may do, without a lock

@@ -4,10 +4,10 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from runtime._extent cimport HostBlock
 from runtime._records cimport Batch, Span, Task
-from runtime._waiting cimport Waiting
+from runtime._rescue cimport Rescue
 
 
-cdef class Dispatcher(Waiting):
+cdef class Dispatcher(Rescue):
     cdef public bint refusing   # users may submit nothing more
     cdef int64_t jobs           # that were accepted, and may submit more tasks: JobHolds
 
@@ -18,8 +18,4 @@ cdef class Dispatcher(Waiting):
     cdef int retry_now(self, Task task, int64_t delay, bint counted) except -1
     cdef int retry_item_now(self, Batch batch, Span span, int64_t delay) except -1
     cdef int drop_now(self, Batch batch) except -1
-    cdef int collect_now(self, uint32_t index) except -1
-    cdef bint wild(self, uint32_t index) except -1
-    cdef bint occupied(self, uint32_t index) except -1
-    cdef bint others(self, uint32_t index) except -1
     cdef int abandon_now(self, cancelled) except -1

@@ -19,38 +19,24 @@ here ever waits. Outcomes collect in a list of tuples; unpickling and futures ar
 """
 cimport cython
 from cpython.pythread cimport PyThread_get_thread_ident
-from libc.signal cimport SIGKILL
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from runtime._atomics cimport *
 from runtime._layout cimport *
-from runtime._lease cimport must_tell, outbox_waiting
-from runtime._records cimport T_CANCELLED, T_LEASED, T_OVER, T_WAITING, Batch, SlotTable, Span, Task
+from runtime._lease cimport must_tell
+from runtime._leasing cimport (
+    DO_ABANDON, DO_COLLECT, DO_DRAIN, DO_DRAIN_ALL, DO_DROP, DO_FORGET, DO_RELEASE, DO_RETRY, DO_RETRY_ITEM,
+    DO_SETTLE, DO_TAKE_DUE, DO_UNLOAD,
+)
 from runtime._leasing import OUTCOME_ABANDONED
+from runtime._records cimport T_CANCELLED, T_LEASED, T_OVER, T_WAITING, Batch, SlotTable, Span, Task
 from runtime._extent cimport HostBlock
 from runtime._frame cimport COLD_BYTES, S_VALUE, BlockSlice, Frame
-from runtime._report cimport read_report
 from runtime._threads cimport guard_acquire, guard_of, guard_release, guard_t, kill_lease
 
 CANCEL_NO = 0               # it has started, or is over
 CANCEL_DONE = 1             # it never started and never will
 CANCEL_KILLED = 2           # it had started; its worker is being killed
-
-# what a deferred wish in the inbox begins with
-cdef enum:
-    DO_RELEASE = 0
-    DO_DRAIN = 1
-    DO_UNLOAD = 2
-    DO_SETTLE = 3
-    DO_RETRY = 4
-    DO_RETRY_ITEM = 5
-    DO_FORGET = 6
-    DO_DROP = 7
-    DO_ABANDON = 8
-    DO_DRAIN_ALL = 9
-    DO_TAKE_DUE = 10
-    DO_COLLECT = 11
-
 
 # Bytes that are copied while the worker that will read them is waking up, at most; fewer than the least of
 # them are copied before it would be awake, or has fallen asleep.
@@ -61,7 +47,7 @@ cdef int TRIES = 4          # times that others may be quicker to take the room 
 cdef int CHASE = 100        # looks at a chunk that is to be killed and goes on from item to item
 
 
-cdef class Dispatcher(Waiting):
+cdef class Dispatcher(Rescue):
     """Queue, leases and slots of one runtime.
 
     Thread-safety: every method may be called from any thread. Fork-safety: none; the caller checks the pid.
@@ -341,21 +327,6 @@ cdef class Dispatcher(Waiting):
                         self.cancel(<Task>held, batch.ruthless)
         return 0
 
-    def drain(self, uint32_t index, bint hinted=False):
-        """Process a slot's outbox. `hinted`: the worker's hint says so."""
-        cdef SlotTable table = self.slots[index]
-        if hinted and table.acted:
-            # The rescan was ahead of this hint. If it left nothing to find, the hint was late, not lost.
-            table.acted = False
-            if outbox_waiting(self.arena.slot(index), table.outbox_head) == 0:
-                self.rescued -= 1
-        self.inbox.append((DO_DRAIN, index))
-        self.work()
-
-    cdef int drain_out(self) except -1:
-        self.inbox.append((DO_DRAIN_ALL, None))
-        return self.work()
-
     def make_ready(self, uint32_t index):
         """Lease to the process in this slot from now on."""
         for table in self.slots[index:index + self.arena.threads]:
@@ -394,121 +365,6 @@ cdef class Dispatcher(Waiting):
                 self.inbox.append((DO_UNLOAD, i))
             self.work()
 
-    def rescan(self):
-        """The backstop: find what a lost hint would have told. Called every 100 ms while work is out.
-
-        It acts on what it sees unchanged for the third time in a row: results are taken in; leases that a
-        worker does not look at (it may be stopped) go to another one, or are announced again. What counts as
-        rescued is only what no hint tells of afterwards: the others were late.
-        """
-        cdef uint32_t i
-        cdef uint64_t head, place
-        cdef bint unread, unseen, idle
-        cdef slot_t *slot
-        cdef SlotTable table
-        self.work()                                 # a task that waited for room looks again
-        for i in range(self.arena.slots):
-            table = self.slots[i]
-            slot = self.arena.slot(i)
-            if not table.ready:
-                continue
-            if self.arena.lanes and outbox_waiting(slot, table.outbox_head):
-                self.drain(i)                       # it came while the collector was awake: no hint is due
-            # While a destructor has let us in, the bookkeeping of who is inside may be half done.
-            table.nonsense = table.nonsense + 1 if not self.busy and self.wild(i) else 0
-            if table.nonsense == 3:
-                self.strange()
-                self.send_signal(i, SIGKILL)        # what it holds would never have an outcome
-                continue
-            head = table.outbox_head
-            place = a64_load_relaxed(&slot.ring_head)
-            idle = not self.occupied(i)
-            unread = outbox_waiting(slot, head) != 0
-            # A place that the worker has taken and not acted on counts, too: its slot is out of order.
-            unseen = idle and (table.ring_tail != place or table.inflight)
-            if unread and self.arena.records(i)[head & (self.arena.outbox - 1)].kind == R_UNKEEP:
-                self.drain(i)                       # it comes without a hint
-                continue
-            if not unread and not unseen:
-                self.stuck.pop(i, None)
-                continue
-            seen = (head if unread else None, place if unseen else None)
-            before, times = self.stuck.get(i, (None, 0))
-            times = times + 1 if before == seen else 1
-            self.stuck[i] = (seen, times)
-            if times < 3:
-                continue
-            if unread:
-                self.rescued += 1
-                self.drain(i)
-                table.acted = True
-            elif table.inflight and (table.ring_tail == place or self.others(i)):
-                table.suspect = table.ring_tail != place
-                table.suspect_at = place
-                self.inbox.append((DO_COLLECT, i))
-                self.inbox.append((DO_UNLOAD, i))
-                self.work()
-            else:
-                self.repeat.add(i)
-
-    cdef int collect_now(self, uint32_t index) except -1:
-        """Take in leases that are DONE and whose records never came: their worker wrote over its outbox."""
-        cdef Task task
-        for held in list((<SlotTable>self.slots[index]).tasks):
-            if held is not None:
-                task = <Task>held
-                if l_state(a64_load_acquire(&self.arena.lease(index, task.entry).word)) == L_DONE:
-                    self.drain_now(index)           # what its views keep was said before it was DONE
-                    self.harvest(index, task)
-        return 0
-
-    cdef bint wild(self, uint32_t index) except -1:
-        """Whether a slot says what no step of a worker could have made of it: it writes where it likes."""
-        cdef SlotTable table = self.slots[index]
-        cdef slot_t *slot = self.arena.slot(index)
-        cdef uint64_t word
-        if (a64_load_relaxed(&slot.ring_tail) != table.ring_tail
-                or a64_load_relaxed(&slot.outbox_head) != table.outbox_head
-                or table.ring_tail - a64_load_acquire(&slot.ring_head) > self.arena.leases):
-            return True
-        for held in table.tasks:
-            if held is not None and (<Task>held).state == T_LEASED:
-                word = a64_load_acquire(&self.arena.lease(index, (<Task>held).entry).word)
-                if l_tag(word) != (<Task>held).tag or not L_LEASED <= l_state(word) <= L_KILLED:
-                    return True
-                if l_state(word) == L_RUNNING and (<Task>held).timeout:
-                    # The keeper looks where the worker says that it is; the deadline holds if it lies, too.
-                    self.keeper.overdue(index, (<Task>held).entry, now_ns(), -1)
-        return False
-
-    cdef bint occupied(self, uint32_t index) except -1:
-        """Whether the worker in a slot is at a lease, as it says and the word of that lease says, too."""
-        cdef uint32_t running = a32_load_acquire(&self.arena.slot(index).running)
-        cdef uint64_t state
-        if not 0 < running <= self.arena.leases:
-            return False
-        state = l_state(a64_load_acquire(&self.arena.lease(index, running - 1).word))
-        return state == L_RUNNING or state == L_KILLED
-
-    cdef bint others(self, uint32_t index) except -1:
-        """Whether a worker in another slot could take leases."""
-        cdef uint32_t i
-        cdef SlotTable table
-        for i in range(self.arena.slots):
-            table = self.slots[i]
-            if i != index and table.ready and not table.draining and not table.suspect and self.room(i):
-                return True
-        return False
-
-    @property
-    def rescues(self):
-        """Leases and results that only the rescan found, their hints being lost."""
-        cdef uint64_t total = self.rescued
-        cdef uint32_t i
-        for i in range(self.arena.slots):
-            total += a64_load_relaxed(&self.arena.slot(i).rescued)
-        return total
-
     @property
     def urgent(self):
         """Whether a task waits for room: look again soon."""
@@ -522,16 +378,6 @@ cdef class Dispatcher(Waiting):
     def vanish(self, uint64_t count):
         """So many of what was abandoned were cancelled."""
         self.vanished += count
-
-    @property
-    def pinned_bytes(self):
-        """Bytes of argument blocks that views in workers keep."""
-        cdef SlotTable table
-        cdef uint64_t total = 0
-        for table in self.slots:
-            for held in table.kept.values():
-                total += (<HostBlock>(<tuple>held)[0]).nbytes
-        return total
 
     def refuse(self):
         """A task that could not even be queued: accepted and failed."""
@@ -586,62 +432,6 @@ cdef class Dispatcher(Waiting):
     def disown(self):
         """In a fork of the host: nothing done here may reach a process of the parent's."""
         self.inert = True
-
-    def running(self, Task task not None):
-        """Whether a worker has claimed the task and has not finished it."""
-        cdef uint64_t word
-        if task.state != T_LEASED:
-            return False
-        word = a64_load_acquire(&self.arena.lease(task.slot, task.entry).word)
-        return l_tag(word) == task.tag and l_state(word) == L_RUNNING
-
-    def progress(self, Task task not None):
-        """What a task that is leased has reported last; None: nothing."""
-        cdef lease_t *lease
-        if task.state != T_LEASED or self.inert or task.slot >= self.arena.slots:
-            return None
-        lease = self.arena.lease(task.slot, task.entry)
-        if l_tag(a64_load_acquire(&lease.word)) != task.tag or a64_load_relaxed(&lease.reported) == 0:
-            return None
-        return read_report(lease)
-
-    def look(self, uint32_t index):
-        """Of a slot: (incarnation, phase, tasks done, number of the task that runs or None, leases)."""
-        cdef slot_t *slot
-        cdef SlotTable table = self.slots[index]
-        cdef uint32_t running
-        number = None
-        if index >= self.arena.slots:               # the runtime has ended
-            return table.incarnation, P_BOOT, 0, None, 0
-        slot = self.arena.slot(index)
-        running = a32_load_acquire(&slot.running)
-        if 0 < running <= self.arena.leases and table.tasks[running - 1] is not None:
-            if self.running(<Task>table.tasks[running - 1]):
-                number = (<Task>table.tasks[running - 1]).number
-        return slot.incarnation, self.phase(index), a64_load_relaxed(&slot.tasks_done), number, table.inflight
-
-    def tasks_in(self, uint32_t index):
-        """Numbers of the tasks that the process in a slot runs, the one that has run longest first."""
-        cdef uint32_t i, running
-        found = []
-        for i in range(index, min(index + self.arena.threads, self.arena.slots)):
-            number = self.look(i)[3]
-            if number is not None:
-                running = a32_load_acquire(&self.arena.slot(i).running)
-                began = 0                           # its clock stands: it has just begun, or has just ended
-                if 0 < running <= self.arena.leases:
-                    began = a64_load_acquire(&self.arena.lease(i, running - 1).started)
-                found.append((began or 0xFFFFFFFFFFFFFFFF, number))
-        return [number for _, number in sorted(found)]
-
-    def counts(self):
-        """For tests: (blocks kept for views in workers, leases out, announcements due)."""
-        cdef SlotTable table
-        cdef uint64_t kept = 0, inflight = 0
-        for table in self.slots:
-            kept += <uint64_t>len(table.kept)
-            inflight += table.inflight
-        return kept, inflight, len(self.announce)
 
 
 @cython.final

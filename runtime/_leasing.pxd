@@ -8,6 +8,22 @@ from runtime._records cimport Batch, SlotTable, Span, Task
 from runtime._threads cimport DeadlineKeeper
 
 
+# what a deferred wish in Leasing.inbox begins with
+cdef enum:
+    DO_RELEASE
+    DO_DRAIN
+    DO_UNLOAD
+    DO_SETTLE
+    DO_RETRY
+    DO_RETRY_ITEM
+    DO_FORGET
+    DO_DROP
+    DO_ABANDON
+    DO_DRAIN_ALL
+    DO_TAKE_DUE
+    DO_COLLECT
+
+
 cdef class Leasing:
     cdef readonly Arena arena
     cdef readonly DeadlineKeeper keeper

@@ -9,10 +9,11 @@ from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memset
 
 from runtime._atomics cimport *
-from runtime._extent cimport Arena, first_lane
+from runtime._extent cimport Arena, HostBlock, first_lane
 from runtime._layout cimport *
 from runtime._lease cimport slot_renew
-from runtime._records cimport SlotTable, Task
+from runtime._records cimport T_LEASED, SlotTable, Task
+from runtime._report cimport read_report
 from runtime._threads cimport guard_acquire, guard_of, guard_release, guard_t
 
 
@@ -245,3 +246,71 @@ cdef class Slots(Harvest):
         cdef uint64_t n = self.arena.slot(index).failure_bytes
         n = min(n, self.arena.bounce_bytes)
         return PyBytes_FromStringAndSize(self.arena.bounce(index), <Py_ssize_t>n)
+
+    # ---- what is asked -----------------------------------------------------------------------------------
+
+    def running(self, Task task not None):
+        """Whether a worker has claimed the task and has not finished it."""
+        cdef uint64_t word
+        if task.state != T_LEASED:
+            return False
+        word = a64_load_acquire(&self.arena.lease(task.slot, task.entry).word)
+        return l_tag(word) == task.tag and l_state(word) == L_RUNNING
+
+    def progress(self, Task task not None):
+        """What a task that is leased has reported last; None: nothing."""
+        cdef lease_t *lease
+        if task.state != T_LEASED or self.inert or task.slot >= self.arena.slots:
+            return None
+        lease = self.arena.lease(task.slot, task.entry)
+        if l_tag(a64_load_acquire(&lease.word)) != task.tag or a64_load_relaxed(&lease.reported) == 0:
+            return None
+        return read_report(lease)
+
+    def look(self, uint32_t index):
+        """Of a slot: (incarnation, phase, tasks done, number of the task that runs or None, leases)."""
+        cdef slot_t *slot
+        cdef SlotTable table = self.slots[index]
+        cdef uint32_t running
+        number = None
+        if index >= self.arena.slots:               # the runtime has ended
+            return table.incarnation, P_BOOT, 0, None, 0
+        slot = self.arena.slot(index)
+        running = a32_load_acquire(&slot.running)
+        if 0 < running <= self.arena.leases and table.tasks[running - 1] is not None:
+            if self.running(<Task>table.tasks[running - 1]):
+                number = (<Task>table.tasks[running - 1]).number
+        return slot.incarnation, self.phase(index), a64_load_relaxed(&slot.tasks_done), number, table.inflight
+
+    def tasks_in(self, uint32_t index):
+        """Numbers of the tasks that the process in a slot runs, the one that has run longest first."""
+        cdef uint32_t i, running
+        found = []
+        for i in range(index, min(index + self.arena.threads, self.arena.slots)):
+            number = self.look(i)[3]
+            if number is not None:
+                running = a32_load_acquire(&self.arena.slot(i).running)
+                began = 0                           # its clock stands: it has just begun, or has just ended
+                if 0 < running <= self.arena.leases:
+                    began = a64_load_acquire(&self.arena.lease(i, running - 1).started)
+                found.append((began or 0xFFFFFFFFFFFFFFFF, number))
+        return [number for _, number in sorted(found)]
+
+    def counts(self):
+        """For tests: (blocks kept for views in workers, leases out, announcements due)."""
+        cdef SlotTable table
+        cdef uint64_t kept = 0, inflight = 0
+        for table in self.slots:
+            kept += <uint64_t>len(table.kept)
+            inflight += table.inflight
+        return kept, inflight, len(self.announce)
+
+    @property
+    def pinned_bytes(self):
+        """Bytes of argument blocks that views in workers keep."""
+        cdef SlotTable table
+        cdef uint64_t total = 0
+        for table in self.slots:
+            for held in table.kept.values():
+                total += (<HostBlock>(<tuple>held)[0]).nbytes
+        return total

@@ -44,6 +44,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("_harvest",),
     ("_slots",),
     ("_waiting",),
+    ("_rescue",),
     ("_dispatch",),
     ("_submit",),
     ("_core",),  # the compiled door

@@ -293,7 +293,7 @@ class Leases(LeaseWorkers):
                 lease.own = X_FREEING
 
     @step(
-        "_dispatch.pyx:collect_now",
+        "_rescue.pyx:collect_now",
         "the host looks at the words of worker {0}'s leases, and harvests what is DONE",
     )
     def collect_now(self, s: int) -> None:
@@ -374,7 +374,7 @@ class Leases(LeaseWorkers):
         task.losses += 1
 
     def retried(self, number: int) -> bool:
-        """collector.py retried, _dispatch.pyx retry_now: whether it is tried once more."""
+        """outcomes.py retried, _dispatch.pyx retry_now: whether it is tried once more."""
         task, spec = self.tasks[number], self.scenario.specs[number]
         if task.attempt > spec.retries and self.fault != "retry-without-end":
             return False
