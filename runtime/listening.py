@@ -12,6 +12,8 @@ from collections.abc import Callable
 
 __all__ = ["Listener"]
 
+PAUSE = 0.05  # seconds until a connection is taken again after there was no descriptor, or no thread, for one
+
 
 class Listener:
     """Serves the connections of a listening socket, from `start` to `close`.
@@ -35,6 +37,7 @@ class Listener:
         self._serve, self._refuse, self._forget = serve, refuse, forget
         self._most, self._name = most, name
         self._clients: set[socket.socket] = set()
+        self._closing = threading.Lock()  # taken by the one that closes, and never given back
         self._ended = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._thread = threading.Thread(target=self._accept, name=name, daemon=True)
         _living.add(self)
@@ -46,9 +49,8 @@ class Listener:
 
     def close(self) -> None:
         """Accept no more; what is due to those who are connected is still sent. Idempotent."""
-        if self not in _living:
+        if not self._closing.acquire(blocking=False):
             return
-        _living.discard(self)
         os.eventfd_write(self._ended, 1)
         if self._thread.ident is not None:
             self._thread.join()
@@ -56,21 +58,29 @@ class Listener:
         for client in list(self._clients):
             with contextlib.suppress(OSError):
                 client.shutdown(socket.SHUT_RD)
+        _living.discard(self)  # now: a fork while it ends must have nothing of it either
         os.close(self._ended)
 
     def _accept(self) -> None:
-        poller = select.poll()
-        for fd in (self._listener.fileno(), self._ended):
-            poller.register(fd, select.POLLIN)
-        while self._ended not in {fd for fd, _ in poller.poll()}:
-            with contextlib.suppress(OSError, RuntimeError):  # no descriptor, or no thread: it may ask again
-                client, _ = self._listener.accept()
-                client.setblocking(True)
-                if len(self._clients) >= self._most:
-                    with client:
-                        self._refuse(client)
-                else:
-                    self._begin(client)
+        either, end = select.poll(), select.poll()
+        either.register(self._listener.fileno(), select.POLLIN)
+        for poller in (either, end):
+            poller.register(self._ended, select.POLLIN)
+        while self._ended not in {fd for fd, _ in either.poll()}:
+            try:
+                self._take()
+            except (OSError, RuntimeError):  # no descriptor: it waits on. No thread: it may ask again
+                end.poll(PAUSE * 1000)  # what waits would be reported at once, over and over
+
+    def _take(self) -> None:
+        """The next connection. Raises: OSError, RuntimeError when descriptors or threads are lacking."""
+        client, _ = self._listener.accept()
+        client.setblocking(True)
+        if len(self._clients) >= self._most:
+            with client:
+                self._refuse(client)
+        else:
+            self._begin(client)
 
     def _begin(self, client: socket.socket) -> None:
         self._clients.add(client)
@@ -91,7 +101,10 @@ class Listener:
             self._clients.discard(client)
 
     def _forked(self) -> None:
+        self._closing = threading.Lock()
+        self._closing.acquire()  # there is nothing to close here
         self._listener.close()
+        os.close(self._ended)
         for client in list(self._clients):
             client.close()
         self._forget()
