@@ -127,10 +127,14 @@ class Control:
         """Raises: NameTaken; NoPlace; OSError for want of descriptors."""
         self.verbs: Verbs
         self._name = Name(name)
-        self._listener = Listener(
-            self._name.socket, self._serve, self._refuse, most=MAX_CLIENTS, name="runtime-control",
-            forget=self._name.forget,
-        )  # fmt: skip
+        try:
+            self._listener = Listener(
+                self._name.socket, self._serve, self._refuse, most=MAX_CLIENTS, name="runtime-control",
+                forget=self._name.forget,
+            )  # fmt: skip
+        except BaseException:
+            self._name.release()
+            raise
 
     @property
     def name(self) -> str:

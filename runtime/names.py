@@ -41,8 +41,8 @@ def control_path(name: str) -> str:
 
 
 def _folder() -> str:
-    parent = os.environ.get("XDG_RUNTIME_DIR")
-    if parent:
+    parent = os.environ.get("XDG_RUNTIME_DIR", "")
+    if os.path.isabs(parent):  # its specification has it so; another would change with the working directory
         return os.path.join(parent, "runtime")
     import tempfile
 
@@ -79,9 +79,10 @@ class Name:
                 "choose a shorter name, or set XDG_RUNTIME_DIR to a shorter folder"
             )
         _make_private(os.path.dirname(self.path))
-        self._lock = _lock(self.path, name)
+        self._lock = -1
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
+            self._lock = _lock(self.path, name)
             os.ftruncate(self._lock, 0)
             os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
             with contextlib.suppress(FileNotFoundError):
@@ -96,15 +97,14 @@ class Name:
     def release(self) -> None:
         """Give the name back. Idempotent."""
         if self._lock >= 0:
-            _remove(self.path)
-            self.socket.close()
-            os.close(self._lock)
-            self._lock = -1
+            with contextlib.suppress(OSError):
+                _remove(self.path, self._lock)
+        self.forget()
 
     def forget(self) -> None:
         """In a fork: the parent keeps it."""
+        self.socket.close()
         if self._lock >= 0:
-            self.socket.close()
             os.close(self._lock)
             self._lock = -1
 
@@ -115,16 +115,17 @@ def remove_dead(path: str) -> None:
         fd = os.open(f"{path}~", os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is_at(fd, f"{path}~"):
-                _remove(path)
+            _remove(path, fd)
         finally:
             os.close(fd)
 
 
-def _remove(path: str) -> None:
-    for file in (path, f"{path}~"):
-        with contextlib.suppress(OSError):
-            os.unlink(file)
+def _remove(path: str, lock: int) -> None:
+    """By who has the lock. If its file has lost its name, to one who tidies up, the path may be another's."""
+    if _is_at(lock, f"{path}~"):
+        for file in (path, f"{path}~"):
+            with contextlib.suppress(OSError):
+                os.unlink(file)
 
 
 def _make_private(folder: str) -> None:

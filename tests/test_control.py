@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import json
 import os
@@ -321,6 +322,40 @@ def test_without_a_runtime_dir(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     monkeypatch.delenv("XDG_RUNTIME_DIR")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     assert names.control_path("here") == str(tmp_path / f"runtime-{os.getuid()}" / "here")
+
+
+def test_a_runtime_dir_that_is_relative(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is invalid, and would be another one after a chdir."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "here")
+    assert f"/runtime-{os.getuid()}/" in names.control_path("x")
+
+
+@pytest.mark.parametrize("lacking", ["socket.socket", "os.eventfd"])
+def test_a_name_that_there_is_no_descriptor_for(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, lacking: str
+) -> None:
+    """It stays free."""
+
+    def lacks(*_: object) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lacking, lacks)
+        with pytest.raises(OSError, match="Too many open files"):
+            control.Control("here")
+    assert not list(folder.iterdir())
+    names.Name("here").release()
+
+
+def test_a_lock_that_was_tidied_away(folder: Path) -> None:
+    """By a cleaner of temporary folders: who has the name then keeps it."""
+    first = names.Name("here")
+    (folder / "here~").unlink()
+    second = names.Name("here")
+    first.release()
+    assert names.live_names() == ["here"]
+    second.release()
+    assert not list(folder.iterdir())
 
 
 HOST = """
