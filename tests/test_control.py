@@ -8,6 +8,7 @@ import gc
 import json
 import os
 import re
+import select
 import signal
 import socket
 import stat
@@ -161,7 +162,14 @@ def test_an_unknown_name(factory: Factory, capsys: pytest.CaptureFixture[str]) -
     assert code == 3 and "no runtime is named 'nobody'" in text and "the names are here" in text
 
 
-@pytest.mark.parametrize("words", [[], ["here"], ["here", "fly"], ["here", "scale"], ["here", "scale", "x"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        [], ["here"], ["here", "fly"], ["here", "scale"], ["here", "scale", "x"],
+        ["here", "top", "--count", "0"], ["here", "top", "--interval", "x"],
+        *(["here", "top", f"--interval={seconds}"] for seconds in ("nan", "-1", "inf")),
+    ],
+)  # fmt: skip
 def test_a_wrong_command_line(words: list[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["ctl", *words])
@@ -252,6 +260,50 @@ def test_clients_that_say_nothing(factory: Factory) -> None:
             assert ask.ask("status")["state"] == "running"
             assert not raw(b"")[0]["ok"], "one too many"
     until(lambda: raw(b'{"command":"stats"}\n')[0]["ok"])
+
+
+def test_one_too_many_is_told_so(
+    factory: Factory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also if it was refused before it has asked; above all one who wants it to stop."""
+    rt = factory(1, name="here")
+    monkeypatch.setattr(rt._core.control._listener, "_most", 0)
+    connect = ctl.Client.connect
+
+    def connect_and_wait(self: ctl.Client) -> None:
+        connect(self)
+        until(lambda: self._socket.recv(1, socket.MSG_PEEK), "the refusal")
+        poller = select.poll()
+        poller.register(self._socket, select.POLLHUP)
+        assert poller.poll(30_000)
+
+    for verb in ("stop", "status"):
+        monkeypatch.setattr(ctl.Client, "connect", connect_and_wait)
+        code, text = call(capsys, "here", verb)
+        assert code == 1 and "clients are connected already" in text
+    assert rt._core.condition == "running"
+
+
+def test_a_queue_that_is_full(folder: Path) -> None:
+    """Of one that is stopped, say: its name is known."""
+    name = names.Name("here")
+    name.socket.listen(0)
+    with contextlib.ExitStack() as stack:
+        stack.callback(name.release)
+        stack.enter_context(client())
+        with pytest.raises(ctl.Unreachable, match="'here' does not answer"):
+            ctl.Client("here")
+        with pytest.raises(ctl.Unreachable, match=r"is named 'nobody'.*the names are here"):
+            ctl.Client("nobody")
+
+
+def test_top_waits_longer_than_a_connection_may_be_silent(
+    factory: Factory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    factory(1, name="here")
+    monkeypatch.setattr(control, "PATIENCE", 0.05)
+    code, text = call(capsys, "here", "top", "--json", "--count", "2", "--interval", "0.2")
+    assert code == 0 and len(text.splitlines()) == 2
 
 
 def test_another_user(factory: Factory, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import threading
 from collections.abc import Sequence
 
 from runtime.cli import broken, exits, options
@@ -134,9 +135,9 @@ def _add_ctl(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     verb("status", "its state, its workers, its queue")
     top = verb("top", "the same again and again, with rates")
     top.add_argument(
-        "--interval", type=float, default=1.0, metavar="SECONDS", help="between two (%(default)s)"
+        "--interval", type=_seconds, default=1.0, metavar="SECONDS", help="between two (%(default)s)"
     )
-    top.add_argument("--count", type=int, metavar="N", help="end after so many")
+    top.add_argument("--count", type=_count, metavar="N", help="end after so many")
     verb("stats", "every count and size")
     reload = verb("reload", "reload the code; returns when that is done")
     reload.add_argument("--timeout", type=float, metavar="SECONDS", help="for the new code to be ready")
@@ -145,6 +146,20 @@ def _add_ctl(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     verb("stop", "end now")
     stacks = verb("dump-stacks", "the Python stacks of the workers, stuck ones too")
     stacks.add_argument("--number", type=int, metavar="N", help="of this worker alone")
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 <= seconds <= threading.TIMEOUT_MAX:
+        raise argparse.ArgumentTypeError(f"{text} is no time to wait: write a number of seconds")
+    return seconds
+
+
+def _count(text: str) -> int:
+    count = int(text)
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no number of times: write 1 or more")
+    return count
 
 
 class _Version(argparse.Action):

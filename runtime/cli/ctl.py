@@ -24,6 +24,10 @@ class Unreachable(Exception):
     """Nobody answers under this name."""
 
 
+class Unanswered(Unreachable):
+    """It was sent the command, and no answer came."""
+
+
 class Refused(Exception):
     """The runtime has refused; the message is its."""
 
@@ -33,35 +37,50 @@ class Client:
 
     def __init__(self, name: str) -> None:
         self._name = name
+        self.connect()
+
+    def connect(self) -> None:
+        """A new connection, in place of one that was closed. Raises: Unreachable."""
         self._rest = b""
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         self._socket.settimeout(_PATIENCE)
         try:
-            self._socket.connect(names.control_path(name))
+            self._socket.connect(names.control_path(self._name))
         except OSError as error:
             self._socket.close()
+            if isinstance(error, BlockingIOError):  # more wait for it than it has room for
+                raise Unreachable(f"{self._name!r} does not answer: too many wait for it") from None
             live = names.live_names()
             others = f"the names are {', '.join(live)}" if live else "there is no named runtime of this user"
-            raise Unreachable(f"no runtime is named {name!r} ({error.strerror or error}): {others}") from None
+            why = error.strerror or error
+            raise Unreachable(f"no runtime is named {self._name!r} ({why}): {others}") from None
 
     def ask(self, command: str, **fields: Any) -> Any:
-        """The result of a command. Raises: Refused, Unreachable."""
+        """The result of a command. Raises: Refused; Unreachable, which is Unanswered once that was sent."""
         self._socket.settimeout(None if command in _SLOW else _PATIENCE)
         request = {"command": command, **{key: value for key, value in fields.items() if value is not None}}
+        sent = False
         try:
-            self._socket.sendall(json.dumps(request).encode() + b"\n")
-            while b"\n" not in self._rest:
-                piece = self._socket.recv(1 << 16)
-                if not piece:
-                    raise OSError("it closed the connection")
-                self._rest += piece
+            with contextlib.suppress(BrokenPipeError):  # closed already; perhaps it has said why
+                self._socket.sendall(json.dumps(request).encode() + b"\n")
+                sent = True
+            line = self._line()
         except OSError as error:
-            raise Unreachable(f"{self._name!r} does not answer: {error}") from None
-        line, _, self._rest = self._rest.partition(b"\n")
+            kind = Unanswered if sent else Unreachable
+            raise kind(f"{self._name!r} does not answer: {error}") from None
         answer = json.loads(line)
         if not answer["ok"]:
             raise Refused(f"{answer['kind']}: {answer['error']}")
         return answer["result"]
+
+    def _line(self) -> bytes:
+        while b"\n" not in self._rest:
+            piece = self._socket.recv(1 << 16)
+            if not piece:
+                raise ConnectionError("it closed the connection")
+            self._rest += piece
+        line, _, self._rest = self._rest.partition(b"\n")
+        return line
 
     def close(self) -> None:
         """End the connection."""
@@ -109,6 +128,8 @@ def _frames(client: Client, count: int | None, interval: float) -> Iterator[dict
     shown = 0
     while count is None or shown < count:
         frame = client.ask("status")
+        if before and before["pid"] != frame["pid"]:  # another one has the name by now
+            before = None
         since = frame["uptime"] - before["uptime"] if before else 0.0
         old = {it["number"]: it for it in before["workers"]} if before else {}
         done = frame["done"] + frame["failed"] - (before["done"] + before["failed"] if before else 0)
@@ -120,7 +141,9 @@ def _frames(client: Client, count: int | None, interval: float) -> Iterator[dict
         yield frame
         before, shown = frame, shown + 1
         if count is None or shown < count:
+            client.close()  # who has a connection and says nothing for a minute loses it
             time.sleep(interval)
+            client.connect()
 
 
 def _reload(client: Client, arguments: argparse.Namespace) -> None:
@@ -143,7 +166,7 @@ def _drain(client: Client, arguments: argparse.Namespace) -> None:
 
 
 def _stop(client: Client, arguments: argparse.Namespace) -> None:
-    with contextlib.suppress(Unreachable):  # it was quicker than its answer
+    with contextlib.suppress(Unanswered):  # it was quicker than its answer
         _show(client.ask("stop"), arguments, lambda _: "")
 
 
