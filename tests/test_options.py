@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from watching import ROOT
 
 from runtime.cli import options
 from runtime.cli.exits import Usage
@@ -80,8 +85,40 @@ def test_a_wrong_table(tmp_path: Path, text: str, said: str) -> None:
     assert str(tmp_path / "pyproject.toml") in str(caught.value)
 
 
-def test_a_table_that_is_none(tmp_path: Path) -> None:
-    (tmp_path / "pyproject.toml").write_text("[tool]\nruntime = 3\n")
+def test_a_table_is_utf_8_in_every_locale(tmp_path: Path) -> None:
+    (tmp_path / "pyproject.toml").write_text('[tool.runtime]\nreload_dir = "é"\n', encoding="utf-8")
+    code = (
+        "import argparse, os; from runtime.cli import options; parser = argparse.ArgumentParser(); "
+        "options.add(parser, options.SERVE); "
+        "found = options.resolve(parser.parse_args([]), options.SERVE, {}, os.getcwd()); "
+        "print(ascii(found['reload_dir']))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-X", "utf8=0", "-c", code], cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": ROOT, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"},
+    )  # fmt: skip
+    assert done.stdout == "['\\xe9']\n", done.stderr
+
+
+def test_folders_that_cannot_be_looked_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of another user's, above the current one."""
+    real = os.stat
+
+    def denied(path: Any, **keywords: Any) -> os.stat_result:
+        if str(path) == str(tmp_path / "pyproject.toml"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return real(path, **keywords)
+
+    inner = tmp_path / "inner"
+    inner.mkdir()
+    table(tmp_path, "max_workers = 3")
+    monkeypatch.setattr(os, "stat", denied)
+    assert resolved(inner)["max_workers"] is None
+
+
+@pytest.mark.parametrize("text", ["tool = 3", "[tool]\nruntime = 3\n"])
+def test_a_table_that_is_none(tmp_path: Path, text: str) -> None:
+    (tmp_path / "pyproject.toml").write_text(text)
     with pytest.raises(Usage, match="must be a table"):
         resolved(tmp_path)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,7 +186,7 @@ def _table(folder: str) -> tuple[dict[str, Any], Path]:
     here = Path(folder)
     for place in (here, *here.parents):
         file = place / "pyproject.toml"
-        if file.is_file():
+        if os.path.isfile(file):  # nor is one in a folder that we may not look into
             return _read(file), file
     return {}, here
 
@@ -194,9 +195,10 @@ def _read(file: Path) -> dict[str, Any]:
     import tomllib
 
     try:
-        table = tomllib.loads(file.read_text()).get("tool", {}).get("runtime", {})
+        tool = tomllib.loads(file.read_text(encoding="utf-8")).get("tool", {})
     except (OSError, ValueError) as error:  # of another's making, perhaps, but it may be meant for us
         raise Usage(f"{file} cannot be read: {error}") from None
+    table = tool.get("runtime", {}) if isinstance(tool, dict) else None
     if not isinstance(table, dict):
         raise Usage(f"tool.runtime of {file} must be a table")
     for key in table:
