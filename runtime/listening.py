@@ -43,9 +43,13 @@ class Listener:
         _living.add(self)
 
     def start(self) -> None:
-        """Accept from now on."""
+        """Accept from now on. Raises: RuntimeError when there is no thread for it; then it is closed."""
         self._listener.setblocking(False)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Accept no more; what is due to those who are connected is still sent. Idempotent."""

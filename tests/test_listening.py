@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 
+import pytest
 from watching import until
 
 from runtime import listening
@@ -94,3 +95,16 @@ def test_a_fork_while_it_is_being_closed() -> None:
         go.set()
         closing.join()
     assert closed == 2
+
+
+def test_without_a_thread_it_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """conftest.py looks for descriptors."""
+    found = listener(bound(socket.socket()))
+
+    def start() -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(found._thread, "start", start)
+    with pytest.raises(RuntimeError, match="new thread"):
+        found.start()
+    assert found not in listening._living
