@@ -32,6 +32,7 @@ __all__ = [
     "cpu_quota",
     "default_region_max",
     "default_workers",
+    "host_and_port",
     "lanes",
     "memory_limit",
     "memory_total",
@@ -421,6 +422,21 @@ def _exceptions(value: object) -> tuple[type[BaseException], ...]:
         if not (isinstance(item, type) and issubclass(item, BaseException)):
             raise TypeError(f"retry_on must be an exception type or a tuple of them, not {_described(item)}")
     return types
+
+
+def host_and_port(text: str) -> tuple[str, int]:
+    """`HOST:PORT`, `[::1]:PORT`; an empty HOST is every address of this machine. Raises: ValueError."""
+    host, separator, port = text.rpartition(":")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        raise ValueError(f"{text!r} is not HOST:PORT: write an IPv6 address in brackets, like [::1]:8000")
+    if not separator or not (port.isascii() and port.isdecimal()) or int(port) > 65535:
+        raise ValueError(
+            f"{text!r} is not HOST:PORT: write, for example, 127.0.0.1:8000, or [::1]:8000, or :8000 for "
+            "every address of this machine; port 0 is any free one"
+        )
+    return host, int(port)
 
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from runtime.config import host_and_port
 from runtime.lifecycle import WorkerStatus
 from runtime.listening import Listener
 
@@ -35,10 +36,7 @@ def serve(rt: Any, address: str | tuple[str, int]) -> MetricsServer:
     Raises: ImportError that names the extra, if prometheus-client is not installed; OSError, ValueError.
     """
     if isinstance(address, str):
-        host, _, port = address.rpartition(":")
-        if not port.isdecimal():
-            raise ValueError(f"{address!r} is not HOST:PORT")
-        address = host.removeprefix("[").removesuffix("]"), int(port)
+        address = host_and_port(address)
     server = MetricsServer(rt, address)
     server.start()
     return server
@@ -140,6 +138,7 @@ class _Collector:
 
     def __init__(self, rt: weakref.ref[Any]) -> None:
         self._rt = rt
+        self._rescued = 0
 
     def describe(self) -> list[Any]:
         """Nothing: it is not asked while it is registered."""
@@ -151,7 +150,12 @@ class _Collector:
         if rt is None:
             return
         stats = rt.stats()
+        self._rescued = max(self._rescued, stats.rescued)  # there, one that was just late is taken back
         yield from _tasks(rt._core, stats)
+        yield _family(
+            "counter", "leases", "Leases by how the worker was told of them",
+            ("lane", stats.lane), ("message", stats.message), ("rescued", self._rescued), labels=("way",),
+        )  # fmt: skip
         yield from _workers(rt)
         yield from _region(stats)
         yield _family(
@@ -189,10 +193,6 @@ def _tasks(core: Any, stats: Any) -> Iterator[Any]:
     yield _family(
         "counter", "tasks", "Tasks and items that have ended",
         ("done", stats.done), ("failed", stats.failed), ("cancelled", stats.cancelled), labels=("outcome",),
-    )  # fmt: skip
-    yield _family(
-        "counter", "leases", "Leases by how the worker was told of them",
-        ("lane", stats.lane), ("message", stats.message), ("rescued", stats.rescued), labels=("way",),
     )  # fmt: skip
     ran, waited, waited_ns = core.dispatcher.histograms()
     busy = sum(core.busy().values())

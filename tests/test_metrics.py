@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -150,6 +151,16 @@ def test_no_counter_goes_backwards(factory: Factory) -> None:
         assert value(last, "task_seconds_count") == 603
 
 
+def test_a_late_hint_takes_nothing_back(factory: Factory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rescue that turns out to be none is no longer one in stats(); a counter keeps it."""
+    rt = factory(1)
+    stats = rt.stats()
+    with served(rt) as server:
+        for rescued, shown in ((0, 0), (2, 2), (1, 2), (3, 3)):
+            monkeypatch.setattr(rt, "stats", lambda n=rescued: dataclasses.replace(stats, rescued=n))
+            assert value(scrape(server.address)[0], "leases_total", way="rescued") == shown
+
+
 def test_health_and_readiness(factory: Factory, tmp_path: Path) -> None:
     rt = factory(1)
     with served(rt) as server:
@@ -235,8 +246,9 @@ def test_ipv6_and_addresses_that_are_none(factory: Factory) -> None:
     rt = factory(1)
     with contextlib.closing(metrics.serve(rt, "[::1]:0")) as server:
         assert get(server.address, "/health")[0] == 200
-    with pytest.raises(ValueError, match="not HOST:PORT"):
-        metrics.serve(rt, "here")
+    for address in ("here", "127.0.0.1:99999", "::1:0", "127.0.0.1:٣"):
+        with pytest.raises(ValueError, match="not HOST:PORT"):
+            metrics.serve(rt, address)
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(OSError, match="in use"):
         metrics.serve(rt, taken.getsockname())
 

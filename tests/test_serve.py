@@ -407,6 +407,7 @@ def test_the_sockets_of_systemd(tmp_path: Path) -> None:
         (("--bind", "127.0.0.1:99999", "app:main"), "is not HOST:PORT"),
         (("--bind", "::1:80", "app:main"), "in brackets"),
         (("--bind", "192.0.2.1:0", "app:main"), "cannot listen on 192.0.2.1:0"),
+        (("--bind", ":0", "--backlog", "9999999999", "app:main"), "cannot listen on :0: signed integer is"),
         (("app",), "is not a TARGET"),
         (("nofile.py:main",), "does not exist"),
         (("--workers", "0", "app:main"), "max_workers must be greater than 0"),

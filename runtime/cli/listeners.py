@@ -12,6 +12,7 @@ import socket
 import stat
 from collections.abc import Iterable, Iterator, MutableMapping
 
+from runtime import config
 from runtime.cli.exits import Usage
 
 __all__ = ["address_of", "host_and_port", "listeners"]
@@ -61,18 +62,11 @@ def inherited(environ: MutableMapping[str, str]) -> list[socket.socket]:
 
 
 def host_and_port(text: str) -> tuple[str, int]:
-    """`HOST:PORT`, `[::1]:PORT`; an empty HOST is every address of this machine. Raises: Usage."""
-    host, separator, port = text.rpartition(":")
-    if host.startswith("[") and host.endswith("]"):
-        host = host[1:-1]
-    elif ":" in host:
-        raise Usage(f"{text!r} is not HOST:PORT: write an IPv6 address in brackets, like [::1]:8000")
-    if not separator or not (port.isascii() and port.isdecimal()) or int(port) > 65535:
-        raise Usage(
-            f"{text!r} is not HOST:PORT: write, for example, 127.0.0.1:8000, or [::1]:8000, or :8000 for "
-            "every address of this machine; port 0 is any free one"
-        )
-    return host, int(port)
+    """As config.host_and_port. Raises: Usage."""
+    try:
+        return config.host_and_port(text)
+    except ValueError as error:
+        raise Usage(str(error)) from None
 
 
 def address_of(sock: socket.socket) -> str:
@@ -90,8 +84,8 @@ def _bound(text: str, backlog: int, stack: contextlib.ExitStack) -> socket.socke
             return _bound_unix(text.removeprefix("unix:"), backlog, stack)
         host, port = host_and_port(text)
         return stack.enter_context(_bound_tcp(host, port, backlog))
-    except OSError as error:
-        raise Usage(f"cannot listen on {text}: {error.strerror or error}") from None
+    except (OSError, OverflowError) as error:  # that: of the backlog
+        raise Usage(f"cannot listen on {text}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _bound_tcp(host: str, port: int, backlog: int) -> socket.socket:
