@@ -21,7 +21,7 @@ import socket
 import stat
 import time
 
-__all__ = ["Name", "NameTaken", "NoPlace", "control_path", "live_names", "remove_dead"]
+__all__ = ["Name", "NameTaken", "NoPlace", "control_path", "live_names", "remove_dead", "trust_folder"]
 
 _MAX_PATH = 107  # bytes of a socket's path: sun_path less its end
 _PATIENCE = 0.1  # seconds for others who look whether a name is dead, and for owners that come and go
@@ -50,9 +50,19 @@ def _folder() -> str:
     return os.path.join(tempfile.gettempdir(), f"runtime-{os.getuid()}")
 
 
+def trust_folder() -> None:
+    """For who asks by a name. Raises: NoPlace if another user may have made the sockets that are there.
+
+    Root may ask the runtimes of a user, to whose folder XDG_RUNTIME_DIR points then.
+    """
+    if os.geteuid() != 0 or not os.environ.get("XDG_RUNTIME_DIR"):
+        _check_private(_folder())
+
+
 def live_names() -> list[str]:
     """The names that have an owner now."""
     try:
+        trust_folder()
         found = [entry[:-1] for entry in os.listdir(_folder()) if entry.endswith("~")]
     except OSError:
         return []
@@ -135,9 +145,17 @@ def _make_private(folder: str) -> None:
     try:
         with contextlib.suppress(FileExistsError):
             os.mkdir(folder, 0o700)
+    except OSError as error:
+        raise _no_folder(folder, error) from None
+    _check_private(folder)
+
+
+def _check_private(folder: str) -> None:
+    """Raises: NoPlace for a folder that is none, or that others may use."""
+    try:
         fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as error:
-        raise NoPlace(f"the folder {folder} for the sockets of names: {error.strerror}") from None
+        raise _no_folder(folder, error) from None
     try:
         found = os.fstat(fd)
         if found.st_uid != os.geteuid():
@@ -146,6 +164,10 @@ def _make_private(folder: str) -> None:
             raise NoPlace(f"others may use the folder {folder}: chmod 700 it")
     finally:
         os.close(fd)
+
+
+def _no_folder(folder: str, error: OSError) -> NoPlace:
+    return NoPlace(f"the folder {folder} for the sockets of names: {error.strerror}")
 
 
 def _lock(path: str, name: str) -> int:

@@ -410,6 +410,16 @@ def test_a_lock_that_was_tidied_away(folder: Path) -> None:
     assert not list(folder.iterdir())
 
 
+def test_sockets_that_others_may_have_made(
+    factory: Factory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a folder that was there first: nobody asks them, or shows what they are called."""
+    factory(1, name="here")
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    code, text = call(capsys, "here", "status")
+    assert code == 3 and "belongs to user" in text and "there is no named runtime of this user" in text
+
+
 HOST = """
 import os, sys, runtime
 rt = runtime.Runtime(1, name="here")

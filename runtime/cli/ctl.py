@@ -45,6 +45,7 @@ class Client:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         self._socket.settimeout(_PATIENCE)
         try:
+            names.trust_folder()
             self._socket.connect(names.control_path(self._name))
         except OSError as error:
             self._socket.close()
