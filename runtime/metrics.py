@@ -105,16 +105,20 @@ class MetricsServer:
 
     def _page(self, path: bytes) -> bytes:
         rt = self._rt()
-        if path not in (b"/metrics", b"/health", b"/ready"):
-            return _response(404, _TEXT, b"/metrics, /health, /ready\n")
-        if rt is None or rt._core.ended.is_set():
-            return _response(503, _TEXT, b"the runtime has ended\n")
+        if rt is not None and rt._core.ended.is_set():
+            rt = None
         if path == b"/metrics":
+            if rt is None:
+                return _response(503, _TEXT, b"the runtime has ended\n")
             return _response(200, self._kind, self._render(self._registry))
-        state = self._state() if self._state is not None else rt._core.condition
-        ready = rt.stats().workers
-        good = state != "broken" if path == b"/health" else state == "running" and ready > 0
-        body = json.dumps({"state": state, "ready": ready, "generation": rt._core.generation}).encode()
+        if path not in (b"/health", b"/ready"):
+            return _response(404, _TEXT, b"/metrics, /health, /ready\n")
+        state, ready, generation = "ended", 0, None
+        if rt is not None:
+            state = self._state() if self._state is not None else rt._core.condition
+            ready, generation = rt.stats().workers, rt._core.generation
+        good = state not in ("broken", "ended") if path == b"/health" else state == "running" and ready > 0
+        body = json.dumps({"state": state, "ready": ready, "generation": generation}).encode()
         return _response(200 if good else 503, "application/json", body + b"\n")
 
 

@@ -178,7 +178,10 @@ def test_health_and_readiness(factory: Factory, tmp_path: Path) -> None:
         gate.open()
         future.result()
         rt.shutdown()
-        assert get(server.address, "/health")[0] == get(server.address, "/metrics")[0] == 503
+        assert get(server.address, "/metrics")[0] == 503
+        for path in ("/health", "/ready"):
+            status, text = get(server.address, path)
+            assert (status, json.loads(text)["state"]) == (503, "ended")
         gate.close()
 
 
