@@ -71,15 +71,18 @@ class Supervisor(Reloads):
                 self.control = Control(settings.name)
             self.state = state_of_runtime(settings.state_max_items, settings.state_max_bytes)
             self._first_zygote()
+            self.link = HostLink(folder, self.arena.room // settings.threads)
+            self._bell = _core.Bell()
+            self.keeper = _core.DeadlineKeeper(self.arena, self._bell.fd)
+            self.dispatcher = _core.Dispatcher(self.arena, self.keeper)
         except BaseException:
-            os.rmdir(folder)
+            if self._zygote is not None:
+                self._zygote.close(0.0)
+            with contextlib.suppress(FileNotFoundError):  # a zygote has removed it
+                os.rmdir(folder)
             self.arena.release()
             self._close_control()
             raise
-        self.link = HostLink(folder, self.arena.room // settings.threads)
-        self._bell = _core.Bell()
-        self.keeper = _core.DeadlineKeeper(self.arena, self._bell.fd)
-        self.dispatcher = _core.Dispatcher(self.arena, self.keeper)
         self.collector = Collector(self.dispatcher, self.link, self)
         self.relay = Relay()
         self.expect = self.collector.expect  # what a future calls when its result is needed

@@ -399,6 +399,20 @@ def test_a_name_that_there_is_no_descriptor_for(
     names.Name("here").release()
 
 
+def test_a_runtime_that_cannot_be_made(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The name is free again; conftest.py looks for what else may be left."""
+
+    def lacks(*_: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("runtime.supervisor.HostLink", lacks)
+        with pytest.raises(OSError, match="Too many open files"):
+            Runtime(1, name="here")
+    assert not list(folder.iterdir())
+    names.Name("here").release()
+
+
 def test_a_lock_that_was_tidied_away(folder: Path) -> None:
     """By a cleaner of temporary folders: who has the name then keeps it."""
     first = names.Name("here")
