@@ -1,4 +1,4 @@
-"""A listening socket of the host's, with a thread for each connection: for few clients, off the hot path."""
+"""Listening sockets of the host's: how they are made, and a thread for each connection of few clients."""
 
 from __future__ import annotations
 
@@ -10,9 +10,21 @@ import threading
 import weakref
 from collections.abc import Callable
 
-__all__ = ["Listener"]
+__all__ = ["Listener", "listen_tcp"]
 
 PAUSE = 0.05  # seconds until a connection is taken again after there was no descriptor, or no thread, for one
+
+
+def listen_tcp(host: str, port: int, backlog: int) -> socket.socket:
+    """A listening socket; no host is every address, of IPv4 and IPv6. Raises: OSError, OverflowError."""
+    if not host:
+        dual = socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if dual else socket.AF_INET
+        return socket.create_server(("", port), family=family, backlog=backlog, dualstack_ipv6=dual)
+    family, _, _, _, address = socket.getaddrinfo(
+        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )[0]
+    return socket.create_server(address[:2], family=family, backlog=backlog)
 
 
 class Listener:

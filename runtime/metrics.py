@@ -18,7 +18,7 @@ from typing import Any
 
 from runtime.config import host_and_port
 from runtime.lifecycle import WorkerStatus
-from runtime.listening import Listener
+from runtime.listening import Listener, listen_tcp
 
 __all__ = ["MetricsServer", "serve"]
 
@@ -59,9 +59,7 @@ class MetricsServer:
         self._registry.register(_Collector(self._rt))
         self._render = prometheus_client.generate_latest
         self._kind = prometheus_client.CONTENT_TYPE_LATEST
-        host, port = address
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        listener = socket.create_server((host, port), family=family, backlog=MAX_CLIENTS)
+        listener = listen_tcp(*address, MAX_CLIENTS)
         name = listener.getsockname()
         self.address: tuple[str, int] = (name[0], name[1])
         self._listener = Listener(

@@ -249,6 +249,9 @@ def test_ipv6_and_addresses_that_are_none(factory: Factory) -> None:
     rt = factory(1)
     with contextlib.closing(metrics.serve(rt, "[::1]:0")) as server:
         assert get(server.address, "/health")[0] == 200
+    with contextlib.closing(metrics.serve(rt, ":0")) as server:
+        for host in ("::1", "127.0.0.1"):
+            assert get((host, server.address[1]), "/health")[0] == 200
     for address in ("here", "127.0.0.1:99999", "::1:0", "127.0.0.1:٣"):
         with pytest.raises(ValueError, match="not HOST:PORT"):
             metrics.serve(rt, address)
@@ -287,9 +290,9 @@ def names_in(expression: str) -> set[str]:
 
 def test_main_programs(tmp_path: Path) -> None:
     (tmp_path / "app.py").write_text("def main(ctx): ctx.stopping.wait()\n")
-    program = Served(tmp_path, "app:main", "--workers", "1", "--metrics", "127.0.0.1:0")
+    program = Served(tmp_path, "app:main", "--workers", "1", "--metrics", ":0")
     try:
-        port = int(program.says("metrics on http://").split("/metrics")[0].rpartition(":")[2])
+        port = int(program.says("metrics on http://[::]:").split("/metrics")[0].rpartition(":")[2])
         assert get(("127.0.0.1", port), "/ready")[0] == 200
         samples, _ = scrape(("127.0.0.1", port))
         assert value(samples, "workers", status="ready") == 1

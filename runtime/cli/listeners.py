@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, MutableMapping
 
 from runtime import config
 from runtime.cli.exits import Usage
+from runtime.listening import listen_tcp
 
 __all__ = ["address_of", "host_and_port", "listeners"]
 
@@ -83,20 +84,9 @@ def _bound(text: str, backlog: int, stack: contextlib.ExitStack) -> socket.socke
         if text.startswith("unix:"):
             return _bound_unix(text.removeprefix("unix:"), backlog, stack)
         host, port = host_and_port(text)
-        return stack.enter_context(_bound_tcp(host, port, backlog))
+        return stack.enter_context(listen_tcp(host, port, backlog))
     except (OSError, OverflowError) as error:  # that: of the backlog
         raise Usage(f"cannot listen on {text}: {getattr(error, 'strerror', None) or error}") from None
-
-
-def _bound_tcp(host: str, port: int, backlog: int) -> socket.socket:
-    if not host:
-        dual = socket.has_dualstack_ipv6()
-        family = socket.AF_INET6 if dual else socket.AF_INET
-        return socket.create_server(("", port), family=family, backlog=backlog, dualstack_ipv6=dual)
-    family, _, _, _, address = socket.getaddrinfo(
-        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-    )[0]
-    return socket.create_server(address[:2], family=family, backlog=backlog)
 
 
 def _bound_unix(path: str, backlog: int, stack: contextlib.ExitStack) -> socket.socket:

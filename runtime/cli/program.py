@@ -130,7 +130,8 @@ class Program:
         except OSError as error:
             raise exits.Usage(f"cannot serve metrics on {address}: {error.strerror or error}") from None
         server.start()
-        log.info("metrics on http://%s:%d/metrics", *server.address)
+        host, port = server.address
+        log.info("metrics on http://%s:%d/metrics", f"[{host}]" if ":" in host else host, port)
         return contextlib.closing(server)
 
     # ---- the verbs -----------------------------------------------------------------------------------
