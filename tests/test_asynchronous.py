@@ -17,7 +17,7 @@ from tasks import Gate, pass_through
 from watching import all_ready, idle, run_script, settled, shut_down_clean, until
 
 import runtime
-from runtime import Runtime, TaskCancelled, TaskTimeout, WorkerDied
+from runtime import Runtime, TaskCancelled, TaskTimeout, WorkerDied, asynchronous
 
 
 def log_then_hang(path: str, value: Any) -> None:
@@ -486,8 +486,9 @@ def test_shutdown_of_the_runtime_meanwhile(factory: Callable[..., Runtime]) -> N
     asyncio.run(main())
 
 
-def test_large_items_do_not_hold_the_loop(pool: Runtime) -> None:
+def test_large_items_do_not_hold_the_loop(pool: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     """The input is taken in slices: between two of them the loop has its turn."""
+    monkeypatch.setattr(asynchronous, "_SLICE", 0.0)  # a turn for each chunk
     items = [bytes(300_000)] * 400
     turns = 0
 
