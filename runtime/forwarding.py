@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any, TextIO
 
-from runtime import _core, logrecords
+from runtime import _core, filters, logrecords
 
 __all__ = ["adopt_streams", "flush", "forward_records"]
 
@@ -95,6 +95,8 @@ def forward_records(channel: socket.socket, context: Callable[[], Any], levels: 
     ) -> None:
         if file is not None:
             plain_show(message, category, filename, lineno, file, line)
+        elif filters.resolve():  # one of them may be about this
+            warnings.warn_explicit(message, category, filename, lineno)
         else:
             _send(channel, logrecords.encode_warning(message, category, filename, lineno))
 

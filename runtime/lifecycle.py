@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import enum
 import os
-import pickle
 import resource
 import signal
 import sys
-import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
-from runtime import _core, config, serializer, stacks
+from runtime import _core, config, filters, serializer, stacks
 from runtime.channels import HostEnds
 from runtime.errors import RegionFull
 from runtime.handle import Zygote
@@ -212,7 +209,7 @@ def zygote_settings(settings: config.Settings, table: serializer.FunctionTable) 
     return {
         "path": [entry or os.getcwd() for entry in sys.path],
         "argv": list(sys.argv),
-        "warnings": _warning_filters(),
+        "warnings": filters.described(),
         "authkey": _authkey(),
         "preload": list(settings.preload),
         "imports": [],
@@ -231,15 +228,6 @@ def _authkey() -> bytes | None:
     """What a multiprocessing Manager asks of those who use its proxies, if there can be one."""
     process = sys.modules.get("multiprocessing.process")
     return bytes(process.current_process().authkey) if process is not None else None
-
-
-def _warning_filters() -> list[tuple[Any, ...]]:
-    """The filters whose category another process can import."""
-    filters = []
-    for action, message, category, module, lineno in warnings.filters:
-        with contextlib.suppress(Exception):
-            filters.append((action, message, pickle.dumps(category), module, lineno))
-    return filters
 
 
 def how_it_ended(worker: Worker) -> str:

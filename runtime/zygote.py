@@ -32,11 +32,10 @@ import socket
 import sys
 import threading
 import traceback
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from runtime import _core, forwarding, serializer, worker
+from runtime import _core, filters, forwarding, serializer, worker
 from runtime.bytecode import beware_of_old_bytecode
 from runtime.channels import Channels, readable
 from runtime.children import children_of
@@ -155,6 +154,7 @@ class _Process(Heirs):
                 os._exit(1)
             faulthandler.cancel_dump_traceback_later()
             watch.stop()
+            filters.resolve()
             if has_threads():
                 self.report("threads", module=name)
                 os._exit(1)
@@ -380,11 +380,7 @@ def _like_the_host(settings: dict[str, Any]) -> None:
     """What a fresh interpreter does not inherit."""
     sys.path[:] = settings["path"]
     sys.argv[:] = settings["argv"]
-    filters = []
-    for action, message, category, module, lineno in settings["warnings"]:
-        with contextlib.suppress(Exception):  # a category whose module cannot be imported here
-            filters.append((action, message, pickle.loads(category), module, lineno))
-    warnings.filters[:] = filters  # type: ignore[index]
+    filters.adopt(settings["warnings"])
     if settings.get("authkey") is not None:
         importlib.import_module("multiprocessing.process").current_process().authkey = settings["authkey"]
 

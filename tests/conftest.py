@@ -34,7 +34,6 @@ import tempfile
 import threading
 import time
 import uuid
-import warnings
 from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -177,14 +176,6 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
         return (yield)
     finally:
         faulthandler.cancel_dump_traceback_later()
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Zygotes get the host's warning filters, and would import pytest for those that name its categories."""
-    warnings.filters[:] = [
-        f for f in warnings.filters if not f[2].__module__.startswith(("pytest", "_pytest"))
-    ]  # type: ignore[index]
 
 
 @pytest.hookimpl(wrapper=True)

@@ -57,7 +57,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("serializer",),  # the door to these nine
     ("refs",),
     ("store",),
-    ("sockets", "children", "forking", "inherit", "bytecode", "heirs", "logrecords", "channels"),
+    ("sockets", "children", "forking", "inherit", "bytecode", "heirs", "logrecords", "channels", "filters"),
     ("forwarding", "stacks", "handle"),
     ("contexts",),
     ("kernels",),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import os
@@ -317,6 +318,51 @@ def test_filters_of_the_worker_decide_first():
         with runtime.Runtime(1) as rt:
             assert rt.submit(ignoring).result(30) == ["recorded"]
     assert caught == []
+
+
+@pytest.fixture
+def late(tmp_path, monkeypatch):
+    """A module with a category of its own, that the host has imported and nobody else."""
+    text = "class Late(UserWarning): pass\ndef warn(): warnings.warn('late', Late, stacklevel=1)\n"
+    (tmp_path / "has_a_category.py").write_text(f"import warnings\n{text}")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield importlib.import_module("has_a_category")
+    del sys.modules["has_a_category"]
+
+
+def test_no_module_is_imported_for_a_filter(late):
+    """numpy makes one for a category of its own, and would come with threads and 20 MB."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", late.Late)
+        with runtime.Runtime(1) as rt:
+            assert not rt.submit(lambda: "has_a_category" in sys.modules).result(30)
+
+
+@pytest.mark.parametrize("preload", [(), ("has_a_category",)])
+@pytest.mark.parametrize("action", ["error", "ignore", "always"])
+def test_filters_of_a_category_that_comes_late(late, action, preload):
+    """They hold as soon as the module is imported, by a task, too; in the order of the host."""
+
+    def warn_late():
+        import has_a_category
+
+        has_a_category.warn()
+        return [f[0] for f in warnings.filters if issubclass(f[2], UserWarning)]
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.resetwarnings()
+        warnings.simplefilter("always")
+        warnings.simplefilter("default", UserWarning)
+        warnings.simplefilter(action, late.Late)
+        warnings.simplefilter("once", UnicodeWarning)
+        with runtime.Runtime(1, preload=preload) as rt:
+            future = rt.submit(warn_late)
+            if action == "error":
+                assert type(future.exception(30)).__name__ == "Late"
+            else:
+                assert future.result(30) == [action, "default"]
+                assert rt.submit(warn_late).result(30) == [action, "default"]
+    assert {str(w.message) for w in caught} == ({"late"} if action == "always" else set())
 
 
 def test_filters_of_the_host_decide_next():

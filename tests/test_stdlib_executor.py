@@ -138,7 +138,6 @@ class OurWords:
         assert logging.lastResort is not None
         logger.addHandler(logging.lastResort)
         self.addCleanup(logger.removeHandler, logging.lastResort)
-        # A zygote takes over the filters, and would import pytest for its categories: 0.15 s each time.
         self.enterContext(warnings.catch_warnings())
         warnings.resetwarnings()
         warnings.filterwarnings("ignore", "mp_context is ignored")
