@@ -3,7 +3,8 @@
 
     _region    SharedRegion                          a mapped file, bounds-checked, atomic words at offsets
     _pool      MemoryPool, Block                     equal blocks with one owner each
-    _extent    Arena, HostBlock                      a runtime's region: tables, and blocks of any size
+    _extent                                          blocks of any size: runs of extents
+    _arena     Arena, HostBlock                      a runtime's region: tables, and the host's blocks
     _growth    GrowingArena                          one that gets memory as it is needed, and gives it back
     _frame     Frame, BlockSlice, read_frame         how pickles and their buffers lie in a block
     _lease, _runner  Runner, Share                   a worker's end of its slot, and its inner loop
@@ -43,7 +44,7 @@ from runtime._builtin import (
 )
 from runtime._bell import Bell, Outlet, Recent, replaced
 from runtime._dispatch import CANCEL_DONE, CANCEL_KILLED, CANCEL_NO, Dispatcher, JobHold
-from runtime._extent import Arena, HostBlock, in_region, note_losses
+from runtime._arena import Arena, HostBlock, in_region, note_losses
 from runtime._frame import BlockSlice, Frame, read_frame
 from runtime._frame cimport S_ERROR as _S_ERROR, S_PLAIN as _S_PLAIN, S_VALUE as _S_VALUE
 from runtime._future import Promise

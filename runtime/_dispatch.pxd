@@ -2,7 +2,7 @@
 """The door to queue, leases, harvest, slots and waiting. See _dispatch.pyx."""
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
-from runtime._extent cimport HostBlock
+from runtime._arena cimport HostBlock
 from runtime._records cimport Batch, Span, Task
 from runtime._rescue cimport Rescue
 

@@ -30,7 +30,7 @@ from runtime._leasing cimport (
 )
 from runtime._leasing import OUTCOME_ABANDONED
 from runtime._records cimport T_CANCELLED, T_LEASED, T_OVER, T_WAITING, Batch, SlotTable, Span, Task
-from runtime._extent cimport HostBlock
+from runtime._arena cimport HostBlock
 from runtime._frame cimport COLD_BYTES, S_VALUE, BlockSlice, Frame
 from runtime._threads cimport guard_acquire, guard_of, guard_release, guard_t, kill_lease
 

@@ -2,7 +2,7 @@
 """An arena whose host gives it memory as it is needed, and takes it back. See _growth.pyx."""
 from libc.stdint cimport int64_t, uint64_t
 
-from runtime._extent cimport Arena
+from runtime._arena cimport Arena
 
 
 cdef class GrowingArena(Arena):

@@ -20,7 +20,8 @@ from libc.stdint cimport int64_t, uint64_t
 from posix.unistd cimport getpid, usleep
 
 from runtime._atomics cimport *
-from runtime._extent cimport Arena, HostBlock, heap_free, heap_t, heap_take, round_up
+from runtime._arena cimport Arena, HostBlock, round_up
+from runtime._extent cimport heap_free, heap_t, heap_take
 from runtime._layout cimport *
 
 from runtime.errors import RegionFull

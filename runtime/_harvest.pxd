@@ -2,7 +2,7 @@
 """What came back, and what the dead leave. See _harvest.pyx."""
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
-from runtime._extent cimport HostBlock
+from runtime._arena cimport HostBlock
 from runtime._layout cimport lease_t, record_t
 from runtime._leasing cimport Leasing
 from runtime._records cimport SlotTable, Task

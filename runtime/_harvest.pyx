@@ -11,7 +11,8 @@ from libc.signal cimport SIGKILL
 from libc.string cimport memcpy
 
 from runtime._atomics cimport *
-from runtime._extent cimport HostBlock, first_lane, heap_adopt, heap_run, heap_sweep
+from runtime._arena cimport HostBlock, first_lane
+from runtime._extent cimport heap_adopt, heap_run, heap_sweep
 from runtime._frame cimport S_PLAIN, SINGLE_HEAD, frame_refs, read_single
 from runtime._layout cimport *
 from runtime._lease cimport outbox_take, outbox_waiting

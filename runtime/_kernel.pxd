@@ -13,7 +13,7 @@ never more than one process with a number: the host starts the next one when the
 from libc.stdint cimport uint32_t, uint64_t
 
 from runtime._atomics cimport a64_t
-from runtime._extent cimport HostBlock
+from runtime._arena cimport HostBlock
 from runtime.kernel cimport kernel_t
 
 

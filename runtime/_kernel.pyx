@@ -23,7 +23,7 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t, uintptr_t
 from libc.string cimport memcpy, memset
 
 from runtime._atomics cimport *
-from runtime._extent cimport Arena, round_up
+from runtime._arena cimport Arena, round_up
 from runtime._frame cimport B_FROZEN, B_SHARED, BlockSlice
 from runtime._layout cimport EXTENT, PAGE
 

@@ -9,7 +9,8 @@ sweep sees from the lease word.
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from runtime._atomics cimport *
-from runtime._extent cimport Arena, heap_publish, heap_take
+from runtime._arena cimport Arena
+from runtime._extent cimport heap_publish, heap_take
 from runtime._frame cimport Frame
 from runtime._layout cimport *
 from runtime._views cimport BlockView, Viewer

@@ -2,7 +2,7 @@
 """What waits, and who gets it. See _leasing.pyx."""
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
-from runtime._extent cimport Arena, HostBlock
+from runtime._arena cimport Arena, HostBlock
 from runtime._frame cimport Frame
 from runtime._records cimport Batch, SlotTable, Span, Task
 from runtime._threads cimport DeadlineKeeper

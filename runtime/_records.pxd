@@ -2,7 +2,7 @@
 """What the host notes about work: items of maps, tasks, slots. See _records.pyx."""
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
-from runtime._extent cimport HostBlock
+from runtime._arena cimport HostBlock
 from runtime._frame cimport Frame
 from runtime._future cimport Promise
 

@@ -9,7 +9,7 @@ from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memset
 
 from runtime._atomics cimport *
-from runtime._extent cimport Arena, HostBlock, first_lane
+from runtime._arena cimport Arena, HostBlock, first_lane
 from runtime._layout cimport *
 from runtime._lease cimport slot_renew
 from runtime._records cimport T_LEASED, SlotTable, Task

@@ -3,7 +3,7 @@
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from runtime._atomics cimport *
-from runtime._extent cimport Arena, first_lane
+from runtime._arena cimport Arena, first_lane
 from runtime._layout cimport *
 
 

@@ -2,7 +2,7 @@
 """What a worker's objects show of the region. See _views.pyx."""
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
-from runtime._extent cimport Arena
+from runtime._arena cimport Arena
 from runtime._layout cimport lease_t
 
 

@@ -14,7 +14,7 @@ from cpython.pythread cimport PyThread_get_thread_ident
 from libc.stdint cimport int64_t, uint32_t
 
 from runtime._atomics cimport *
-from runtime._extent cimport Arena
+from runtime._arena cimport Arena
 from runtime._future cimport Promise
 from runtime._layout cimport *
 from runtime._lease cimport outbox_waiting, park

@@ -27,6 +27,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("_region", "_slab"),
     ("_frame", "_plain", "_future", "_stream", "kernel"),
     ("_extent",),
+    ("_arena",),
     ("_growth",),
     ("_views",),
     ("_kernel", "_builtin"),
@@ -315,7 +316,7 @@ def test_package_is_read() -> None:
     modules = read_package(PACKAGE)
     assert "include.atomics" in modules["_atomics"].edges
     assert "_atomics" in modules["_layout"].edges
-    assert {"_atomics", "_layout", "_region"} <= modules["_extent"].edges.keys()
+    assert {"_atomics", "_layout", "_region"} <= modules["_arena"].edges.keys()
     assert modules["_region"].compiled and not modules["errors"].compiled
 
 

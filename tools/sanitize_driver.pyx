@@ -12,8 +12,9 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
 from runtime._atomics cimport *
+from runtime._arena cimport Arena
 from runtime._extent cimport (
-    Arena, heap_adopt, heap_free, heap_publish, heap_run, heap_sweep, heap_t, heap_take, heap_used,
+    heap_adopt, heap_free, heap_publish, heap_run, heap_sweep, heap_t, heap_take, heap_used,
 )
 from runtime._layout cimport *
 from runtime._lease cimport (

@@ -468,7 +468,7 @@ PRIMITIVES = (
             host("and no more", "let_go_and_harvest", calls=1, answered=1, how="ref, unseen"),
         ),
         whole=("_extent.finish_free",),
-        atomic=("_extent.tp_dealloc_7runtime_7_extent_HostBlock",),
+        atomic=("_arena.tp_dealloc_7runtime_6_arena_HostBlock",),
     ),
     Primitive(
         "sweep of a slot",
