@@ -89,6 +89,7 @@ class Crew(Worker):
         slots = range(orders.slot + 1, orders.slot + orders.threads)
         others = [_core.Runner(arena, slot, self.link.notifier(slot)) for slot in slots]
         self.lanes = [Lane(self, number, port) for number, port in enumerate((self.port, *others))]
+        self.ran = 0  # the sum of the lanes' `left`, which falls with each item: what `busy` saw last
         self.bell = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         resolve_with(self.resolve)
 
@@ -128,14 +129,18 @@ class Crew(Worker):
                 told = True
                 self.ask_to_leave()
                 self.notify()
-            if sum([lane.port.rouse() for lane in self.lanes]) and repeated:
+            roused = sum([lane.port.rouse() for lane in self.lanes])
+            if roused and repeated:
                 self.port.rescued()  # a repeated hint was what it took to find them
-            self.link.wait(_BUSY if self.busy() else _IDLE)
+            self.link.wait(_BUSY if self.busy() or roused else _IDLE)
             self.check()
 
     def busy(self) -> bool:
-        """Whether any lane runs something."""
-        return any(lane.context.task is not None for lane in self.lanes)
+        """Whether any lane runs something, or has run anything since the last call: short tasks, one after
+        another, are seldom met while they run, and lanes that are awake need no hint.
+        """
+        ran, self.ran = self.ran, sum(lane.port.left for lane in self.lanes)
+        return ran != self.ran or any(lane.context.task is not None for lane in self.lanes)
 
     def check(self) -> None:
         """Now and then: see to the children, and whether this process may stay."""

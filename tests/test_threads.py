@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import forked
@@ -26,6 +27,7 @@ from watching import until
 
 import runtime
 from runtime import Runtime, TaskCancelled, TaskTimeout, WorkerDied, config
+from runtime.lanes import Crew
 
 Factory = Callable[..., Runtime]
 
@@ -268,6 +270,7 @@ BY_VALUE = """
 import os, runtime
 from tasks import Gate, pass_through
 from pathlib import Path
+from types import SimpleNamespace
 
 model = None
 x = 0
@@ -483,6 +486,20 @@ def test_max_worker_rss(factory: Factory) -> None:
     rt = factory(1, threads=2, max_worker_rss="120MiB")
     first = rt.submit(_grow, 0).result()
     until(lambda: rt.submit(_grow, 0).result() != first, "it has grown too large and was replaced")
+
+
+def test_the_main_thread_sees_short_tasks() -> None:
+    """It looks after size and children ten times a second also if it never meets a task that runs."""
+    lanes = [
+        SimpleNamespace(port=SimpleNamespace(left=-1), context=SimpleNamespace(task=None)) for _ in range(2)
+    ]
+    crew = SimpleNamespace(lanes=lanes, ran=-2)
+    assert not Crew.busy(crew)
+    lanes[1].port.left -= 1
+    assert Crew.busy(crew)
+    assert not Crew.busy(crew)
+    lanes[0].context.task = 1
+    assert Crew.busy(crew)
 
 
 def test_dump_stacks_shows_every_lane(factory: Factory, gate: Gate) -> None:
