@@ -31,6 +31,7 @@ _GROUP = 4096  # items that are taken from the input at a time, at most
 _QUICK = 0.0005  # seconds: an input that needs longer for a group gives smaller ones
 LATE = "the results of map() did not come within its timeout"
 _REPR = 200  # characters of an item in the note on its error
+_ENDINGS = (StopIteration, StopAsyncIteration)  # what ends an iterator
 
 
 class Run:
@@ -332,6 +333,11 @@ class Results:
         if run.return_exceptions:
             return [error]
         try:
+            if isinstance(
+                error, _ENDINGS
+            ):  # it would pass for the end, and items after it be lost in silence
+                what = type(error).__name__
+                raise RuntimeError(f"item {index} of the map raised {what}") from error
             raise error
         finally:
             del error, outcome  # no cycle between the exception and this frame

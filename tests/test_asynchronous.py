@@ -529,3 +529,12 @@ def test_cancel_is_told_apart(factory: Callable[..., Runtime], tmp_path: Path) -
             await asyncio.to_thread(future.result)
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("kind", [StopIteration, StopAsyncIteration])
+def test_an_item_cannot_end_the_iteration(pool: Runtime, kind: type[BaseException]) -> None:
+    async def main() -> None:
+        with pytest.raises(RuntimeError, match=f"item 0 of the map raised {kind.__name__}"):
+            await listed(pool.amap(tasks.throw_type, [kind], ["x"]))
+
+    asyncio.run(main())

@@ -608,3 +608,14 @@ def test_functions_give_way_to_arguments(factory: Callable[..., Runtime]) -> Non
         assert rt.submit(lambda ballast=ballast, i=i: (len(ballast), i)).result() == (60_000, i)
     assert rt.submit(len, bytes(700_000)).result() == 700_000
     assert rt._core.arena.held < 700_000
+
+
+@BOTH
+def test_an_item_cannot_end_the_iteration(pool: Runtime, name: str) -> None:
+    """It is an error, as in the stdlib's executors, and does not hide the items after it."""
+    results = getattr(pool, name)(next, [iter([1]), iter([])], chunksize=1)
+    with pytest.raises(RuntimeError, match="item 1 of the map raised StopIteration") as info:
+        list(results)
+    assert isinstance(info.value.__cause__, StopIteration)
+    (error,) = pool.map(next, [iter([])], return_exceptions=True)
+    assert type(error) is StopIteration
