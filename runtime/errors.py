@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+from collections.abc import Iterable
 from typing import Any
 
 __all__ = [
@@ -140,13 +141,26 @@ class LockTimeout(RuntimeFailure, TimeoutError):
 
 
 class RemoteError(_Record):
-    """Stands for an exception of a task that could not be pickled: its type, text and traceback."""
+    """Stands for an exception of a task that could not be pickled: its type, text and traceback.
+
+    lineage: its type and the bases of that, by name.
+    """
 
     fields = ("type_name", "text", "traceback")
+    lineage: tuple[str, ...] = ()
 
     def __init__(self, type_name: str = "", text: str = "", traceback: str = "") -> None:
         self.type_name, self.text, self.traceback = type_name, text, traceback
         super().__init__(f"{type_name or 'an exception'}: {text or '(no text)'}")
+
+    def stands_for(self, kinds: Iterable[type[BaseException]]) -> bool:
+        """Whether what could not be pickled was of one of these types, as far as names can tell."""
+        return not {full_name(kind) for kind in kinds}.isdisjoint(self.lineage)
+
+
+def full_name(kind: type) -> str:
+    """A type as tracebacks name it."""
+    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
 
 
 class BrokenRuntime(RuntimeFailure, concurrent.futures.BrokenExecutor):

@@ -17,7 +17,14 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from runtime import _core, serializer
-from runtime.errors import BrokenRuntime, RuntimeFailure, TaskCancelled, TaskTimeout, WorkerDied
+from runtime.errors import (
+    BrokenRuntime,
+    RemoteError,
+    RuntimeFailure,
+    TaskCancelled,
+    TaskTimeout,
+    WorkerDied,
+)
 from runtime.refs import resolver
 from runtime.retries import HISTORY, retry_delay
 
@@ -198,10 +205,9 @@ class Outcomes:
 
     def fail_or_retry(self, task: _core.Task, item: int, error: BaseException) -> None:
         """An exception: the outcome, unless it is one to retry on."""
+        kinds = task.future.retry_on if task.batch is None else task.batch.sink.retry_on
         try:
-            retry = isinstance(
-                error, task.future.retry_on if task.batch is None else task.batch.sink.retry_on
-            )
+            retry = isinstance(error, kinds) or (isinstance(error, RemoteError) and error.stands_for(kinds))
         except BaseException:  # a metaclass of the user's
             log.exception("retry_on could not be compared with %s", type(error))
             retry = False

@@ -41,7 +41,7 @@ from typing import Any
 
 from runtime.arrays import Locate, asked, register
 from runtime.byvalue import PORTABLE, RESULT, SHARED, dumps_by_value
-from runtime.errors import RemoteError
+from runtime.errors import RemoteError, full_name
 from runtime.functions import CODE_TYPES, FunctionCache, FunctionRef, FunctionTable, SharedCache, name_of
 from runtime.linking import adopt_main, keep_main
 from runtime.lookup import locate as find_name
@@ -218,7 +218,8 @@ def dump_exception(exc: BaseException) -> Payload:
     RemoteError with type, text and traceback.
     """
     kind = type(exc)
-    name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+    lineage = tuple(full_name(base) for base in kind.__mro__)
+    name = lineage[0]
     trace, text = _trace_of(exc, name), _text_of(exc)
     try:
         inner = dumps(exc)
@@ -229,7 +230,7 @@ def dump_exception(exc: BaseException) -> Payload:
         text = text[:_TEXT_MAX]
     except BaseException:
         inner = Payload(b"")
-    return Payload(_c_dumps((inner.joined(), name, text, trace), 5), inner.buffers, inner.readonly)
+    return Payload(_c_dumps((inner.joined(), lineage, text, trace), 5), inner.buffers, inner.readonly)
 
 
 def load_exception(data: bytes | memoryview, buffers: Iterable[Any] = ()) -> BaseException:
@@ -237,7 +238,8 @@ def load_exception(data: bytes | memoryview, buffers: Iterable[Any] = ()) -> Bas
     loaded comes back as RemoteError.
     """
     try:
-        inner, name, text, trace = pickle.loads(data)
+        inner, lineage, text, trace = pickle.loads(data)
+        name = lineage[0]
     except BaseException as error:
         return RemoteError(
             type(error).__qualname__, f"the record of an exception is damaged: {_text_of(error)}"
@@ -252,6 +254,7 @@ def load_exception(data: bytes | memoryview, buffers: Iterable[Any] = ()) -> Bas
             trace += f"\n(it could not be loaded in process {os.getpid()}: {why})\n"
     if exc is None:
         exc = RemoteError(name, text, trace)
+        exc.lineage = lineage
     try:
         process: Any = importlib.import_module("concurrent.futures.process")  # pulls in multiprocessing
         cause = process._RemoteTraceback(f'\n"""\n{trace}"""')

@@ -7,6 +7,7 @@ import os
 import pickle
 import random
 import signal
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import CancelledError
@@ -45,6 +46,31 @@ def log_and_die(path: str, value: Any = None) -> None:
 def log_and_raise(path: str, value: Any = None) -> None:
     tasks.log_line(path, time.monotonic())
     raise ValueError("again")
+
+
+class Locked(ConnectionError):
+    """It holds what cannot be pickled."""
+
+    def __init__(self) -> None:
+        super().__init__("again")
+        self.lock = threading.Lock()
+
+
+class Picky(ConnectionError):
+    """It cannot be made again from its pickle."""
+
+    def __init__(self, text: str, code: int) -> None:
+        super().__init__(text)
+
+
+def log_and_raise_locked(path: str, value: Any = None) -> None:
+    tasks.log_line(path, value)
+    raise Locked
+
+
+def log_and_raise_picky(path: str, value: Any = None) -> None:
+    tasks.log_line(path, value)
+    raise Picky("again", 5)
 
 
 def fail_at(value: int, bad: int, path: str) -> int:
@@ -99,6 +125,18 @@ def test_attempts_of_an_item_keep_their_distance(
     at = [float(line) for line in Path(path).read_text().split()]
     assert len(at) == 3
     assert at[2] - at[1] >= RETRY_BACKOFF
+
+
+@pytest.mark.parametrize("fn", [log_and_raise_locked, log_and_raise_picky])
+@pytest.mark.parametrize("kinds", [ConnectionError, (KeyError, Locked, Picky), KeyError, ()])
+def test_what_cannot_be_pickled_is_retried_by_its_type(
+    pool: Runtime, tmp_path: Path, fn: Callable[..., None], kinds: Any
+) -> None:
+    path = tmp_path / "log"
+    view = pool.options(retries=1, retry_on=kinds)
+    errors = [view.submit(fn, str(path)).exception(), *view.map(fn, [str(path)], return_exceptions=True)]
+    assert [type(error) for error in errors] == [runtime.RemoteError] * 2
+    assert len(path.read_text().splitlines()) == (2 if kinds in (KeyError, ()) else 4)
 
 
 def test_other_items_of_the_batch_go_on_meanwhile(

@@ -1768,9 +1768,10 @@ def test_exception_without_traceback():
         b"",
         b"junk",
         pickle.dumps(5),
-        pickle.dumps((b"junk", "ValueError", "x", "tb\n")),
-        pickle.dumps((pickle.dumps(5), "ValueError", "x", "tb")),
-        pickle.dumps((b"\x80\x05\x8c\x07no_such\x8c\x01E\x93.", "no_such.E", "x", "tb")),
+        pickle.dumps((b"junk", ("ValueError",), "x", "tb\n")),
+        pickle.dumps((pickle.dumps(5), ("ValueError",), "x", "tb")),
+        pickle.dumps((b"", (), "x", "tb")),
+        pickle.dumps((b"\x80\x05\x8c\x07no_such\x8c\x01E\x93.", ("no_such.E",), "x", "tb")),
     ],
 )
 def test_load_exception_never_raises(data):
