@@ -8,6 +8,7 @@ ever. Everything else of the host is there by copy-on-write, which is the point;
     signals      handlers, the wakeup descriptor and the mask are the host's
     descriptors  that are not ours are overlaid by /dev/null: whoever holds the write end of a user's pipe
                  hides its end from others
+    log handlers show in the host what tasks log, if that is forwarded: here a record would stop at them
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import gc
+import logging
 import os
 import sys
 import threading
@@ -22,7 +24,7 @@ import time
 import weakref
 from collections.abc import Collection
 
-__all__ = ["forget_host", "has_threads", "refuse_threads"]
+__all__ = ["forget_handlers", "forget_host", "has_threads", "refuse_threads"]
 
 _THREAD_END = 0.5  # seconds for a thread that was joined to vanish
 
@@ -73,6 +75,18 @@ def forget_host(keep: Collection[int]) -> None:
     _forget_callbacks()
     _overlay_descriptors({1, 2, *keep})
     _own_streams()
+
+
+_handlers: list[list[logging.Handler]] = []  # the host's, kept: no finalizer of theirs shall run here
+
+
+def forget_handlers() -> None:
+    """In the forked zygote: loggers as in a fresh interpreter, but for levels and filters."""
+    for logger in (logging.root, *logging.root.manager.loggerDict.values()):
+        if isinstance(logger, logging.Logger):  # else it stands for a parent that nobody has asked for
+            _handlers.append(logger.handlers)
+            logger.handlers = []
+            logger.propagate = True
 
 
 def _forget_callbacks() -> None:

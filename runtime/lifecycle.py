@@ -212,6 +212,7 @@ def zygote_settings(settings: config.Settings, table: serializer.FunctionTable) 
         "warnings": filters.described(),
         "authkey": _authkey(),
         "preload": list(settings.preload),
+        "forward_logs": settings.forward_logs,
         "imports": [],
         "initializer": initializer,
         "max_tasks": settings.max_tasks_per_child,

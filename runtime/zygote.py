@@ -41,7 +41,7 @@ from runtime.channels import Channels, readable
 from runtime.children import children_of
 from runtime.handle import FIRST_FD, ZYGOTE_FDS, Zygote
 from runtime.heirs import Heirs
-from runtime.inherit import forget_host, has_threads, refuse_threads
+from runtime.inherit import forget_handlers, forget_host, has_threads, refuse_threads
 from runtime.names import remove_dead
 from runtime.sockets import Paths
 from runtime.state import SharedState, open_state
@@ -342,6 +342,8 @@ def _become_zygote(
     try:
         arena.adopt_process()
         forget_host((connection.fileno(), arena.fd, state.region.fd, host, stack_fd))
+        if settings["forward_logs"]:
+            forget_handlers()
         worker.reset_signals()
         _stay()
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # as in main()

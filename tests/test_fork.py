@@ -272,6 +272,37 @@ def test_signal_handlers_of_the_host_are_not_kept() -> None:
     assert output(code) == ["(True, -1, [])"]
 
 
+def test_log_handlers_of_the_host_work_in_the_host_alone(tmp_path: Path) -> None:
+    """Those beside one for the console, too, and of a logger that does not propagate; with
+    forward_logs=False in the worker alone.
+    """
+    text = """
+        import logging, os, sys
+        import runtime
+
+        class Noted(logging.Handler):
+            def emit(self, record):
+                where = "host" if os.getpid() == host else "worker"
+                print(record.getMessage(), "in the", where, flush=True)
+
+        host, root, quiet = os.getpid(), logging.getLogger(), logging.getLogger("quiet")
+        root.addHandler(logging.StreamHandler(sys.stdout))
+        root.addHandler(Noted())
+        quiet.addHandler(Noted())
+        quiet.propagate = False
+
+        def log():
+            logging.getLogger("other").warning("root")
+            quiet.warning("quiet")
+
+        with runtime.Runtime(1, start_method="fork", forward_logs=FORWARD) as rt:
+            rt.submit(log).result()
+    """
+    for forward, where in (True, "host"), (False, "worker"):
+        said = run_script(tmp_path, text.replace("FORWARD", str(forward))).splitlines()
+        assert said == ["root", f"root in the {where}", f"quiet in the {where}"]
+
+
 def test_descriptors_of_the_host_are_overlaid() -> None:
     """A reader of the user's sees the end of its pipe, and a peer the end of its connection."""
     code = """if True:
