@@ -334,6 +334,11 @@ cdef class Dispatcher(Rescue):
             (<SlotTable>table).draining = False
         self.work()
 
+    def pause(self, bint paused):
+        """Lease nothing more, or go on. What was leased before may still be started."""
+        self.paused = paused
+        self.work()
+
     def stop_slot(self, uint32_t index):
         """Lease nothing more to the process in a slot; it finishes what it runs and leaves."""
         cdef uint32_t i

@@ -34,6 +34,7 @@ cdef class Leasing:
     cdef list delayed                       # heap of (monotonic ns, number, Task or Batch, Span or None)
     cdef uint64_t put_offs                  # entries it has ever had
     cdef bint busy, closed, inert
+    cdef bint paused                        # nothing is leased for now: there shall be no workers
     cdef unsigned long inside               # the thread that made it busy
     cdef uint64_t *tags                     # per slot and entry: the tag of its last lease
     cdef dict functions                     # function id -> HostBlock, in order of use

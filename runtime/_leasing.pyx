@@ -216,7 +216,7 @@ cdef class Leasing:
         cdef SlotTable table
         for table in self.slots:
             workers += table.ready and not table.draining
-        if workers == 0 or self.closed:
+        if workers == 0 or self.closed or self.paused:
             return 0
         for priority in self.order:
             queue = self.levels[priority]

@@ -458,9 +458,15 @@ class Lives(abc.ABC):
                 self._let_go(worker)
 
     def _let_go(self, worker: Worker) -> None:
-        """It finishes what it runs; one that is not ready yet starts for nobody."""
+        """It finishes what it runs; one that is not ready yet starts for nobody.
+
+        A service may have begun to serve before it is called ready: it finishes that, too.
+        """
         if worker.ready:
             self._ask_to_leave(worker)
+        elif self.settings.service is not None:
+            self._ask_to_leave(worker)
+            self.dispatcher.signal(worker.slot, signal.SIGTERM)
         else:
             worker.stopping = True
             self.dispatcher.signal(worker.slot, signal.SIGKILL)

@@ -9,7 +9,6 @@ iterates. Of any other a bounded window is taken, and more as results are consum
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import operator
 import time
@@ -94,8 +93,10 @@ class Run:
             left = SLICE if deadline is None else deadline - time.monotonic()
             if left <= 0:
                 raise TimeoutError(LATE)
-            with contextlib.suppress(Empty):
+            try:  # suppress() is code: Ctrl-C that came meanwhile would tell of Empty, too
                 self._wakes.get(timeout=min(left, SLICE))
+            except Empty:
+                pass
         return found
 
     def take_now(self, listener: Callable[[], object]) -> tuple[int, list[Any] | Failure] | None:
@@ -333,9 +334,7 @@ class Results:
         if run.return_exceptions:
             return [error]
         try:
-            if isinstance(
-                error, _ENDINGS
-            ):  # it would pass for the end, and items after it be lost in silence
+            if isinstance(error, _ENDINGS):  # it would pass for the end, and what follows be lost in silence
                 what = type(error).__name__
                 raise RuntimeError(f"item {index} of the map raised {what}") from error
             raise error

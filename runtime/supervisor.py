@@ -205,6 +205,11 @@ class Supervisor(Reloads):
         for n in range(workers):  # in this order, so that there is no gap
             self._numbers.setdefault(n, Number())
         self._wanted = {n: self._numbers[n] for n in range(workers)}
+        paused = None
+        while paused is not (not self._wanted):  # another thread may have stored meanwhile
+            paused = not self._wanted
+            self.dispatcher.pause(paused)  # at once: those who are to leave do not know it yet
+        self.tell()
 
     def end(self, reason: str, number: int) -> None:
         """End now: what has no outcome gets BrokenRuntime, every worker this signal, and soon SIGKILL."""

@@ -8,7 +8,7 @@ import sys
 import textwrap
 import threading
 from collections.abc import Callable
-from concurrent.futures import wait
+from concurrent.futures import FIRST_COMPLETED, wait
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,45 @@ def test_up_and_down(factory: Factory) -> None:
         assert rt._max_workers == rt.options(priority=1)._max_workers == n
         assert list(rt.map(echo, range(500), chunksize=1)) == list(range(500))
         assert rt.stats().workers == n
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_nothing_starts_after_a_pause(
+    factory: Factory, monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    """At once, though the workers are still there: the supervisor has not looked yet."""
+    rt = factory(2, threads=threads)
+    all_ready(rt)
+    with monkeypatch.context() as patch:
+        patch.setattr(rt._core, "wake", lambda: None)
+        rt.scale(0)
+        futures = [rt.submit(echo, n) for n in range(3)]
+        assert not wait(futures, 0.3, FIRST_COMPLETED).done
+        rt.scale(2)
+        assert [future.result(10) for future in futures] == [0, 1, 2]
+        rt.scale(0)
+        future = rt.submit(echo, 3)
+    rt.scale(1)
+    assert future.result(10) == 3
+
+
+def test_scaled_by_many_threads(factory: Factory) -> None:
+    """The last one decides, also whether it is paused."""
+    rt = factory(1)
+
+    def scale(n: int) -> None:
+        for _ in range(50):
+            rt.scale(0)
+            rt.scale(n)
+
+    threads = [threading.Thread(target=scale, args=(n,)) for n in (1, 2, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if rt._max_workers == 0:
+        rt.scale(1)
+    assert rt.submit(echo, 1).result(10) == 1
 
 
 def test_many_more_than_at_the_start(factory: Factory) -> None:

@@ -76,6 +76,49 @@ def test_it_serves_and_drains(serve: Serve, tmp_path: Path) -> None:
         served.get()
 
 
+def test_one_that_is_not_called_ready_yet_finishes_what_it_has_begun(serve: Serve) -> None:
+    text = """
+def main(ctx):
+    if ctx.number == 0:
+        ctx.ready()
+    ctx.log.info("begins")
+    ctx.stopping.wait()
+    ctx.log.info("ends")
+"""
+    served = serve(text, "--workers", "2", "--settle", "600")
+    served.says("begins", 2)
+    served.signal(signal.SIGTERM)
+    assert served.end() == 0
+    assert served.log.count(": ends") == 2
+
+
+def test_one_that_is_still_imported_has_nothing_to_finish(serve: Serve, tmp_path: Path) -> None:
+    text = f"""
+import os, time
+def begin():
+    if os.path.exists({str(tmp_path / "hang")!r}):
+        os.write(2, b"hangs\\n")
+        time.sleep(1000)
+class Target:
+    def __getattribute__(self, name):
+        begin()
+        return object.__getattribute__(self, name)
+    def main(self, ctx):
+        os.write(2, b"begins\\n")
+        ctx.stopping.wait()
+app = Target()
+"""
+    served = serve(text, "--workers", "1", target="app:app.main")
+    served.says("begins", 1)
+    (tmp_path / "hang").touch()
+    served.signal(signal.SIGTTIN)  # one more, which hangs before it has begun
+    served.says("hangs", 1)
+    begin = time.monotonic()
+    served.signal(signal.SIGTERM)
+    assert served.end() == 0
+    assert time.monotonic() - begin < 20, "it waited for the drain_timeout"
+
+
 def asked(served: Served) -> int | None:
     return int(served.get()[4])
 

@@ -460,6 +460,7 @@ ARGUED = {
     "cli.progress": "the command's own thread",
     "cli.program": "between threads of the command's own; handlers only tell one of them",
     "cli.watching": "the same",
+    "listening": "taken once, without waiting, by the one that closes",
     "service": "ctx.stopping, an Event by contract: the watcher sets it, and handlers of ours only ring",
 }
 
