@@ -26,6 +26,7 @@ from __future__ import annotations
 import faulthandler
 import gc
 import os
+import re
 import shutil
 import signal
 import stat
@@ -329,7 +330,9 @@ def describe_thread(tid: int) -> str:
 
 
 def ours(path: str) -> bool:
-    """False if a process of somebody else has the file mapped, or it is not this user's."""
+    """False if a process of somebody else has the file mapped, or its name says that it is that one's test's
+    (which may have closed it), or it is not this user's.
+    """
     try:
         info = os.stat(path)
     except OSError:
@@ -338,6 +341,9 @@ def ours(path: str) -> bool:
         return False
     all_of_them = everyone()
     strangers = all_of_them - our_processes(all_of_them) - {os.getpid()}
+    named = re.match(rf"{SHM}/runtime-test-(?:[a-z]+-)*(\d+)", path)
+    if named is not None and int(named[1]) in strangers:
+        return False
     return not any(os.fsencode(path) in read(f"/proc/{pid}/maps") for pid in strangers)
 
 

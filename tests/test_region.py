@@ -7,6 +7,7 @@ import ctypes
 import errno
 import os
 import pickle
+import re
 import signal
 import struct
 import subprocess
@@ -39,8 +40,9 @@ def mappings() -> list[str]:
 
 
 def entries() -> set[Path]:
-    """What this package may have put into /dev/shm; others use that folder, too."""
-    return {path for path in SHM.iterdir() if "runtime" in path.name}
+    """What this process may have put into /dev/shm; others use that folder, too, among them tests of ours."""
+    ours = re.compile(rf"runtime(?!-test)|runtime-test-(\D+-)?{os.getpid()}\b")
+    return {path for path in SHM.iterdir() if ours.search(path.name)}
 
 
 @pytest.fixture
