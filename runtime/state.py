@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Any, NamedTuple, Self
 
 from runtime._core import SharedRegion, StateLock, StateMap, StateWatch
@@ -47,7 +47,7 @@ class SharedState(StateMap):
                 value = self.get(key)
                 if value is not None:
                     return value
-                made = bytes(factory())
+                made = bytes(memoryview(factory()))  # not of an int or a list, as bytes() would
                 if self.compare_and_set(key, None, made):  # somebody may have set it without asking
                     return made
 
@@ -59,9 +59,9 @@ class SharedState(StateMap):
         """watch() for `async for`: other coroutines run while it waits."""
         return Watch(self, prefix)
 
-    async def aget(self, key: str | bytes, default: Any = None) -> Any:
+    async def aget(self, key: str | bytes, default: Any = None, *, view: bool = False) -> Any:
         """get() for coroutines: it does not wait."""
-        return self.get(key, default)
+        return self.get(key, default, view=True) if view else self.get(key, default)
 
     async def aset(self, key: str | bytes, value: Any, *, ttl: float | None = None) -> None:
         """set() for coroutines: it does not wait."""
@@ -112,13 +112,19 @@ class Watch:
             self._ready.extend(Change(*change) for change in self._watch.wait(1.0))
         raise StopIteration
 
-    async def __aiter__(self) -> AsyncIterator[Change]:
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Change:
         import asyncio
 
         while not self._closed:
-            for change in self._watch.wait(0):
-                yield Change(*change)
-            await asyncio.sleep(0.005)
+            if self._ready:
+                return self._ready.popleft()
+            self._ready.extend(Change(*change) for change in self._watch.wait(0))
+            if not self._ready:
+                await asyncio.sleep(0.005)
+        raise StopAsyncIteration
 
     def close(self) -> None:
         """End the iteration, within 50 ms if it waits."""

@@ -410,6 +410,10 @@ def test_get_or_set_makes_it_once(state: SharedState) -> None:
     assert state.get_or_set("k", make) == b"made"
     with pytest.raises(ZeroDivisionError):
         state.get_or_set("other", lambda: bytes(1 // 0))
+    for nothing in (5, [1, 2], None, "text"):
+        with pytest.raises(TypeError):
+            state.get_or_set("other", lambda value=nothing: value)
+    assert "other" not in state
     assert state.get_or_set("other", make) == b"made"
 
 

@@ -89,3 +89,23 @@ def test_in_coroutines(state: SharedState) -> None:
         return await task
 
     assert asyncio.run(run()).value == b"1"
+
+
+def test_coroutines_that_come_back_miss_nothing(state: SharedState) -> None:
+    """`anext`, and a loop that was left: what came in one look is not lost."""
+
+    async def run() -> set[object]:
+        watch = state.awatch("k")
+        for key in ("k1", "k2", "k3"):
+            await state.aset(key, b"1")
+        assert bytes(await state.aget("k1", view=True)) == b"1"
+        seen = {(await asyncio.wait_for(anext(watch), 5)).key}
+        for _ in range(2):
+            async for change in watch:
+                seen.add(change.key)
+                break
+        watch.close()
+        assert [change async for change in watch] == []
+        return seen
+
+    assert asyncio.run(asyncio.wait_for(run(), 10)) == {"k1", "k2", "k3"}
