@@ -3,6 +3,7 @@
 cimport cython
 from cpython.buffer cimport PyBuffer_FillInfo, PyBuffer_Release
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_Check, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.number cimport PyNumber_Index
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy
 
@@ -337,11 +338,11 @@ cdef class StateMap(MapAccess):
     def add(self, key, n=1):
         """Add `n` to a number of 8 bytes (little-endian, signed; none: 0), and what it is then.
 
-        An item keeps the time at which it is over. Raises: TypeError if the value has not 8 bytes;
-        OverflowError if the sum needs more; nothing is changed then.
+        An item keeps the time at which it is over. Raises: TypeError if the value has not 8 bytes,
+        or `n` is no int; OverflowError if the sum needs more; nothing is changed then.
         """
         cdef map_key k
-        cdef int64_t amount = n, result = 0
+        cdef int64_t amount = PyNumber_Index(n), result = 0  # not of a float, as a C cast would
         cdef map_status status
         cdef bint again = False
         key_of(key, K_VALUE, &k)

@@ -15,10 +15,12 @@ from libc.stdlib cimport calloc, free
 
 from runtime._atomics cimport (
     a32_load_acquire, a32_store_relaxed, a64_load_acquire, a64_load_relaxed, a64_t, fence_seq_cst, futex_wait,
+    now_ns,
 )
 from runtime._map cimport map_cell
-from runtime._maplayout cimport K_VALUE, map_key, map_t
+from runtime._maplayout cimport K_VALUE, map_bucket, map_key, map_t
 from runtime._mapaccess cimport key_of
+from runtime._mapsweep cimport tidy_bucket
 from runtime._state cimport StateMap
 
 
@@ -61,11 +63,15 @@ cdef class StateWatch:
     def look(self):
         """[(key, version, value or None)] of what has changed since the last look."""
         cdef uint64_t i = 0, buckets = self.state.m.mask + 1
+        cdef map_bucket *bucket
         cdef map_key start
         cdef list found = []
         key_of(self.prefix, K_VALUE, &start)
         for known in list(self.known):          # the time of a key may be over, and nobody has changed it
             if self.over(known):
+                self.state.ready()
+                bucket = &self.state.m.buckets[<uint64_t>known]
+                tidy_bucket(&self.state.m, bucket, now_ns(), False)     # so its end has a version of its own
                 self.compare(known, &start, found)
         while True:
             self.state.check()

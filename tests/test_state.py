@@ -131,6 +131,10 @@ def test_add(state: SharedState) -> None:
     with pytest.raises(TypeError, match="8 bytes"):
         state.add("n")
     assert state.get("n") == b"seven.."
+    for amount in (1.5, "1", None):
+        with pytest.raises(TypeError):
+            state.add("float", amount)
+    assert "float" not in state
 
 
 def test_versions_grow_with_every_change(state: SharedState) -> None:

@@ -44,7 +44,10 @@ def test_sets_and_deletions_of_others(state: SharedState) -> None:
 def test_an_item_whose_time_is_over(state: SharedState) -> None:
     watch = state.watch()
     state.set("a", b"1", ttl=0.03)
-    assert (next(watch).value, next(watch).value) == (b"1", None)
+    was, over = next(watch), next(watch)
+    assert (was.value, over.value) == (b"1", None)
+    state.set("a", b"2")
+    assert was.version < over.version < next(watch).version
 
 
 def test_the_last_value_always_arrives(state: SharedState) -> None:
