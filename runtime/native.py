@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import abc
 import concurrent.futures
+import contextlib
 import threading
 import time
 from typing import TYPE_CHECKING, Any
 
 from runtime import _core, config, serializer
 from runtime.config import TaskOptions
-from runtime.errors import TaskTimeout
+from runtime.errors import RegionFull, TaskTimeout
 from runtime.future import Future
 from runtime.jobs import Job, Plan
 from runtime.kernels import Kernel, participate
+from runtime.pressure import Pressure
 
 if TYPE_CHECKING:
     from runtime.supervisor import Supervisor
@@ -91,6 +93,7 @@ class Kernels(abc.ABC):
 
     _settings: config.Settings
     _table: serializer.FunctionTable
+    _pressure: Pressure
 
     def __init__(self) -> None:
         self._jobs: set[tuple[str, _core.JobBlock]] = set()  # that run
@@ -126,9 +129,10 @@ class Kernels(abc.ABC):
         default what takes 0.1 to 1 ms. timeout: seconds for all of it. Returns what `combine`
         makes of the partials, without it the list of them, without partials None.
 
-        Blocking: until all is done. If it raises, what dst holds is undefined. Raises: KernelFailed when the
-        kernel returns a code; TaskTimeout; WorkerDied when workers die of one grain again and again;
-        TypeError, ValueError for arguments that do not fit; RegionFull; as `submit` and `Future.result`.
+        Blocking: until tasks that end have made room, and all is done. If it raises, what dst holds is
+        undefined. Raises: KernelFailed when the kernel returns a code; TaskTimeout; WorkerDied when workers
+        die of one grain again and again; TypeError, ValueError for arguments that do not fit; RegionFull; as
+        `submit` and `Future.result`.
         """
         core = self._usable()
         core.dispatcher.must_not_wait()
@@ -146,8 +150,18 @@ class Kernels(abc.ABC):
         return self._run(job, min(participants, job.block.grains), self._needed(plan), limit)
 
     def _job(self, plan: Plan, options: TaskOptions, grain: int, participants: int) -> Job:
+        """Raises: RegionFull when there is no room, and nobody who makes some or this thread may not wait."""
+        made: list[Job] = []
+
+        def attempt() -> bool:
+            with contextlib.suppress(RegionFull):
+                made.append(Job(self, plan, options, grain, participants))
+            return bool(made)
+
         try:
-            return Job(self, plan, options, grain, participants)
+            if not attempt() and not self._pressure.wait(attempt):
+                made.append(Job(self, plan, options, grain, participants))
+            return made[0]
         except BaseException:
             plan.close()
             raise

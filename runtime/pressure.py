@@ -10,6 +10,8 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 from runtime import _core, serializer
@@ -55,15 +57,22 @@ class Pressure:
     def place(self, task: _core.Task, payload: serializer.Payload) -> bool:
         """Lay the arguments of a new task out in the region. False: no room, and nobody should wait for it.
 
+        Blocking: as `wait`.
+        """
+        place = partial(self._core.dispatcher.place, task, payload.data, payload.buffers, payload.readonly)
+        # More than a half: see Dispatcher.place.
+        return place() or (payload.nbytes <= self._core.arena.max_bytes // 2 and self.wait(place))
+
+    def wait(self, attempt: Callable[[], bool]) -> bool:
+        """Try again whenever less of the region is held. False: no room, and nobody should wait for it.
+
         Blocking: until there is room, while less and less of the region is held, or what is freed goes to
         those that wait already. If that was not so for a second, nobody waits for long until it is. Signals
         are handled.
         """
-        dispatcher, arena = self._core.dispatcher, self._core.arena
-        if dispatcher.place(task, payload.data, payload.buffers, payload.readonly):
-            return True
-        if not self._may_wait(payload):
+        if not self._may_wait():
             return False
+        arena = self._core.arena
         least, frees = arena.held, arena.frees
         stalled = self._stalled is not None and not self._moves(*self._stalled)
         if not stalled:
@@ -73,9 +82,7 @@ class Pressure:
         while self._worked_on() and time.monotonic() < end:
             time.sleep(_NAP)
             if self._moves(least, frees):
-                if arena.held < least and dispatcher.place(
-                    task, payload.data, payload.buffers, payload.readonly
-                ):
+                if arena.held < least and attempt():
                     return True
                 least, frees, since = min(least, arena.held), arena.frees, time.monotonic()
                 patience, self._stalled = _STALLED, None
@@ -94,11 +101,9 @@ class Pressure:
         core, dispatcher = self._core, self._core.dispatcher
         return bool((dispatcher.leased or dispatcher.waiting) and core.scaled and not core.stopping)
 
-    def _may_wait(self, payload: serializer.Payload) -> bool:
-        """Whether there can be room at all, and this thread holds up nobody who would make it."""
+    def _may_wait(self) -> bool:
+        """Whether this thread holds up nobody who would make room."""
         core = self._core
-        if payload.nbytes > core.arena.max_bytes // 2:  # see Dispatcher.place
-            return False
         if core.dispatcher.entered or threading.current_thread() in core.threads:
             return False
         asyncio = sys.modules.get("asyncio")

@@ -511,6 +511,33 @@ def test_submit(library: str, pool: Runtime) -> None:
     assert isinstance(failed, KernelFailed) and failed.code == 5
 
 
+@pytest.mark.parametrize("submit", [False, True])
+def test_room_that_others_are_about_to_make(
+    submit: bool,
+    library: str,
+    factory: Callable[..., Runtime],
+    doorway: Doorway,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The job before holds what it lay in until its last participant has ended: no RegionFull for that."""
+    rt = factory(1, region_max="16MiB")
+    before = rt.submit(Kernel.from_library(library, "forever"), bytes(9 << 20), params=doorway.params)
+    doorway.wait(1)
+    wait = rt._pressure.wait
+
+    def opened(attempt: Callable[[], bool]) -> bool:
+        doorway.open()
+        return wait(attempt)
+
+    monkeypatch.setattr(rt._pressure, "wait", opened)
+    data = bytes(9 << 20)
+    got = rt.submit(CRC, data).result() if submit else rt.run_kernel(CRC, data)
+    assert got == zlib.crc32(data)
+    before.result()
+    with pytest.raises(runtime.RegionFull):
+        rt.run_kernel(CRC, bytes(17 << 20))
+
+
 def test_many_at_once(pool: Runtime) -> None:
     data = os.urandom(200_000)
     futures = [pool.submit(CRC, data[i:]) for i in range(50)]
