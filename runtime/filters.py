@@ -18,8 +18,7 @@ __all__ = ["adopt", "described", "resolve"]
 Described = tuple[Any, ...]  # action, message, (module, name) of the category, module, lineno
 
 _told: list[Described] = []  # of the host, in its order
-_late: list[Described] = []  # of them, those whose category is not there yet
-_made: dict[Described, Any] = {}  # the others: what stands in warnings.filters
+_made: dict[Described, Any] = {}  # of them, those whose category is there: what stands in warnings.filters
 
 
 def described() -> list[Described]:
@@ -33,7 +32,7 @@ def described() -> list[Described]:
 
 def adopt(told: Sequence[Described]) -> None:
     """Have these filters and no others."""
-    _told[:] = _late[:] = told
+    _told[:] = told
     _made.clear()
     warnings.filters[:] = []  # type: ignore[index]
     resolve()
@@ -42,10 +41,9 @@ def adopt(told: Sequence[Described]) -> None:
 def resolve() -> bool:
     """Put in force what can be by now. Whether something was."""
     found = False
-    for one in list(_late):
-        category = _category(*one[2])
-        if category is not None and one in _late:
-            _late.remove(one)
+    for one in _told:
+        category = None if one in _made else _category(*one[2])
+        if category is not None:
             _made[one] = (one[0], one[1], category, *one[3:])
             _insert(one)
             found = True
