@@ -22,6 +22,8 @@ cdef map_status map_erase(map_t *m, map_key *k) noexcept nogil
 cdef map_status map_ensure(map_t *m, map_key *k, uint64_t n, map_place *place) noexcept nogil
 # Empty this cell of the bucket if it still is `word`; the block is freed.
 cdef bint map_empty(map_t *m, map_bucket *bucket, a64_t *cell, uint64_t word) noexcept nogil
+# An item that this cell names as `word` goes: a tombstone is left if somebody watches. False: it is another.
+cdef bint map_remove(map_t *m, map_bucket *bucket, a64_t *cell, uint64_t word) noexcept nogil
 # How many items are there, without those that are over at `now`.
 cdef uint64_t map_count(map_t *m, int64_t now) noexcept nogil
 # The n-th cell of a bucket; NULL: there are fewer.
@@ -32,8 +34,6 @@ cdef void map_unpin(map_t *m, a64_t *pin) noexcept nogil
 cdef void map_release(map_t *m, uint64_t b, uint64_t word) noexcept nogil
 # The block of `b`, TAKEN(me): PUBLISHED if something names it, else free.
 cdef void map_settle(map_t *m, uint64_t b) noexcept nogil
-# Tell those who watch.
-cdef void map_tell(map_t *m) noexcept nogil
 # map_find where a bucket's five cells do not answer: the chain, and an insertion under way.
 cdef bint map_find_on(map_t *m, map_bucket *bucket, map_key *k, map_place *place) noexcept nogil
 

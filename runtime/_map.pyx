@@ -2,26 +2,25 @@
 """The operations of a map. The words and their moves stand in _maplayout.pxd.
 
     put     take a block, write it; found: CAS the cell, free the old block.  Not found: CAS `pending`, help.
-    erase   end a pending insertion; CAS the cell to empty; free the block
+    erase   as put, with a tombstone; if nobody watches: end a pending insertion; CAS the cell to empty; free
     help    cell empty, and still pending: CAS the cell.  CAS `pending` to none
 
 What can be met half done: a pending insertion (anybody ends it), a TAKEN block (its owner's, or the sweep's).
 """
-from libc.limits cimport INT_MAX
 from libc.stdint cimport INT64_MAX, INT64_MIN, int64_t, uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy, memset
 
 from runtime._atomics cimport (
-    a32_fetch_add_seq_cst, a32_load_seq_cst, a32_store_relaxed, a64_cas_seq_cst,
-    a64_fetch_add_seq_cst, a64_load_acquire, a64_load_relaxed, a64_load_seq_cst,
-    a64_store_seq_cst, a64_t, fence_acquire, futex_wake, now_ns, words_load,
+    a64_cas_seq_cst, a64_fetch_add_seq_cst, a64_load_acquire, a64_load_relaxed, a64_load_seq_cst,
+    a64_store_seq_cst, a64_t, fence_acquire, now_ns, words_load,
 )
 from runtime._maplayout cimport (
-    CELLS, CHUNK_CELLS, K_CHUNK, K_VALUE, MAP_ABSENT, MAP_AGAIN, MAP_MANY_CELLS, MAP_MANY_ITEMS,
-    MAP_NOT_NUMBER, MAP_NO_ROOM, MAP_OK, MAP_OTHER, MAP_OVERFLOW, MAX_CELLS, U_LOCK, U_PUBLISHED, block_at,
-    block_value, cell_block, look_at_cell, map_block, map_bucket, map_chunk, map_key, map_place,
-    map_status, map_t, still, unit_state, unit_word, value_fits,
+    BURIED, CELLS, CHUNK_CELLS, K_CHUNK, K_VALUE, MAP_ABSENT, MAP_AGAIN, MAP_MANY_CELLS, MAP_MANY_ITEMS,
+    MAP_NOT_NUMBER, MAP_NO_ROOM, MAP_OK, MAP_OTHER, MAP_OVERFLOW, MAX_CELLS, MAX_KEY, U_LOCK, U_PUBLISHED,
+    block_at, block_value, cell_block, look_at_cell, map_block, map_bucket, map_chunk, map_key, map_key_of,
+    map_place, map_status, map_t, still, unit_state, unit_word, value_fits,
 )
+from runtime._mapwatch cimport map_tell, map_watched
 from runtime._units cimport NOWHERE, unit_free, unit_free_published, unit_pinned, unit_take
 
 
@@ -243,18 +242,6 @@ cdef inline void drop_item(map_t *m, uint64_t kind) noexcept nogil:
         a64_fetch_add_seq_cst(&m.head.items, <uint64_t>-1)
 
 
-cdef void map_tell(map_t *m) noexcept nogil:
-    if a32_load_seq_cst(&m.head.watchers) == 0:
-        return
-    a32_fetch_add_seq_cst(&m.head.sequence, 1)
-    if futex_wake(&m.head.sequence, INT_MAX) > 0:
-        return
-    # As pool_wake: who set the flag before this line is woken, or does not fall asleep.
-    a32_store_relaxed(&m.head.watchers, 0)
-    a32_fetch_add_seq_cst(&m.head.sequence, 1)
-    futex_wake(&m.head.sequence, INT_MAX)
-
-
 cdef inline bint replace(map_t *m, map_bucket *bucket, map_place *place, uint64_t b) noexcept nogil:
     """Our block b in the place of another one."""
     # The old block's tag is read before the CAS: as long as the cell names it, it is that block's. If it is
@@ -399,6 +386,7 @@ cdef map_status map_add(map_t *m, map_key *k, int64_t n, int64_t *result) noexce
 cdef bint map_empty(map_t *m, map_bucket *bucket, a64_t *cell, uint64_t word) noexcept nogil:
     cdef uint64_t b = cell_block(word) - 1
     cdef uint64_t kind = block_at(m, b).kind
+    cdef int64_t expires = block_at(m, b).expires
     cdef uint64_t old = unit_word(  # as in replace()
         U_PUBLISHED if kind == K_VALUE else U_LOCK, 0, a64_load_acquire(&m.words[b]))
     # Read after the cell was: a pending insertion of this very cell is over before it is emptied. Another one
@@ -410,8 +398,32 @@ cdef bint map_empty(map_t *m, map_bucket *bucket, a64_t *cell, uint64_t word) no
         return False
     drop_item(m, kind)
     map_release(m, b, old)
-    if kind == K_VALUE:
+    if kind == K_VALUE and expires != BURIED:
         map_tell(m)
+    return True
+
+
+cdef bint map_remove(map_t *m, map_bucket *bucket, a64_t *cell, uint64_t word) noexcept nogil:
+    cdef map_block *block = block_at(m, cell_block(word) - 1)
+    cdef uint64_t bytes = block.key_bytes, tomb
+    cdef map_place place
+    cdef map_key k
+    cdef char key[MAX_KEY]
+    if not map_watched(m):
+        return map_empty(m, bucket, cell, word)
+    place.cell, place.word, place.block = cell, word, cell_block(word) - 1
+    if bytes > MAX_KEY or not value_fits(m, place.block, bytes, 0):
+        return False
+    memcpy(key, <char *>block + sizeof(map_block), bytes)
+    if not still(&place):
+        return False
+    k = map_key_of(key, bytes, K_VALUE)
+    tomb = new_block(m, &k, 0, BURIED)
+    if tomb == NOWHERE:
+        return map_empty(m, bucket, cell, word)
+    if not replace(m, bucket, &place, tomb):
+        unit_free(m, tomb)
+        return False
     return True
 
 
@@ -421,7 +433,10 @@ cdef map_status map_erase(map_t *m, map_key *k) noexcept nogil:
     cdef int64_t expires
     while map_find(m, k, &place):
         expires = block_at(m, place.block).expires
-        if map_empty(m, bucket, place.cell, place.word):
+        if expires == BURIED:
+            if still(&place):
+                return MAP_ABSENT
+        elif map_remove(m, bucket, place.cell, place.word):
             return MAP_ABSENT if expires != 0 and expires <= now_ns() else MAP_OK
     return MAP_ABSENT
 

@@ -3,6 +3,7 @@
 from libc.stdint cimport uint32_t, uint64_t
 
 from runtime._maplayout cimport map_key, map_status, map_t
+from runtime._mapsweep cimport sweep_t
 from runtime._region cimport SharedRegion
 
 
@@ -14,7 +15,8 @@ cdef class MapAccess:
     cdef int ready(self) except -1
     cdef int format(self, size_t limit, uint64_t max_items, bint zero) except -1
     cdef int attach(self, uint64_t at) except -1
-    cdef int make_room(self, map_status status, uint64_t need, bint again) except -1
+    cdef int make_room(self, map_status status, uint64_t need, int turn) except -1
+    cdef uint64_t swept(self, sweep_t extent) except? 0
 
 
 # The bytes of a key, str as its UTF-8; the object keeps them. -1: TypeError or ValueError.

@@ -19,7 +19,7 @@ from runtime._maplayout cimport (
     MAP_MANY_CELLS, MAP_MANY_ITEMS, MAP_OK, MAP_VERSION, MAX_KEY, MAX_UNITS, UNIT_BYTES, map_about,
     map_bucket, map_header, map_key, map_key_of, map_magic, map_row, map_status,
 )
-from runtime._mapsweep cimport map_sweep
+from runtime._mapsweep cimport SWEEP_ALL, SWEEP_DEAD, SWEEP_OVER, map_sweep, sweep_t
 from runtime._pool cimport pid_namespace
 from runtime._region cimport HEADER_BYTES, SharedRegion, inside, region_header
 from runtime._units cimport unit_enroll
@@ -125,7 +125,7 @@ cdef class MapAccess:
         """Geometry and empty tables, over whatever is there; zero: nothing is, so no page is touched."""
         cdef uint64_t size = self.region.length & ~<uint64_t>63
         cdef uint64_t rows = 64 if size < 1 << 20 else 512 if size < 1 << 24 else 2048
-        cdef uint64_t unit = UNIT_BYTES, fixed = sizeof(map_header) + rows * sizeof(map_row)
+        cdef uint64_t unit = UNIT_BYTES, fixed = sizeof(map_header) + rows * (sizeof(map_row) + 8)
         cdef uint64_t units, buckets = 1
         cdef map_header *head = <map_header *>self.region.base
         while size // unit > MAX_UNITS:
@@ -157,7 +157,7 @@ cdef class MapAccess:
     cdef int attach(self, uint64_t at) except -1:
         """Check what the header says, and use it. What is read from the region is read once."""
         cdef map_about about
-        cdef uint64_t namespace = pid_namespace(), used
+        cdef uint64_t namespace = pid_namespace(), buckets_at, used
         if at != HEADER_BYTES or self.region.length < sizeof(map_header):
             raise ValueError(f"the region's header is damaged: it names a map at {at}")
         about = (<map_header *>self.region.base).about
@@ -174,13 +174,17 @@ cdef class MapAccess:
             or not 0 < about.buckets <= MAX_UNITS
         ):
             raise ValueError("the header of the region's map is damaged")
-        used = sizeof(map_header) + about.rows * sizeof(map_row) + about.buckets * sizeof(map_bucket)
+        used = sizeof(map_header) + about.rows * (sizeof(map_row) + sizeof(a64_t))
+        used = (used + 63) & ~<uint64_t>63
+        buckets_at = used
+        used += about.buckets * sizeof(map_bucket)
         used += (8 * about.units + 63) & ~<uint64_t>63
         if not inside(used, about.units * about.unit_bytes, self.region.length):
             raise ValueError("the header of the region's map is damaged: it needs more than the region has")
         self.m.head = <map_header *>self.region.base
         self.m.rows = <map_row *>(self.region.base + sizeof(map_header))
-        self.m.buckets = <map_bucket *>(self.m.rows + about.rows)
+        self.m.looked = <a64_t *>(self.m.rows + about.rows)
+        self.m.buckets = <map_bucket *>(self.region.base + buckets_at)
         self.m.words = <a64_t *>(self.m.buckets + about.buckets)
         self.m.units = self.region.base + used
         self.m.count = about.units
@@ -202,21 +206,21 @@ cdef class MapAccess:
         if a64_load_acquire(&self.m.identity) != a64_load_relaxed(own):
             self.check()
             if unit_enroll(&self.m) != MAP_OK:
-                map_sweep(&self.m, False)
+                map_sweep(&self.m, SWEEP_DEAD)
                 if unit_enroll(&self.m) != MAP_OK:
                     raise RegionFull(f"{self.m.row_count} living processes use this map, which is its limit")
             # While there are rows left: one without a row could not take over what the dead own.
             if 2 * a64_load_relaxed(&self.m.row) >= self.m.row_count:
-                map_sweep(&self.m, False)
+                map_sweep(&self.m, SWEEP_DEAD)
         if self.region.base == NULL:
             self.region.check_open()
         return 0
 
-    cdef int make_room(self, map_status status, uint64_t need, bint again) except -1:
-        """After a write that failed for want of room: sweep, and try once more. What `again` is next time."""
-        if not again:
-            self.sweep()
-            return 1
+    cdef int make_room(self, map_status status, uint64_t need, int turn) except -1:
+        """After a write that failed for want of room: sweep, for the next turn. The number of that, from 1."""
+        if turn < 2:
+            self.swept(SWEEP_ALL if turn else SWEEP_OVER)
+            return turn + 1
         if status == MAP_MANY_ITEMS:
             raise RegionFull(f"the map has {len(self)} items, and max_items is {self.m.max_items}")
         if status == MAP_MANY_CELLS:
@@ -243,26 +247,24 @@ cdef class MapAccess:
             free += a64_load_relaxed(&self.m.words[i]) & 7 == 0
         return free * self.m.unit_bytes
 
-    def sweep(self):
-        """Free at once what dead processes leave, and items whose time is over; else that is done when room
-        is short. How many blocks that were."""
+    cdef uint64_t swept(self, sweep_t extent) except? 0:
         cdef uint64_t freed
         self.ready()
         self.region.enter()
         with nogil:
-            freed = map_sweep(&self.m, True)
+            freed = map_sweep(&self.m, extent)
         self.region.leave()
         return freed
+
+    def sweep(self):
+        """Free at once what dead processes leave, and items whose time is over; else that is done when room
+        is short. How many blocks that were."""
+        return self.swept(SWEEP_OVER)
 
     def _bury(self):
         """A process has died that may have used the map: its locks pass on, what it held is given back.
 
         For the runtime, which knows; at once if nobody has ever used the map.
         """
-        if a32_load_acquire(&self.m.head.high) == 0:
-            return
-        self.ready()
-        self.region.enter()
-        with nogil:
-            map_sweep(&self.m, False)
-        self.region.leave()
+        if a32_load_acquire(&self.m.head.high) != 0:
+            self.swept(SWEEP_DEAD)

@@ -5,6 +5,7 @@ What lies in the region, each part from a 64-byte boundary:
 
     map_header      geometry, limits, futex
     rows            one map_row per process that uses the map
+    looked          one a64_t per row: what its process watches, see "Tombstones"
     words           one a64_t per unit: the only truth about who owns it
     buckets         one map_bucket each; their number is a power of two and never changes
     units           `unit_bytes` each: blocks are runs of them
@@ -34,7 +35,8 @@ from the bucket's counter, taken after the cell was read, so a cell's only grow,
 two cell words are ever equal.
 
     {v, a}  -> {v', b}      replace: a set, add, compare_and_set of a key that is there
-    {v, a}  -> {v', 0}      erase: delete, or an item whose time is over
+    {v, a}  -> {v', t}      somebody watches: a delete, or an item whose time is over, leaves a tombstone
+    {v, a}  -> {v', 0}      nobody does; or a tombstone that all have seen
     {v, 0}  -> {v', b}      only as the bucket's pending insertion says, see below
 
 A key must not get two cells, so insertions of a bucket go one by one through its `pending` word,
@@ -60,6 +62,17 @@ fence, and looks at the cell again. Who frees: unname, fence, look at all pins, 
 clear, fence, and free the block if it is PUBLISHED, unnamed, and pinned by nobody else. The nonce comes from
 the process's identity, so that a late sweeper cannot clear the pin of the row's next process.
 
+Tombstones. A watch must see a key that was set and deleted between two of its looks, so what goes while
+somebody watches (`watching` is odd) is replaced by a block with the key alone, over since BURIED: reads take
+it for absent, a set replaces it. It is emptied when every watch has begun a look after somebody had seen it
+named: `looked` of a row is the ns at which the last look of its process's watches began, of the one that is
+behind the others; 0: none is open. When nobody watches any more, it is what else is over; when room is short,
+it goes at once, and a watch that never saw the key does not hear of it.
+
+    looked    0, ns -> ns, 0        that process; ns -> 0: a sweeper that read it before it saw whose the row is
+    watching  w -> w + 1 or + 2     who opens a watch, after `looked`: to an odd number that is new
+              odd w -> w + 1        who read w, then found no row that has looked
+
 Rows. `owner`: 0 -> identity by that process, CAS; identity -> 0 by a sweeper, CAS, when that process is dead
 and no word, lock or pin names its row any more.
 """
@@ -72,7 +85,7 @@ from runtime._atomics cimport (
 
 
 cdef enum:
-    MAP_VERSION = 1             # raised with every change of the format
+    MAP_VERSION = 2             # raised with every change of the format
     UNIT_BYTES = 128            # of small maps; larger ones double it until BLOCKS suffice
     MAX_UNITS = 0xFFFFF0        # 24 bits of a cell, but 0
     MAX_KEY = 1024              # bytes
@@ -88,6 +101,9 @@ cdef enum:                      # unit words
     U_PUBLISHED = 2
     U_TAIL = 3
     U_LOCK = 4
+
+cdef enum:
+    BURIED = 1                  # map_block.expires of a tombstone
 
 cdef enum:                      # map_block.kind: what a key means; each has keys of its own
     K_VALUE = 1
@@ -119,7 +135,8 @@ cdef struct map_header:
     # line 3: changes. `sequence` is raised by a writer that saw `watchers`; who watches sleeps on it.
     a32_t sequence
     a32_t watchers              # 1: somebody may sleep. Cleared by a writer that found nobody
-    uint32_t spare3[14]
+    a64_t watching              # odd: some process has a watch open
+    uint64_t spare3[6]
 
 cdef struct map_row:
     a64_t owner                 # 0, or an identity
@@ -136,7 +153,7 @@ cdef struct map_block:          # written by its owner before it is named; then 
     uint32_t key_bytes
     uint32_t kind
     uint64_t value_bytes
-    int64_t expires             # ns of CLOCK_MONOTONIC; 0: never
+    int64_t expires             # ns of CLOCK_MONOTONIC; 0: never; BURIED
 
 cdef struct map_chunk:          # in a block of one unit
     map_block block             # hash: of the key for which it was made, so it leads to the bucket
@@ -146,6 +163,7 @@ cdef struct map_chunk:          # in a block of one unit
 ctypedef struct map_t:          # one process's access to a map; in private memory
     map_header *head
     map_row *rows
+    a64_t *looked
     a64_t *words
     map_bucket *buckets
     char *units

@@ -4,7 +4,7 @@
     dead    TAKEN(r) -> TAKEN(me), then: named? PUBLISHED, else free.  PUBLISHED and not named -> free: the
             dead may have unnamed it.  HELD(r) -> free, inherited.
             pins of r -> 0, and what they alone have kept is freed.  At last the row -> 0.
-    over    items whose time has passed, locks that are idle: emptied, as by delete
+    over    items whose time has passed: as by delete; locks that are idle, tombstones that nobody waits for
 
 Why a word of a living process is never taken: see sweep_batch in _slab.pyx, where rows and words are alike.
 """
@@ -15,12 +15,13 @@ from runtime._atomics cimport (
     a64_load_seq_cst, a64_t, fence_acquire, now_ns,
 )
 from runtime._identity cimport is_dead, my_identity
-from runtime._map cimport map_cell, map_empty, map_names, map_release, map_settle, map_unpin
+from runtime._map cimport map_remove, map_cell, map_empty, map_names, map_release, map_settle, map_unpin
 from runtime._maplayout cimport (
-    K_LOCK, K_ONCE, K_VALUE, MAX_KEY, PINS, U_LOCK, U_PUBLISHED, U_TAKEN, block_at, block_value, cell_block,
+    BURIED, K_LOCK, K_ONCE, K_VALUE, MAX_KEY, PINS, U_LOCK, U_PUBLISHED, U_TAKEN, block_at, block_value, cell_block,
     map_block, map_bucket, map_t, unit_field, unit_state, unit_word, value_fits,
 )
 from runtime._maplock cimport L_DEAD, L_HELD, lock_pass_on, lock_retire
+from runtime._mapwatch cimport map_watched, watch_dead, watch_ended
 from runtime._units cimport pin_word, unit_pin
 
 
@@ -35,7 +36,7 @@ ctypedef struct dead_t:
     int count
 
 
-cdef uint64_t map_sweep(map_t *m, bint thorough) noexcept nogil:
+cdef uint64_t map_sweep(map_t *m, sweep_t extent) noexcept nogil:
     cdef uint64_t freed = 0, i
     cdef uint64_t row = 0, high = a32_load_acquire(&m.head.high)
     cdef dead_t dead
@@ -56,9 +57,10 @@ cdef uint64_t map_sweep(map_t *m, bint thorough) noexcept nogil:
             row += 1
         if dead.count:
             freed += sweep_batch(m, &dead, enrolled)
-    if thorough and enrolled:
+    watch_ended(m)                      # who closed the last one may have been killed before he said so
+    if extent != SWEEP_DEAD and enrolled:
         for i in range(m.mask + 1):
-            freed += tidy_bucket(m, &m.buckets[i], now_ns(), True)
+            freed += tidy_bucket(m, &m.buckets[i], now_ns(), extent)
     return freed
 
 
@@ -94,6 +96,7 @@ cdef uint64_t sweep_batch(map_t *m, dead_t *dead, bint enrolled) noexcept nogil:
                 map_release(m, i, w)
                 freed += 1
     for k in range(dead.count):
+        watch_dead(m, dead.rows[k], dead.names[k])
         if sweep_pins(m, dead.rows[k], dead.names[k], enrolled) and not dead.keep[k]:
             a64_cas_seq_cst(&m.rows[dead.rows[k]].owner, dead.names[k], 0)
     return freed
@@ -152,7 +155,7 @@ cdef bint sweep_pins(map_t *m, uint64_t row, uint64_t name, bint enrolled) noexc
     return True
 
 
-cdef uint64_t tidy_bucket(map_t *m, map_bucket *bucket, int64_t now, bint locks) noexcept nogil:
+cdef uint64_t tidy_bucket(map_t *m, map_bucket *bucket, int64_t now, sweep_t extent) noexcept nogil:
     cdef uint64_t at = 0, w, freed = 0
     cdef a64_t *cell
     cdef map_block *block
@@ -173,9 +176,12 @@ cdef uint64_t tidy_bucket(map_t *m, map_bucket *bucket, int64_t now, bint locks)
         if a64_load_relaxed(cell) != w:
             continue
         if kind == K_VALUE:
-            if expires != 0 and expires <= now:
-                freed += map_empty(m, bucket, cell, w)
-        elif locks and (kind == K_LOCK or kind == K_ONCE):
+            if expires == BURIED:
+                if extent == SWEEP_ALL or not map_watched(m):
+                    freed += map_empty(m, bucket, cell, w)
+            elif expires != 0 and expires <= now:
+                freed += map_remove(m, bucket, cell, w)
+        elif extent != SWEEP_DEAD and (kind == K_LOCK or kind == K_ONCE):
             freed += reclaim(m, bucket, cell, w)
 
 
@@ -198,4 +204,4 @@ cdef bint reclaim(map_t *m, map_bucket *bucket, a64_t *cell, uint64_t w) noexcep
 cdef void map_tidy(map_t *m, int64_t now) noexcept nogil:
     cdef uint64_t i = a64_fetch_add_relaxed(&m.head.cursor, TIDY), k
     for k in range(<uint64_t>TIDY):
-        tidy_bucket(m, &m.buckets[(i + k) & m.mask], now, False)
+        tidy_bucket(m, &m.buckets[(i + k) & m.mask], now, SWEEP_DEAD)

@@ -10,7 +10,8 @@ cdef class StateMap(MapAccess):
     cdef object read(self, map_key *k, bint view, uint64_t *word)
     cdef object read_once(self, map_key *k, uint64_t *word)
     cdef object read_pinned(self, map_key *k, bint view, uint64_t *word)
-    cdef list bucket_items(self, uint64_t i, map_key *start, bint values)
+    cdef object watchers        # of this process, a Watchers (_watch.pyx); None: it has never watched
+    cdef list bucket_items(self, uint64_t i, map_key *start)
     cdef object put(self, key, value, ttl, bint conditional, expected)
     cdef map_status write(self, map_key *k, const char *data, uint64_t n, int64_t expires, bint conditional,
                           const char *expected, uint64_t expected_bytes) except *

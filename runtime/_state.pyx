@@ -15,7 +15,7 @@ from runtime._identity cimport identity_word
 from runtime._map cimport map_add, map_cell, map_erase, map_find, map_put, map_unpin
 from runtime._mapaccess cimport MapAccess, key_of, shown_key
 from runtime._maplayout cimport (
-    K_LOCK, K_ONCE, K_VALUE, MAP_NOT_NUMBER, MAP_OK, MAP_OTHER, MAP_OVERFLOW, MAX_KEY, block_at,
+    BURIED, K_LOCK, K_ONCE, K_VALUE, MAP_NOT_NUMBER, MAP_OK, MAP_OTHER, MAP_OVERFLOW, MAX_KEY, block_at,
     block_value, cell_block, cell_version, copy_out, map_block, map_bucket, map_key, map_key_of,
     map_place, map_status, still, value_fits,
 )
@@ -228,20 +228,22 @@ cdef class StateMap(MapAccess):
         key_of(prefix, K_VALUE, &start)
         for i in range(self.m.mask + 1):
             self.check()
-            for key, _version, value in self.bucket_items(i, &start, True):
-                found.append((key, value))
+            for key, _version, value, _expires in self.bucket_items(i, &start):
+                if value is not None:
+                    found.append((key, value))
         return found
 
-    cdef list bucket_items(self, uint64_t i, map_key *start, bint values):
-        """[(key, version, value)] of a bucket's keys that begin so."""
+    cdef list bucket_items(self, uint64_t i, map_key *start):
+        """[(key, version, value, expires)] of a bucket's keys that begin so; value: None when it is over."""
         cdef map_bucket *bucket = &self.m.buckets[i]
         cdef list found = []
-        cdef uint64_t at = 0, key_bytes
+        cdef uint64_t at = 0, key_bytes, word
         cdef map_place place
         cdef map_block *block
         cdef map_key k
         cdef char text[1024]
         cdef bint matches
+        cdef int64_t expires = 0
         while True:
             place.cell = map_cell(&self.m, bucket, at)
             if place.cell == NULL:
@@ -255,6 +257,7 @@ cdef class StateMap(MapAccess):
                     break
                 block = block_at(&self.m, place.block)
                 key_bytes = block.key_bytes
+                expires = block.expires
                 if block.kind == K_VALUE and start.bytes <= key_bytes <= MAX_KEY and value_fits(
                     &self.m, place.block, key_bytes, 0
                 ):
@@ -267,10 +270,14 @@ cdef class StateMap(MapAccess):
             k = map_key_of(text, key_bytes, K_VALUE)
             if k.hash & self.m.mask != i:
                 continue
-            value = self.read(&k, False, &place.word)
-            if value is not ABSENT:
-                found.append((shown_key(text, key_bytes), full_version(
-                    place.word, a64_load_seq_cst(&bucket.counter)), value))
+            word = place.word
+            value = None if expires == BURIED else self.read(&k, False, &word)
+            if value is ABSENT:
+                value = None            # it is over, or goes at this moment
+            else:
+                place.word = word
+            found.append((shown_key(text, key_bytes), full_version(
+                place.word, a64_load_seq_cst(&bucket.counter)), value, expires))
 
     # ---- writing ----
 
@@ -313,7 +320,7 @@ cdef class StateMap(MapAccess):
                           const char *expected, uint64_t expected_bytes) except *:
         """MAP_OK or MAP_OTHER."""
         cdef map_status status
-        cdef bint again = False
+        cdef int turn = 0
         while True:
             self.ready()
             if n < LARGE:
@@ -326,7 +333,7 @@ cdef class StateMap(MapAccess):
             if status == MAP_OK or status == MAP_OTHER:
                 self.tidy()
                 return status
-            again = self.make_room(status, n, again)
+            turn = self.make_room(status, n, turn)
 
     cdef void tidy(self) noexcept:
         """With every so many writes."""
@@ -344,7 +351,7 @@ cdef class StateMap(MapAccess):
         cdef map_key k
         cdef int64_t amount = PyNumber_Index(n), result = 0  # not of a float, as a C cast would
         cdef map_status status
-        cdef bint again = False
+        cdef int turn = 0
         key_of(key, K_VALUE, &k)
         while True:
             self.ready()
@@ -356,7 +363,7 @@ cdef class StateMap(MapAccess):
                 raise TypeError(f"the value of {key!r} is no number: it has not 8 bytes")
             if status == MAP_OVERFLOW:
                 raise OverflowError(f"{key!r} plus {n} does not fit into 8 bytes")
-            again = self.make_room(status, 8, again)
+            turn = self.make_room(status, 8, turn)
 
     def delete(self, key):
         """Remove `key`. True: it was there."""

@@ -53,7 +53,7 @@ cdef class StateLock:
     cdef int take(self, int64_t patience) except -1:
         cdef map_status status
         cdef int64_t since, rest
-        cdef bint again = False
+        cdef int turn = 0
         if self.identity != 0 and self.identity == a64_load_relaxed(own):
             raise RuntimeError(f"this object holds the lock {self.text!r} already")
         self.state.ready()
@@ -63,7 +63,7 @@ cdef class StateLock:
             rest = INT64_MAX if patience < 0 else patience
             while status != MAP_OK:
                 if status != MAP_AGAIN:
-                    again = self.state.make_room(status, 64, again)
+                    turn = self.state.make_room(status, 64, turn)
                 elif rest == 0:
                     raise LockTimeout(f"the lock {self.text!r} was not free within {patience / 1e9:g} s")
                 self.state.ready()
@@ -87,7 +87,7 @@ cdef class StateLock:
     def _try(self, int64_t since):
         """Take it if it can be had now. `since`: when waiting began (time.monotonic_ns()); 0: just now."""
         cdef map_status status
-        cdef bint again = False
+        cdef int turn = 0
         while True:
             self.state.ready()
             status = lock_take(&self.state.m, &self.key, since, 0, &self.hold)
@@ -96,7 +96,7 @@ cdef class StateLock:
                 return True
             if status == MAP_AGAIN:
                 return False
-            again = self.state.make_room(status, 64, again)
+            turn = self.state.make_room(status, 64, turn)
 
     def release(self):
         """Give the lock back. Raises: RuntimeError if this object does not hold it."""

@@ -2,56 +2,155 @@
 """Watching a map: which keys have changed since one last looked.
 
 A cell's version only grows, so the sum of a bucket's versions grows with each change: a watch keeps one sum
-a bucket, and reads only the buckets whose sum is another. It knows the versions of keys that it has shown,
-so it sees deletions and items whose time is over. Nothing is written but the flag that somebody sleeps:
+a bucket, and reads only the buckets whose sum is another. It knows the versions of keys that it has shown.
+A key that is gone has left a tombstone ("Tombstones" in _maplayout.pxd), also one that was never shown:
+
+    open    looked = now; watching: odd              from here on deletions leave tombstones
+    look    began = now; fence; read what has changed; looked = the earliest `began` of this process's watches
+    met     tombstones that were seen; ripe: those that had all been met at `since`
+    empty   every row has looked = 0, or since `since`: nobody needs what is ripe
+
+Nobody is written to but those who sleep:
 
     watcher: s = sequence; watchers = 1; fence; look at all buckets; nothing: sleep while sequence == s
     writer:  cell CAS; watchers? sequence += 1; wake        (map_tell)
 
 A writer killed before he wakes costs a sleeper the rest of its 50 ms.
 """
-from libc.stdint cimport int64_t, uint32_t, uint64_t
+cimport cython
+from libc.stdint cimport int64_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 
 from runtime._atomics cimport (
-    a32_load_acquire, a32_store_relaxed, a64_load_acquire, a64_load_relaxed, a64_t, fence_seq_cst, futex_wait,
-    now_ns,
+    a32_load_acquire, a32_store_relaxed, a64_load_acquire, a64_load_relaxed, a64_t, fence_acquire,
+    fence_seq_cst, futex_wait, now_ns,
 )
-from runtime._map cimport map_cell
-from runtime._maplayout cimport K_VALUE, map_bucket, map_key, map_t
+from runtime._identity cimport identity_word
+from runtime._map cimport map_cell, map_empty
+from runtime._maplayout cimport (
+    BURIED, K_VALUE, block_at, cell_block, map_block, map_bucket, map_key, map_t,
+)
 from runtime._mapaccess cimport key_of
-from runtime._mapsweep cimport tidy_bucket
+from runtime._mapsweep cimport SWEEP_DEAD, tidy_bucket
+from runtime._mapwatch cimport watch_least, watch_since
 from runtime._state cimport StateMap
 
 
 cdef enum:
     SLICE_NS = 50000000         # ns, the longest sleep
 
+cdef a64_t *own = identity_word()
 
+
+cdef class Watchers:
+    """The watches of one map that this process has open, and the tombstones that they have met.
+
+    Thread-safety: under the GIL; nothing here lets go of it.
+    """
+    cdef uint64_t identity      # whose they are: in a fork none is open, until it looks
+    cdef dict looks             # a watch's number -> ns at which its last look began
+    cdef dict met               # a tombstone's word -> {bucket, its cell}
+    cdef dict ripe
+    cdef uint64_t since
+
+    cdef int of(self, uint64_t identity) except -1:
+        if self.identity != identity:
+            self.looks, self.met, self.ripe = {}, {}, {}
+            self.identity = identity
+        return 0
+
+    cdef int looked(self, map_t *m, uintptr_t watch, uint64_t began) except -1:
+        """That watch has looked at everything; it has begun then."""
+        self.of(a64_load_relaxed(&m.identity))
+        self.looks[watch] = began
+        watch_since(m, min(self.looks.values()))
+        if not self.ripe and self.met:
+            self.ripe, self.met = self.met, self.ripe
+            self.since = now_ns()
+        if self.ripe and watch_least(m) >= self.since:
+            self.empty(m)
+        return 0
+
+    cdef int empty(self, map_t *m) except -1:
+        cdef map_bucket *bucket
+        cdef a64_t *cell
+        cdef uint64_t place
+        ripe, self.ripe = self.ripe, {}
+        for word, where in ripe.items():
+            place = where
+            bucket = &m.buckets[place >> 10]
+            cell = map_cell(m, bucket, place & 1023)
+            if cell != NULL:
+                map_empty(m, bucket, cell, word)
+        return 0
+
+    cdef int meet(self, map_t *m, uint64_t i) except -1:
+        """The tombstones of a bucket."""
+        cdef map_bucket *bucket = &m.buckets[i]
+        cdef map_block *block
+        cdef uint64_t at = 0, w
+        cdef bint tomb
+        cdef a64_t *cell = map_cell(m, bucket, 0)
+        while cell != NULL:
+            w = a64_load_acquire(cell)
+            if cell_block(w) and cell_block(w) <= m.count:
+                block = block_at(m, cell_block(w) - 1)
+                tomb = block.kind == K_VALUE and block.expires == BURIED
+                fence_acquire()
+                if tomb and a64_load_relaxed(cell) == w and w not in self.ripe:
+                    self.met[w] = i << 10 | at
+            at += 1
+            cell = map_cell(m, bucket, at)
+        return 0
+
+    cdef int close(self, map_t *m, uintptr_t watch) except -1:
+        if self.looks.pop(watch, None) is not None:
+            watch_since(m, min(self.looks.values(), default=0))
+        return 0
+
+
+@cython.no_gc                   # it is needed whole when it ends, and is in no cycle
 cdef class StateWatch:
-    """What has changed since it was made: see SharedState.watch. Thread-safety: one thread at a time."""
+    """What has changed since it was made: see SharedState.watch. Thread-safety: one thread at a time looks."""
     cdef StateMap state
     cdef object prefix
-    cdef dict known             # bucket -> {key: version}
+    cdef dict known             # bucket -> {key: version; negative: that of its end}
+    cdef dict ends              # bucket -> ns at which the first of its known keys is over
     cdef uint64_t *sums
+    cdef bint closed
 
     def __cinit__(self, StateMap state not None, prefix):
         cdef map_key start
         key_of(prefix, K_VALUE, &start)
-        state.check()
+        state.ready()
         self.state = state
         self.prefix = prefix
         self.known = {}
+        self.ends = {}
         self.sums = <uint64_t *>calloc(state.m.mask + 1, sizeof(uint64_t))
         if self.sums == NULL:
             raise MemoryError("no memory for a watch")
+        if state.watchers is None:
+            state.watchers = Watchers.__new__(Watchers)
+        self.watchers().looked(&state.m, <uintptr_t><void *>self, <uint64_t>now_ns())
         self.look()
 
     def __dealloc__(self):
+        if self.state is not None:
+            self.close()
         free(self.sums)
 
+    cdef Watchers watchers(self):
+        return <Watchers>self.state.watchers
+
+    def close(self):
+        """It looks no more: nothing is kept for it. From any thread."""
+        self.closed = True
+        if self.state.region.base != NULL and self.watchers().identity == a64_load_relaxed(own):
+            self.watchers().close(&self.state.m, <uintptr_t><void *>self)
+
     cdef uint64_t sum_of(self, uint64_t i) noexcept nogil:
-        """Sequentially consistent enough: the fence stands between the flag and these loads."""
+        """Sequentially consistent enough: a fence stands between the flags and these loads."""
         cdef uint64_t at = 0, total = 0
         cdef a64_t *cell = map_cell(&self.state.m, &self.state.m.buckets[i], 0)
         while cell != NULL:
@@ -62,17 +161,15 @@ cdef class StateWatch:
 
     def look(self):
         """[(key, version, value or None)] of what has changed since the last look."""
-        cdef uint64_t i = 0, buckets = self.state.m.mask + 1
-        cdef map_bucket *bucket
+        cdef uint64_t i = 0, buckets = self.state.m.mask + 1, began = <uint64_t>now_ns()
         cdef map_key start
         cdef list found = []
         key_of(self.prefix, K_VALUE, &start)
-        for known in list(self.known):          # the time of a key may be over, and nobody has changed it
-            if self.over(known):
-                self.state.ready()
-                bucket = &self.state.m.buckets[<uint64_t>known]
-                tidy_bucket(&self.state.m, bucket, now_ns(), False)     # so its end has a version of its own
-                self.compare(known, &start, found)
+        self.state.ready()
+        fence_seq_cst()
+        for bucket, end in list(self.ends.items()):     # over, and nobody has changed it
+            if end <= began:
+                self.compare(bucket, &start, found)
         while True:
             self.state.check()
             self.state.region.enter()
@@ -80,9 +177,13 @@ cdef class StateWatch:
                 i = self.changed(i, buckets)
             self.state.region.leave()
             if i == buckets:
-                return found
+                break
             self.compare(i, &start, found)
             i += 1
+        self.state.check()
+        if not self.closed:
+            self.watchers().looked(&self.state.m, <uintptr_t><void *>self, began)
+        return found
 
     cdef uint64_t changed(self, uint64_t i, uint64_t end) noexcept nogil:
         """The first bucket from i on whose sum is another, which is noted; `end`: there is none."""
@@ -95,25 +196,33 @@ cdef class StateWatch:
             i += 1
         return i
 
-    cdef bint over(self, uint64_t i) except -1:
-        for key in self.known[i]:
-            if key not in self.state:
-                return True
-        return False
-
     cdef int compare(self, uint64_t i, map_key *start, list found) except -1:
         """The keys of a bucket as they are, and as they were."""
         cdef dict before = self.known.pop(i, {})
         cdef dict now = {}
-        cdef uint64_t newest
-        for key, version, value in self.state.bucket_items(i, start, True):
-            now[key] = version
-            if before.get(key) != version:
+        cdef uint64_t end = ~<uint64_t>0
+        self.state.check()
+        # What is over gets a tombstone, so its end has a version of its own.
+        tidy_bucket(&self.state.m, &self.state.m.buckets[i], now_ns(), SWEEP_DEAD)
+        for key, version, value, expires in self.state.bucket_items(i, start):
+            if value is None and expires != BURIED:
+                end = 0                         # since a moment: the next look sees how it ends
+                if key in before:
+                    now[key] = before[key]
+                continue
+            if expires > BURIED:
+                end = min(end, <uint64_t>expires)
+            now[key] = -version if value is None else version
+            if before.get(key) != now[key]:
                 found.append((key, version, value))
         newest = a64_load_relaxed(&self.state.m.buckets[i].counter)
-        for key in before:
-            if key not in now:
+        for key, version in before.items():     # without a tombstone, for which there was no room
+            if key not in now and version > 0:
                 found.append((key, newest, None))
+        self.watchers().meet(&self.state.m, i)
+        self.ends.pop(i, None)
+        if end != ~<uint64_t>0:
+            self.ends[i] = end
         if now:
             self.known[i] = now
         return 0

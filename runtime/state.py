@@ -129,6 +129,7 @@ class Watch:
     def close(self) -> None:
         """End the iteration, within 50 ms if it waits."""
         self._closed = True
+        self._watch.close()
 
 
 class AsyncLock:

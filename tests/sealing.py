@@ -22,9 +22,10 @@ def check_sealed(key: str, value: bytes) -> None:
     assert value[4:].startswith(f"{key}:".encode()), "another key's"
 
 
-def writer(state: SharedState, seed: int) -> None:
+def writer(state: SharedState, seed: int, watches: bool = False) -> None:
     """Sets, deletes, inserts until its parent is gone, and reads what others wrote."""
     chance, parent = random.Random(seed), os.getppid()
+    watch = state.watch("key ") if watches else None
     n = 0
     while os.getppid() == parent:
         n += 1
@@ -38,6 +39,13 @@ def writer(state: SharedState, seed: int) -> None:
             state.set(key, sealed(key, n, 30), ttl=0.0005)
         elif (value := state.get(key)) is not None:
             check_sealed(key, value)
+        if watch is not None and move < 0.2:
+            for changed, _, value in watch._watch.look():
+                if value is not None:
+                    check_sealed(changed, value)
+            if move < 0.01:
+                watch.close()
+                watch = state.watch("key ")
         state.add(f"ops {seed}")
 
 
@@ -45,7 +53,7 @@ def chunks(state: SharedState) -> int:
     """How many chunks the chains have, read from the format."""
     region = state.region
     rows, buckets = region.load_u64(48), region.load_u64(40)
-    at, units, width = 256 + 64 * rows, region.load_u64(24), region.load_u64(32)
+    at, units, width = 256 + 72 * rows, region.load_u64(24), region.load_u64(32)
     first = at + 64 * buckets + (8 * units + 63 & ~63)
     count = 0
     for i in range(buckets):

@@ -33,7 +33,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("_kernel", "_builtin"),
     ("_pool", "_lease", "_series", "_report", "_shaped", "_stdio", "_stacks", "_bell"),
     ("_maplayout",),
-    ("_units",),
+    ("_units", "_mapwatch"),
     ("_map",),
     ("_maplock",),
     ("_mapsweep",),

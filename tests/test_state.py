@@ -184,6 +184,7 @@ def test_many_keys_in_few_buckets() -> None:
 class AgainstDict(RuleBasedStateMachine):
     """Any order of operations gives what a dict gives."""
 
+    watched = False
     keys = st.sampled_from([f"key{i}" for i in range(40)]) | st.text(max_size=3)
     values = st.binary(max_size=400)
 
@@ -194,14 +195,20 @@ class AgainstDict(RuleBasedStateMachine):
         self.other = SharedState.open(SharedRegion.from_fd(self.region.fd))
         self.model: dict[str, bytes] = {}
         self.versions: dict[str, int] = {}
+        self.watch = self.state.watch() if self.watched else None
+        self.changed: set[str] = set()
+        self.seen: dict[str, int] = {}  # key -> version that the watch has shown last
 
     @rule(key=keys, value=values)
     def set(self, key: str, value: bytes) -> None:
         self.state.set(key, value)
         self.model[key] = value
+        self.changed.add(key)
 
     @rule(key=keys)
     def delete(self, key: str) -> None:
+        if key in self.model:
+            self.changed.add(key)
         assert self.other.delete(key) == (self.model.pop(key, None) is not None)
 
     @rule(key=keys, n=st.integers(-(2**62), 2**62))
@@ -218,6 +225,7 @@ class AgainstDict(RuleBasedStateMachine):
             return
         assert self.state.add(key, n) == total
         self.model[key] = number(total)
+        self.changed.add(key)
 
     @rule(key=keys, expected=st.none() | values, value=values, right=st.booleans())
     def compare_and_set(self, key: str, expected: bytes | None, value: bytes, right: bool) -> None:
@@ -227,6 +235,7 @@ class AgainstDict(RuleBasedStateMachine):
         assert done == (self.model.get(key) == expected)
         if done:
             self.model[key] = value
+            self.changed.add(key)
 
     @rule(key=keys)
     def look(self, key: str) -> None:
@@ -246,11 +255,26 @@ class AgainstDict(RuleBasedStateMachine):
     def sweep(self) -> None:
         self.state.sweep()
 
+    @rule()
+    def see(self) -> None:
+        """A watch shows each key that has changed once, as it is now, by its newest version."""
+        if self.watch is not None:
+            changes = self.watch._watch.look()
+            assert sorted((key, value) for key, _, value in changes) == sorted(
+                (key, self.model.get(key)) for key in self.changed
+            )
+            assert all(version > self.seen.get(key, 0) for key, version, _ in changes)
+            self.seen.update({key: version for key, version, _ in changes})
+            self.changed.clear()
+
     @invariant()
     def as_many(self) -> None:
         assert len(self.state) == len(self.model)
 
     def teardown(self) -> None:
+        if self.watch is not None:
+            self.watch.close()
+            self.watch = None
         check_blocks(self.state)
         other = self.other.region
         del self.state, self.other
@@ -258,8 +282,15 @@ class AgainstDict(RuleBasedStateMachine):
         self.region.close()
 
 
+class AgainstDictWatched(AgainstDict):
+    """The same where what is deleted leaves tombstones."""
+
+    watched = True
+
+
 TestAgainstDict = AgainstDict.TestCase
-TestAgainstDict.settings = settings(
+TestAgainstDictWatched = AgainstDictWatched.TestCase
+TestAgainstDict.settings = TestAgainstDictWatched.settings = settings(
     max_examples=25, stateful_step_count=60, deadline=None, suppress_health_check=list(HealthCheck)
 )
 
@@ -470,10 +501,13 @@ def test_one_key_is_inserted_once_by_many(state: SharedState) -> None:
 
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("kills", [50])
-def test_killed_anywhere(state: SharedState, kills: int) -> None:
-    """No value is torn, no block is lost, and nobody waits for the dead."""
+@pytest.mark.parametrize("watched", [False, True])
+def test_killed_anywhere(state: SharedState, kills: int, watched: bool) -> None:
+    """No value is torn, no block is lost, and nobody waits for the dead. Watched: what goes leaves tombstones,
+    and whoever is killed has watched, too."""
+    watch = state.watch("nothing") if watched else None
     chance = random.Random(kills)
-    pids = {fork(lambda seed=seed: writer(state, seed)): seed for seed in range(3)}
+    pids = {fork(lambda seed=seed: writer(state, seed, watched)): seed for seed in range(3)}
     for turn in range(kills):
         pid = chance.choice(list(pids))
         seed = pids.pop(pid)
@@ -484,10 +518,14 @@ def test_killed_anywhere(state: SharedState, kills: int) -> None:
         os.waitpid(pid, 0)
         for key, value in state.items("key "):
             check_sealed(str(key), value)
-        pids[fork(lambda seed=seed, turn=turn: writer(state, seed))] = seed
+        if watch is not None:
+            assert watch._watch.look() == []
+        pids[fork(lambda seed=seed, turn=turn: writer(state, seed, watched))] = seed
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
+    if watch is not None:
+        watch.close()
     check_blocks(state)
 
 

@@ -143,8 +143,11 @@ def test_the_checker_itself() -> None:
 
 
 @pytest.mark.parametrize("histories", [50])
-def test_histories_under_kills(make: Callable[[], SharedState], histories: int) -> None:
+@pytest.mark.parametrize("watched", [False, True])
+def test_histories_under_kills(make: Callable[[], SharedState], histories: int, watched: bool) -> None:
+    """Watched: a delete leaves a tombstone, which is emptied now and then."""
     state = make()
+    watch = state.watch() if watched else None
     shares = []
     for seed in range(histories):
         history = record(state, seed, kills=seed % 2 == 0)
@@ -153,6 +156,8 @@ def test_histories_under_kills(make: Callable[[], SharedState], histories: int) 
         shares.append(overlapping(history))
         state.sweep()
         state.delete("k")
+        if watch is not None:
+            assert [value for _, _, value in watch._watch.look()] == [None]
     # On one processor operations overlap only when one is interrupted: nothing to be shown there.
     if len(os.sched_getaffinity(0)) > 1:
         print(f"overlapping: {sum(shares) / len(shares):.0%}")

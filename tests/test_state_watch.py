@@ -10,7 +10,7 @@ import threading
 from marks import FORKS_BESIDE_THREADS
 from watching import fork, join
 
-from runtime import Change, SharedState
+from runtime import Change, SharedRegion, SharedState
 
 pytestmark = FORKS_BESIDE_THREADS
 
@@ -48,6 +48,118 @@ def test_an_item_whose_time_is_over(state: SharedState) -> None:
     assert (was.value, over.value) == (b"1", None)
     state.set("a", b"2")
     assert was.version < over.version < next(watch).version
+
+
+def test_a_key_that_came_and_went_between_two_looks(state: SharedState) -> None:
+    """By hand, and by its time; each has a version of its own."""
+    watch, other = state.watch("a/"), state.watch("b/")
+    for turn in range(3):
+        state.set("a/1", b"1")
+        last = state.version("a/1")
+        assert state.delete("a/1")
+        assert not state.delete("a/1")
+        assert (state.get("a/1"), "a/1" in state, state.version("a/1"), len(state)) == (None, False, 0, 0)
+        assert state.items() == []
+        state.set("a/2", b"2", ttl=1e-9)
+        changes = {next(watch), next(watch)}
+        assert {(change.key, change.value) for change in changes} == {("a/1", None), ("a/2", None)}
+        assert all(change.version > last for change in changes if change.key == "a/1"), turn
+    assert watch._watch.look() == other._watch.look() == []
+    assert state.compare_and_set("a/1", None, b"3")
+    assert state.add("a/2") == 1
+    assert {next(watch).key, next(watch).key} == {"a/1", "a/2"}
+
+
+def test_tombstones_stay_until_every_watch_has_seen_them(state: SharedState) -> None:
+    whole = state.bytes_free()
+    watch, late = state.watch(), state.watch()
+
+    def gone(count: int) -> None:
+        for i in range(count):
+            state.set(f"k{i}", b"")
+            state.delete(f"k{i}")
+
+    gone(100)
+    for _ in range(5):
+        watch._watch.look()
+    assert state.sweep() == 0
+    assert state.bytes_free() < whole  # one has not looked yet
+    assert len(late._watch.look()) == 100
+    for one in (watch, late, watch, late, watch):
+        assert one._watch.look() == []
+    assert state.bytes_free() == whole
+    gone(100)
+    watch.close()
+    assert state.sweep() == 0
+    late.close()
+    assert state.sweep() == 100  # nobody watches any more
+    assert state.bytes_free() == whole
+
+
+def test_watches_of_other_processes_count_too(state: SharedState) -> None:
+    """Also after a fork that has an open watch of its parent's, and until they die."""
+    whole = state.bytes_free()
+    watch = state.watch()
+    told, answer = os.pipe(), os.pipe()
+
+    def child() -> None:
+        mine = state.watch()
+        os.write(answer[1], b".")
+        os.read(told[0], 1)
+        assert [(change.key, change.value) for change in (next(mine),)] == [("k", None)]
+        os.write(answer[1], b".")
+        os.read(told[0], 1)
+
+    pid = fork(child)
+    os.read(answer[0], 1)
+    state.set("k", b"")
+    state.delete("k")
+    for _ in range(4):
+        watch._watch.look()
+    assert state.bytes_free() < whole
+    os.write(told[1], b".")
+    os.read(answer[0], 1)
+    state.set("k", b"")
+    state.delete("k")
+    assert next(watch).value is None
+    watch.close()
+    assert state.sweep() == 0  # the child has not seen this one
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    assert state.sweep() >= 1
+    assert state.bytes_free() == whole
+    for end in (*told, *answer):
+        os.close(end)
+
+
+def test_when_room_is_short_tombstones_make_it(state: SharedState) -> None:
+    """A watch that nobody asks costs others nothing; what it has shown it does not lose."""
+    state.set("shown", b"1")
+    watch = state.watch()
+    for i in range(20_000):
+        state.set(f"k{i}", b"")
+        state.delete(f"k{i}")
+    state.set("shown", b"2")
+    state.delete("shown")
+    changes = watch._watch.look()
+    assert [change[2] for change in changes if change[0] == "shown"] == [None]
+    assert len(changes) > 100
+    assert all(value is None for _, _, value in changes)
+
+
+def test_a_watch_that_is_dropped_or_outlives_its_region() -> None:
+    with SharedRegion.create(1 << 16) as region:
+        state = SharedState.create(region)
+        whole = state.bytes_free()
+        dropped, kept = state.watch(), state.watch()
+        state.set("k", b"")
+        state.delete("k")
+        del dropped
+        kept.close()
+        assert (state.sweep(), state.bytes_free()) == (1, whole)
+        kept = state.watch()
+    kept.close()
+    del state, kept
 
 
 def test_the_last_value_always_arrives(state: SharedState) -> None:

@@ -1,0 +1,22 @@
+# cython: language_level=3
+"""Who watches a map, for nogil code: see "Tombstones" in _maplayout.pxd."""
+from libc.stdint cimport uint64_t
+
+from runtime._atomics cimport a64_load_seq_cst
+from runtime._maplayout cimport map_t
+
+
+# Wake those who sleep until something changes.
+cdef void map_tell(map_t *m) noexcept nogil
+# The last look of this process's watches began then, or later; 0: it has none open.
+cdef void watch_since(map_t *m, uint64_t ns) noexcept nogil
+# A watch may have been the last one.
+cdef void watch_ended(map_t *m) noexcept nogil
+# The process in this row, which is dead, watches no more.
+cdef void watch_dead(map_t *m, uint64_t row, uint64_t name) noexcept nogil
+# Every watch of every process has begun a look since then; all bits: there is none.
+cdef uint64_t watch_least(map_t *m) noexcept nogil
+
+
+cdef inline bint map_watched(map_t *m) noexcept nogil:
+    return a64_load_seq_cst(&m.head.watching) & 1

@@ -1,0 +1,59 @@
+# cython: language_level=3
+"""Who watches a map: the words by which writers know. Their moves stand in _maplayout.pxd, "Tombstones"."""
+from libc.limits cimport INT_MAX
+from libc.stdint cimport uint64_t
+
+from runtime._atomics cimport (
+    a32_fetch_add_seq_cst, a32_load_acquire, a32_load_seq_cst, a32_store_relaxed,
+    a64_cas_seq_cst, a64_load_acquire, a64_load_relaxed, a64_load_seq_cst, a64_store_seq_cst, futex_wake,
+)
+from runtime._maplayout cimport map_t
+
+
+cdef void map_tell(map_t *m) noexcept nogil:
+    if a32_load_seq_cst(&m.head.watchers) == 0:
+        return
+    a32_fetch_add_seq_cst(&m.head.sequence, 1)
+    if futex_wake(&m.head.sequence, INT_MAX) > 0:
+        return
+    # As pool_wake: who set the flag before this line is woken, or does not fall asleep.
+    a32_store_relaxed(&m.head.watchers, 0)
+    a32_fetch_add_seq_cst(&m.head.sequence, 1)
+    futex_wake(&m.head.sequence, INT_MAX)
+
+
+cdef void watch_since(map_t *m, uint64_t ns) noexcept nogil:
+    cdef uint64_t row = a64_load_relaxed(&m.row)
+    cdef uint64_t before = a64_load_relaxed(&m.looked[row])
+    cdef uint64_t w
+    if before == ns:
+        return
+    a64_store_seq_cst(&m.looked[row], ns)
+    if ns == 0:
+        watch_ended(m)
+    while before == 0:
+        w = a64_load_seq_cst(&m.head.watching)
+        if a64_cas_seq_cst(&m.head.watching, w, (w + 1) | 1):
+            break
+
+
+cdef void watch_ended(map_t *m) noexcept nogil:
+    cdef uint64_t w = a64_load_seq_cst(&m.head.watching)
+    if w & 1 and watch_least(m) == ~<uint64_t>0:
+        a64_cas_seq_cst(&m.head.watching, w, w + 1)
+
+
+cdef void watch_dead(map_t *m, uint64_t row, uint64_t name) noexcept nogil:
+    # Read first: of the row's next process it would be another ns.
+    cdef uint64_t ns = a64_load_seq_cst(&m.looked[row])
+    if ns != 0 and a64_load_seq_cst(&m.rows[row].owner) == name:
+        a64_cas_seq_cst(&m.looked[row], ns, 0)
+
+
+cdef uint64_t watch_least(map_t *m) noexcept nogil:
+    cdef uint64_t least = ~<uint64_t>0, row, ns, high = a32_load_acquire(&m.head.high)
+    for row in range(min(high, m.row_count)):
+        ns = a64_load_seq_cst(&m.looked[row])
+        if ns != 0 and ns < least:
+            least = ns
+    return least
