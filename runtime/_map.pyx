@@ -233,7 +233,7 @@ cdef bint reserve_item(map_t *m) noexcept nogil:
         a64_fetch_add_seq_cst(&m.head.items, <uint64_t>-1)
         # It counts those, too, who were killed on the way: only a count of what is there says no.
         before = a64_load_acquire(&m.head.items)
-        a64_cas_seq_cst(&m.head.items, before, map_count(m, 0))
+        a64_cas_seq_cst(&m.head.items, before, map_count(m, BURIED))
     return False
 
 
@@ -242,17 +242,25 @@ cdef inline void drop_item(map_t *m, uint64_t kind) noexcept nogil:
         a64_fetch_add_seq_cst(&m.head.items, <uint64_t>-1)
 
 
-cdef inline bint replace(map_t *m, map_bucket *bucket, map_place *place, uint64_t b) noexcept nogil:
-    """Our block b in the place of another one."""
-    # The old block's tag is read before the CAS: as long as the cell names it, it is that block's. If it is
-    # TAKEN still, it may be PUBLISHED by the time that it is unnamed: then its owner has looked too early.
+cdef inline map_status replace(map_t *m, map_bucket *bucket, map_place *place, uint64_t b) noexcept nogil:
+    """Our block b in the place of another one; MAP_AGAIN: look for the key anew."""
+    # What is read of the old block is right if the CAS succeeds. Its tag: if it is TAKEN still, it may be
+    # PUBLISHED by the time that it is unnamed: then its owner has looked too early.
     cdef uint64_t old = unit_word(U_PUBLISHED, 0, a64_load_acquire(&m.words[place.block]))
+    cdef bint counted = block_at(m, place.block).expires != BURIED
+    cdef bint counts = block_at(m, b).expires != BURIED
+    if m.max_items != 0 and counts and not counted and not reserve_item(m):
+        return MAP_MANY_ITEMS
     if not a64_cas_seq_cst(place.cell, place.word, cell_naming(bucket, b + 1)):
-        return False
+        if counts and not counted:
+            drop_item(m, K_VALUE)
+        return MAP_AGAIN
+    if counted and not counts:
+        drop_item(m, K_VALUE)
     publish(m, b, U_PUBLISHED, place.cell)
     map_release(m, place.block, old)
     map_tell(m)
-    return True
+    return MAP_OK
 
 
 cdef map_status insert(map_t *m, map_bucket *bucket, uint64_t p, map_place *place, uint64_t b) noexcept nogil:
@@ -313,10 +321,12 @@ cdef map_status map_put(map_t *m, map_key *k, const char *value, uint64_t n, int
                 status = compare(m, &place, expected, expected_bytes, &over)
                 if over and expected != NULL and status == MAP_OK:
                     status = MAP_OTHER
-            if status == MAP_OTHER:
+            if status == MAP_OK:
+                status = replace(m, bucket, &place, b)
+            if status == MAP_OK:
+                return status
+            if status != MAP_AGAIN:
                 break
-            if status == MAP_OK and replace(m, bucket, &place, b):
-                return MAP_OK
         elif conditional and expected != NULL:
             status = MAP_OTHER
             break
@@ -368,9 +378,9 @@ cdef map_status map_add(map_t *m, map_key *k, int64_t n, int64_t *result) noexce
             status = add_to(m, &place, n, result, &block.expires)
             if status == MAP_OK:
                 memcpy(block_value(block), result, 8)
-                if replace(m, bucket, &place, b):
-                    return MAP_OK
-                status = MAP_AGAIN
+                status = replace(m, bucket, &place, b)
+                if status == MAP_OK:
+                    return status
         else:
             block.expires = 0
             result[0] = n
@@ -396,9 +406,9 @@ cdef bint map_empty(map_t *m, map_bucket *bucket, a64_t *cell, uint64_t word) no
         map_help(m, bucket, p)
     if not a64_cas_seq_cst(cell, word, cell_naming(bucket, 0)):
         return False
-    drop_item(m, kind)
     map_release(m, b, old)
     if kind == K_VALUE and expires != BURIED:
+        drop_item(m, kind)
         map_tell(m)
     return True
 
@@ -421,7 +431,7 @@ cdef bint map_remove(map_t *m, map_bucket *bucket, a64_t *cell, uint64_t word) n
     tomb = new_block(m, &k, 0, BURIED)
     if tomb == NOWHERE:
         return map_empty(m, bucket, cell, word)
-    if not replace(m, bucket, &place, tomb):
+    if replace(m, bucket, &place, tomb) != MAP_OK:
         unit_free(m, tomb)
         return False
     return True

@@ -217,8 +217,8 @@ cdef class MapAccess:
         return 0
 
     cdef int make_room(self, map_status status, uint64_t need, int turn) except -1:
-        """After a write that failed for want of room: sweep, for the next turn. The number of that, from 1."""
-        if turn < 2:
+        """After a write that failed for want of room: sweep, and the number of the next turn."""
+        if turn < (1 if status == MAP_MANY_ITEMS else 2):       # tombstones are no items
             self.swept(SWEEP_ALL if turn else SWEEP_OVER)
             return turn + 1
         if status == MAP_MANY_ITEMS:

@@ -69,7 +69,7 @@ named: `looked` of a row is the ns at which the last look of its process's watch
 behind the others; 0: none is open. When nobody watches any more, it is what else is over; when room is short,
 it goes at once, and a watch that never saw the key does not hear of it.
 
-    looked    0, ns -> ns, 0        that process; ns -> 0: a sweeper that read it before it saw whose the row is
+    looked    0, ns -> ns, 0        that process; ns -> 0: a sweeper, if the row still is a dead one's
     watching  w -> w + 1 or + 2     who opens a watch, after `looked`: to an odd number that is new
               odd w -> w + 1        who read w, then found no row that has looked
 

@@ -15,10 +15,10 @@ from runtime._atomics cimport (
     a64_load_seq_cst, a64_t, fence_acquire, now_ns,
 )
 from runtime._identity cimport is_dead, my_identity
-from runtime._map cimport map_remove, map_cell, map_empty, map_names, map_release, map_settle, map_unpin
+from runtime._map cimport map_cell, map_empty, map_names, map_release, map_remove, map_settle, map_unpin
 from runtime._maplayout cimport (
-    BURIED, K_LOCK, K_ONCE, K_VALUE, MAX_KEY, PINS, U_LOCK, U_PUBLISHED, U_TAKEN, block_at, block_value, cell_block,
-    map_block, map_bucket, map_t, unit_field, unit_state, unit_word, value_fits,
+    BURIED, K_LOCK, K_ONCE, K_VALUE, MAX_KEY, PINS, U_LOCK, U_PUBLISHED, U_TAKEN, block_at, block_value,
+    cell_block, map_block, map_bucket, map_t, unit_field, unit_state, unit_word, value_fits,
 )
 from runtime._maplock cimport L_DEAD, L_HELD, lock_pass_on, lock_retire
 from runtime._mapwatch cimport map_watched, watch_dead, watch_ended

@@ -5,7 +5,7 @@ from libc.stdint cimport uint64_t
 
 from runtime._atomics cimport (
     a32_fetch_add_seq_cst, a32_load_acquire, a32_load_seq_cst, a32_store_relaxed,
-    a64_cas_seq_cst, a64_load_acquire, a64_load_relaxed, a64_load_seq_cst, a64_store_seq_cst, futex_wake,
+    a64_cas_seq_cst, a64_load_relaxed, a64_load_seq_cst, a64_store_seq_cst, futex_wake,
 )
 from runtime._maplayout cimport map_t
 

@@ -111,7 +111,7 @@ cdef class Watchers:
 
 @cython.no_gc                   # it is needed whole when it ends, and is in no cycle
 cdef class StateWatch:
-    """What has changed since it was made: see SharedState.watch. Thread-safety: one thread at a time looks."""
+    """What has changed since it was made: see SharedState.watch. Thread-safety: one thread looks."""
     cdef StateMap state
     cdef object prefix
     cdef dict known             # bucket -> {key: version; negative: that of its end}

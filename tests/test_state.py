@@ -503,8 +503,10 @@ def test_one_key_is_inserted_once_by_many(state: SharedState) -> None:
 @pytest.mark.parametrize("kills", [50])
 @pytest.mark.parametrize("watched", [False, True])
 def test_killed_anywhere(state: SharedState, kills: int, watched: bool) -> None:
-    """No value is torn, no block is lost, and nobody waits for the dead. Watched: what goes leaves tombstones,
-    and whoever is killed has watched, too."""
+    """No value is torn, no block is lost, and nobody waits for the dead.
+
+    Watched: what goes leaves tombstones, and whoever is killed has watched, too.
+    """
     watch = state.watch("nothing") if watched else None
     chance = random.Random(kills)
     pids = {fork(lambda seed=seed: writer(state, seed, watched)): seed for seed in range(3)}

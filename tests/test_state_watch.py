@@ -7,10 +7,11 @@ import os
 import signal
 import threading
 
+import pytest
 from marks import FORKS_BESIDE_THREADS
 from watching import fork, join
 
-from runtime import Change, SharedRegion, SharedState
+from runtime import Change, RegionFull, SharedRegion, SharedState
 
 pytestmark = FORKS_BESIDE_THREADS
 
@@ -145,6 +146,28 @@ def test_when_room_is_short_tombstones_make_it(state: SharedState) -> None:
     assert [change[2] for change in changes if change[0] == "shown"] == [None]
     assert len(changes) > 100
     assert all(value is None for _, _, value in changes)
+
+
+def test_tombstones_are_no_items() -> None:
+    with SharedRegion.create(1 << 16) as region:
+        state = SharedState.create(region, max_items=2)
+        watch = state.watch()
+        for i in range(20):
+            state.set("other", b"")
+            state.set(f"k{i}", b"")
+            with pytest.raises(RegionFull, match="has 2 items, and max_items is 2"):
+                state.set("one more", b"")
+            if i >= 2:
+                with pytest.raises(RegionFull):
+                    state.add("k0")  # which had a tombstone
+            if i < 19:
+                state.delete(f"k{i}")
+        gone = {key for key, _, value in watch._watch.look() if value is None}
+        assert gone == {f"k{i}" for i in range(19)}
+        state.delete("other")
+        assert state.add("k0") == 1
+        watch.close()
+        del state, watch
 
 
 def test_a_watch_that_is_dropped_or_outlives_its_region() -> None:

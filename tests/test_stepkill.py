@@ -22,6 +22,7 @@ from marks import FORKS_BESIDE_THREADS
 from runtime import _extent, _slab  # type: ignore[attr-defined]
 from tools.stepkill import cli, engine, primitives, report, trace
 from tools.stepkill.extents import HeapWorld
+from tools.stepkill.primitive import Primitive
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -207,11 +208,11 @@ def test_a_primitive_passes_and_its_line_says_so() -> None:
     assert (lost, doubled) == (0, 0)
 
 
-def entry(name: str) -> primitives.Primitive:
+def entry(name: str) -> Primitive:
     return next(primitive for primitive in primitives.PRIMITIVES if primitive.name == name)
 
 
-def measured(primitive: primitives.Primitive) -> report.Line:
+def measured(primitive: Primitive) -> report.Line:
     parts = [(s.name, engine.run(s, primitive.modules(), "1")) for s in primitive.scenarios]
     return report.line(primitive, parts, 0.0)
 

@@ -7,63 +7,16 @@ references) has only its atomic operations in the share: the instructions that c
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
-from typing import NamedTuple
 
 from tools.stepkill.engine import Scenario, at_call, at_entry, at_lock
 from tools.stepkill.extents import HOST, HeapWorld
 from tools.stepkill.grains import GrainWorld
 from tools.stepkill.growth import GrowthWorld
 from tools.stepkill.leases import PARKED, PARKED_HERE, HostDies, WorkerDies
+from tools.stepkill.maps import MAPS
 from tools.stepkill.pools import PoolWorld
-from tools.stepkill.shipped import Shipped, package
-from tools.stepkill.states import LONG, NUMBER, StateWorld
-
-
-class Unreached(NamedTuple):
-    """Instructions of a function that no scenario can reach."""
-
-    function: str
-    most: int  # instructions, an upper bound
-    reason: str
-
-
-class Code(NamedTuple):
-    """What is to be stepped of a function."""
-
-    name: str
-    what: str  # "all of it", or "atomic operations"
-    base: int  # where its object begins
-    wanted: frozenset[int]  # instructions
-    everything: frozenset[int]  # all of the function's
-
-
-class Primitive(NamedTuple):
-    """One line of the table."""
-
-    name: str
-    scenarios: tuple[Scenario, ...]
-    whole: tuple[str, ...]  # module.function: all of its instructions are to be stepped
-    atomic: tuple[str, ...] = ()  # module.function: its atomic operations are
-    unreached: tuple[Unreached, ...] = ()
-    objects: tuple[Shipped, ...] = ()  # whose text is stepped; none: the whole package
-
-    def modules(self) -> tuple[Shipped, ...]:
-        return self.objects or package()
-
-    def code(self) -> Iterator[Code]:
-        """All that is to be stepped."""
-        objects = {shipped.name: shipped for shipped in self.modules()}
-        for name in (*self.whole, *self.atomic):
-            found, function = objects[name.partition(".")[0]], name.partition(".")[2]
-            everything = found.code(found.find(function))
-            if name in self.whole:
-                yield Code(name, "all of it", found.base, everything, everything)
-            else:
-                yield Code(
-                    name, "atomic operations", found.base, found.atomics(found.find(function)), everything
-                )
+from tools.stepkill.primitive import Primitive, Unreached
 
 
 def pool(name: str, *args: object, **kwargs: object) -> Scenario:
@@ -92,10 +45,6 @@ ASKS: dict[str, object] = {"claimed": 1, "args": 5000, "full": 5}  # arguments f
 
 def grains(name: str, *args: object, **kwargs: object) -> Scenario:
     return Scenario(name, partial(GrainWorld, *args, **kwargs))  # type: ignore[arg-type]
-
-
-def state(name: str, *args: object, **kwargs: object) -> Scenario:
-    return Scenario(name, partial(StateWorld, *args, **kwargs), over=("_identity",))  # type: ignore[arg-type]
 
 
 SLOW = ("pool enroll", "piece by piece")  # these are begun first
@@ -507,81 +456,5 @@ PRIMITIVES = (
         ),
         whole=("_kernel.recover_grain",),
     ),
-    Primitive(
-        "state write",
-        (
-            state("set: new", "set_short"),
-            state("set: anew", "set_short", b"old"),
-            state("set: large", "set_long", b"old"),
-            state("set: large, anew", "set_long", LONG),
-            state("set: small for large", "set_short", LONG),
-            state("set: over", "set_short", b"old", over=True),
-            state("set: another sets it", "set_short", b"old").amid(at_lock("map_put")),
-            state("set: another inserts it", "set_short").amid(at_lock("insert")),
-            state("chain: grows", "set_short", others=5),
-            state("chain: grows, of units freed before", "set_short", others=5, reuse=True),
-            state("chain: grows again", "set_short", others=16),
-            state("another makes the chain", "set_short", others=5).amid(at_lock("insert")),
-            state("with a limit", "set_short", limit=3, others=2),
-            state("with a limit, another inserts it", "set_short", limit=3).amid(at_lock("insert", 2)),
-            state("at the limit", "set_short", limit=2, others=2),
-            state("with a limit, deleted", "delete", b"old", limit=2),
-            state("chain: there is one", "set_short", b"old", others=5),
-            state("chain: deleted from it", "delete", b"old", others=5),
-            state("add: new", "add"),
-            state("add: a number", "add", NUMBER),
-            state("add: in a unit freed before", "add", NUMBER, reuse=True),
-            state("add: over", "add", NUMBER, over=True),
-            state("add: another sets it", "add", NUMBER).amid(at_lock("map_add")),
-            state("compare and set: absent", "swap"),
-            state("compare and set: equal", "swap", b"old"),
-            state("compare and set: other", "swap_other", b"old"),
-            state("compare and set: other, absent", "swap_other"),
-            state("delete", "delete", b"old"),
-            state("delete: large", "delete", LONG),
-            state("delete: absent", "delete"),
-            state("delete: over", "delete", b"old", over=True),
-        ),
-        whole=("_map.map_erase", "_units.unit_free_published"),
-        atomic=("_map.map_put", "_map.map_add", "_map.insert", "_map.map_help", "_map.map_empty"),
-    ),
-    Primitive(
-        "state read",
-        (
-            state("", "look", b"old"),
-            state("absent", "look"),
-            state("a view", "view", LONG),
-        ),
-        whole=(),
-        atomic=("_units.unit_pin",),
-        unreached=(Unreached("_units.unit_pin", 2, "another process sets its bit at this moment"),),
-    ),
-    Primitive(
-        "state sweep",
-        (
-            state("nothing", "sweep", b"old"),
-            state("over", "sweep", LONG, over=True, others=2),
-            state("what a dead process leaves", "sweep", LONG, dead=True),
-            state("what two leave", "sweep", b"old", dead=True, over=True),
-        ),
-        whole=(),
-        atomic=("_mapsweep.map_sweep", "_mapsweep.sweep_lock", "_map.map_settle"),
-    ),
-    Primitive(
-        "state lock",
-        (
-            state("taken", "take_lock"),
-            state("taken, by a key that is there", "take_lock", b"old"),
-            state("of the dead", "take_lock", b"old", dead=True),
-            state("held by another", "wait_for_lock"),
-            state("given back", "unlock"),
-        ),
-        whole=(),
-        atomic=("_maplock.lock_take", "_maplock.lock_give"),
-        unreached=(
-            Unreached(
-                "_maplock.lock_take", 4, "the name is reclaimed at this moment, or all pins are in use"
-            ),
-        ),
-    ),
+    *MAPS,
 )

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from tools.stepkill.engine import Outcome
-from tools.stepkill.primitives import Primitive, Unreached
+from tools.stepkill.primitive import Primitive, Unreached
 
 ENOUGH = 0.95  # of a primitive's instructions that must have been stepped
 MISSED = 0.05  # of the boundaries to be killed at, those that need not come again

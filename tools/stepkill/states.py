@@ -15,6 +15,7 @@ from tools.stepkill.engine import Verdict
 
 SIZE = 1 << 15
 HEAD, ROW, BUCKET, WIDTH = 256, 64, 64, 128  # sizeof(map_header), map_row, map_bucket; a unit
+WATCHING = 200  # offset of map_header.watching
 NUMBER = (7).to_bytes(8, "little")
 LONG = bytes(range(250)) * 2  # several units
 MANY = 16  # cells of a bucket with one chunk
@@ -78,13 +79,14 @@ class StateWorld:
     """A map with some keys. act: what is done, a method below. before: the value of "key"; None: no key.
 
     others: keys of the same bucket that are there, too. over: the time of "key" is over. dead: a process was
-    killed with blocks, pins, and the lock of "key". limit: max_items.
-    reuse: the process has freed two units before, which it takes first.
+    killed with blocks, pins, a watch, and the lock of "key". limit: max_items.
+    reuse: the process has freed two units before, which it takes first. watched: the one that lives watches.
+    gone: "key" was deleted.
     """
 
     def __init__(self, act: str, before: bytes | None = None, *, others: int = 0, over: bool = False,
                  dead: bool = False, limit: int | None = None,
-                 reuse: bool = False) -> None:  # fmt: skip
+                 reuse: bool = False, watched: bool = False, gone: bool = False) -> None:  # fmt: skip
         self.how, self.before, self.limit, self.reuse = act, before, limit, reuse
         self.act = getattr(self, act)
         self.key, *rest = reversed(neighbours())
@@ -93,11 +95,14 @@ class StateWorld:
         self.memory = mmap.mmap(self.region.fd, os.fstat(self.region.fd).st_size)
         self.state = _core.StateMap.create(self.region, max_items=limit)
         self.whole = self.state.bytes_free()
+        self.watch = _core.StateWatch(self.state, "") if watched else None
         for key in self.others:
             self.state.set(key, key.encode())
         if before is not None:
             self.state.set(self.key, before, ttl=1e-9 if over else None)
-        self.allowed: set[bytes | None] = {None if over else before}
+        if gone:
+            self.state.delete(self.key)
+        self.allowed: set[bytes | None] = {None if over or gone else before}
         self.lock: Any = None
         if act == "wait_for_lock":
             self.lock = self.state.lock(self.key)
@@ -111,7 +116,7 @@ class StateWorld:
         if not pid:
             lock = self.state.lock(self.key)
             lock.acquire()
-            _kept = self.state.get(self.key, view=True)
+            _kept = self.state.get(self.key, view=True), _core.StateWatch(self.state, "")
             os._exit(0)
         os.waitpid(pid, 0)
         Look(self.region).leave_taken(self.region.store_u64, 1)
@@ -128,6 +133,10 @@ class StateWorld:
         if self.how == "unlock":
             self.lock = self.state.lock(self.key)
             self.lock.acquire()
+        if self.how in ("end_watch", "watch_on"):
+            self.mine = _core.StateWatch(self.state, "")
+            self.state.set("gone", b"")
+            self.state.delete("gone")
 
     def set_short(self) -> None:
         with contextlib.suppress(RegionFull):
@@ -157,6 +166,17 @@ class StateWorld:
 
     def sweep(self) -> None:
         self.state.sweep()
+
+    def begin_watch(self) -> None:
+        self.mine = _core.StateWatch(self.state, "")
+
+    def end_watch(self) -> None:
+        self.mine.close()
+
+    def watch_on(self) -> None:
+        """The third look empties what the first has seen."""
+        for _ in range(3):
+            self.mine.look()
 
     def take_lock(self) -> None:
         self.state.lock(self.key).acquire(0)
@@ -207,13 +227,18 @@ class StateWorld:
         for key in (self.key, *self.others):
             wrong += not self.state.delete(key)
         wrong += self.state.get(self.key) is not None
+        if self.watch is not None:
+            shown = {key: value for key, _, value in self.watch.look()}
+            wrong += any(key not in shown or shown[key] is not None for key in (self.key, *self.others))
+            self.watch.close()
         self.state.sweep()
         look = Look(self.region)
+        wrong += look.load(WATCHING) & 1
         free = self.state.bytes_free() + WIDTH * look.chunks()
         wrong += len(look.owners()) != 1
         return Verdict(wrong + (free < self.whole), doubled + (free > self.whole))
 
     def close(self) -> None:
-        self.lock = None
+        self.lock = self.watch = None
         self.memory.close()
         self.region.close()

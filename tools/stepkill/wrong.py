@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 
 from tools.stepkill.engine import Scenario, Verdict
-from tools.stepkill.primitives import Primitive
+from tools.stepkill.primitive import Primitive
 from tools.stepkill.shipped import Shipped, Unreadable
 
 ROOT = Path(__file__).resolve().parents[2]
