@@ -65,11 +65,12 @@ the process's identity, so that a late sweeper cannot clear the pin of the row's
 Tombstones. A watch must see a key that was set and deleted between two of its looks, so what goes while
 somebody watches (`watching` is odd) is replaced by a block with the key alone, over since BURIED: reads take
 it for absent, a set replaces it. It is emptied when every watch has begun a look after somebody had seen it
-named: `looked` of a row is the ns at which the last look of its process's watches began, of the one that is
-behind the others; 0: none is open. When nobody watches any more, it is what else is over; when room is short,
-it goes at once, and a watch that never saw the key does not hear of it.
+named: `looked` of a row is the ns at which the last look of the watches of one mapping began, of the one that
+is behind the others; 0: none is open. When nobody watches any more, it is what else is over; when room is
+short, it goes at once, and a watch that never saw the key does not hear of it.
 
-    looked    0, ns -> ns, 0        that process; ns -> 0: a sweeper, if the row still is a dead one's
+    looked    0 -> ns               a mapping of the row's process, CAS; it alone moves it then, ns -> ns', 0
+              ns -> 0               a sweeper, if the row still is a dead one's
     watching  w -> w + 1 or + 2     who opens a watch, after `looked`: to an odd number that is new
               odd w -> w + 1        who read w, then found no row that has looked
 

@@ -8,8 +8,11 @@ from runtime._maplayout cimport map_t
 
 # Wake those who sleep until something changes.
 cdef void map_tell(map_t *m) noexcept nogil
-# The last look of this process's watches began then, or later; 0: it has none open.
-cdef void watch_since(map_t *m, uint64_t ns) noexcept nogil
+# A row of this process that no other mapping of it watches by, from now on with a watch that looked then.
+# row_count: all are taken.
+cdef uint64_t watch_begin(map_t *m, uint64_t ns) noexcept nogil
+# The last look of each of the watches of that row began then, or later; 0: none is open.
+cdef void watch_since(map_t *m, uint64_t row, uint64_t ns) noexcept nogil
 # A watch may have been the last one.
 cdef void watch_ended(map_t *m) noexcept nogil
 # The process in this row, which is dead, watches no more.

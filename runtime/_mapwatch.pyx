@@ -8,6 +8,7 @@ from runtime._atomics cimport (
     a64_cas_seq_cst, a64_load_relaxed, a64_load_seq_cst, a64_store_seq_cst, futex_wake,
 )
 from runtime._maplayout cimport map_t
+from runtime._units cimport unit_row
 
 
 cdef void map_tell(map_t *m) noexcept nogil:
@@ -22,19 +23,26 @@ cdef void map_tell(map_t *m) noexcept nogil:
     futex_wake(&m.head.sequence, INT_MAX)
 
 
-cdef void watch_since(map_t *m, uint64_t ns) noexcept nogil:
-    cdef uint64_t row = a64_load_relaxed(&m.row)
-    cdef uint64_t before = a64_load_relaxed(&m.looked[row])
-    cdef uint64_t w
-    if before == ns:
-        return
+cdef uint64_t watch_begin(map_t *m, uint64_t ns) noexcept nogil:
+    cdef uint64_t me = a64_load_relaxed(&m.identity), row, w
+    for row in range(m.row_count):
+        if a64_load_relaxed(&m.rows[row].owner) == me and a64_cas_seq_cst(&m.looked[row], 0, ns):
+            break
+    else:
+        row = unit_row(m, me)
+        if row == m.row_count:
+            return row
+        a64_store_seq_cst(&m.looked[row], ns)
+    while True:
+        w = a64_load_seq_cst(&m.head.watching)
+        if a64_cas_seq_cst(&m.head.watching, w, (w + 1) | 1):
+            return row
+
+
+cdef void watch_since(map_t *m, uint64_t row, uint64_t ns) noexcept nogil:
     a64_store_seq_cst(&m.looked[row], ns)
     if ns == 0:
         watch_ended(m)
-    while before == 0:
-        w = a64_load_seq_cst(&m.head.watching)
-        if a64_cas_seq_cst(&m.head.watching, w, (w + 1) | 1):
-            break
 
 
 cdef void watch_ended(map_t *m) noexcept nogil:

@@ -15,6 +15,8 @@ cdef enum:
 
 # A row for this process, if it has none: `identity` != identity_word(). MAP_OK or MAP_NO_ROW.
 cdef map_status unit_enroll(map_t *m) noexcept nogil
+# A row that was nobody's, for this process; row_count: there is none.
+cdef uint64_t unit_row(map_t *m, uint64_t me) noexcept nogil
 # A run of n units, TAKEN by this process, or NOWHERE.
 cdef uint64_t unit_search(map_t *m, uint64_t n) noexcept nogil
 # Free a run that is TAKEN by this process.

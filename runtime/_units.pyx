@@ -36,7 +36,7 @@ cdef map_status unit_enroll(map_t *m) noexcept nogil:
         if a64_load_acquire(&m.rows[row].owner) == me:
             break
     else:
-        row = claim_row(m, me)
+        row = unit_row(m, me)
         if row == m.row_count:
             return MAP_NO_ROW
     a32_store_relaxed(&m.depth, 0)
@@ -48,8 +48,8 @@ cdef map_status unit_enroll(map_t *m) noexcept nogil:
     return MAP_OK
 
 
-cdef uint64_t claim_row(map_t *m, uint64_t me) noexcept nogil:
-    """The lowest row that is nobody's: those who look at all rows look at few. `row_count`: there is none."""
+cdef uint64_t unit_row(map_t *m, uint64_t me) noexcept nogil:
+    # The lowest: those who look at all rows look at few.
     cdef uint64_t row
     cdef uint32_t high
     for row in range(m.row_count):

@@ -32,8 +32,10 @@ from runtime._maplayout cimport (
 )
 from runtime._mapaccess cimport key_of
 from runtime._mapsweep cimport SWEEP_DEAD, tidy_bucket
-from runtime._mapwatch cimport watch_least, watch_since
+from runtime._mapwatch cimport watch_begin, watch_least, watch_since
 from runtime._state cimport StateMap
+
+from runtime.errors import RegionFull
 
 
 cdef enum:
@@ -43,11 +45,12 @@ cdef a64_t *own = identity_word()
 
 
 cdef class Watchers:
-    """The watches of one map that this process has open, and the tombstones that they have met.
+    """The watches that are open by one StateMap, and the tombstones that they have met.
 
     Thread-safety: under the GIL; nothing here lets go of it.
     """
-    cdef uint64_t identity      # whose they are: in a fork none is open, until it looks
+    cdef uint64_t identity      # of their process: in a fork none is open, until it looks
+    cdef uint64_t row           # while `looks` is not empty: theirs alone
     cdef dict looks             # a watch's number -> ns at which its last look began
     cdef dict met               # a tombstone's word -> {bucket, its cell}
     cdef dict ripe
@@ -62,8 +65,14 @@ cdef class Watchers:
     cdef int looked(self, map_t *m, uintptr_t watch, uint64_t began) except -1:
         """That watch has looked at everything; it has begun then."""
         self.of(a64_load_relaxed(&m.identity))
-        self.looks[watch] = began
-        watch_since(m, min(self.looks.values()))
+        if self.looks:
+            self.looks[watch] = began
+            watch_since(m, self.row, min(self.looks.values()))
+        else:
+            self.row = watch_begin(m, began)
+            if self.row == m.row_count:
+                raise RegionFull(f"the {self.row} rows of the map are taken, and a watch needs one")
+            self.looks[watch] = began
         if not self.ripe and self.met:
             self.ripe, self.met = self.met, self.ripe
             self.since = now_ns()
@@ -105,7 +114,7 @@ cdef class Watchers:
 
     cdef int close(self, map_t *m, uintptr_t watch) except -1:
         if self.looks.pop(watch, None) is not None:
-            watch_since(m, min(self.looks.values(), default=0))
+            watch_since(m, self.row, min(self.looks.values(), default=0))
         return 0
 
 

@@ -97,6 +97,30 @@ def test_tombstones_stay_until_every_watch_has_seen_them(state: SharedState) -> 
     assert state.bytes_free() == whole
 
 
+def test_two_mappings_of_a_process_watch_each_for_itself(state: SharedState) -> None:
+    other = SharedState.open(SharedRegion.from_fd(state.region.fd))
+    whole = state.bytes_free()
+    watch, brief = state.watch(), other.watch()
+    brief.close()
+    state.set("k", b"")
+    state.delete("k")
+    assert [change[2] for change in watch._watch.look()] == [None]
+    late = other.watch()
+    other.set("k", b"")
+    other.delete("k")
+    for _ in range(4):
+        watch._watch.look()
+    assert state.bytes_free() < whole
+    assert next(late).value is None
+    for one in (watch, late, watch, watch, late):
+        assert one._watch.look() == []
+    assert state.bytes_free() == whole
+    late.close()
+    region = other.region
+    del other, late
+    region.close()
+
+
 def test_watches_of_other_processes_count_too(state: SharedState) -> None:
     """Also after a fork that has an open watch of its parent's, and until they die."""
     whole = state.bytes_free()

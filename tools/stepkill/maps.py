@@ -86,6 +86,7 @@ MAPS = (
         (
             state("begins", "begin_watch", b"old"),
             state("begins beside another", "begin_watch", b"old", watched=True),
+            state("begins, by a second mapping", "begin_another_watch", b"old"),
             state("ends", "end_watch", b"old"),
             state("ends beside another", "end_watch", b"old", watched=True),
             state("looks, and empties", "watch_on", b"old"),
@@ -105,7 +106,7 @@ MAPS = (
             state("of the dead beside another", "sweep", b"old", dead=True, watched=True),
         ),
         whole=("_mapwatch.watch_ended", "_mapwatch.watch_dead"),
-        atomic=("_mapwatch.watch_since", "_map.map_remove", "_map.replace"),
+        atomic=("_mapwatch.watch_begin", "_mapwatch.watch_since", "_map.map_remove", "_map.replace"),
     ),
     Primitive(
         "state lock",

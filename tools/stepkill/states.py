@@ -137,6 +137,9 @@ class StateWorld:
             self.mine = _core.StateWatch(self.state, "")
             self.state.set("gone", b"")
             self.state.delete("gone")
+        if self.how == "begin_another_watch":
+            other = _core.StateMap.open(_core.SharedRegion.from_fd(self.region.fd))
+            self.first = _core.StateWatch(other, "")
 
     def set_short(self) -> None:
         with contextlib.suppress(RegionFull):
@@ -169,6 +172,10 @@ class StateWorld:
 
     def begin_watch(self) -> None:
         self.mine = _core.StateWatch(self.state, "")
+
+    def begin_another_watch(self) -> None:
+        """By a mapping of its own."""
+        self.begin_watch()
 
     def end_watch(self) -> None:
         self.mine.close()
