@@ -242,25 +242,37 @@ cdef inline void drop_item(map_t *m, uint64_t kind) noexcept nogil:
         a64_fetch_add_seq_cst(&m.head.items, <uint64_t>-1)
 
 
-cdef inline map_status replace(map_t *m, map_bucket *bucket, map_place *place, uint64_t b) noexcept nogil:
-    """Our block b in the place of another one; MAP_AGAIN: look for the key anew."""
-    # What is read of the old block is right if the CAS succeeds. Its tag: if it is TAKEN still, it may be
-    # PUBLISHED by the time that it is unnamed: then its owner has looked too early.
+cdef inline bint swap(map_t *m, map_bucket *bucket, map_place *place, uint64_t b) noexcept nogil:
+    """Our block b in the place of another one."""
+    # The old block's tag is read before the CAS: as long as the cell names it, it is that block's. If it is
+    # TAKEN still, it may be PUBLISHED by the time that it is unnamed: then its owner has looked too early.
     cdef uint64_t old = unit_word(U_PUBLISHED, 0, a64_load_acquire(&m.words[place.block]))
-    cdef bint counted = block_at(m, place.block).expires != BURIED
-    cdef bint counts = block_at(m, b).expires != BURIED
-    if m.max_items != 0 and counts and not counted and not reserve_item(m):
-        return MAP_MANY_ITEMS
     if not a64_cas_seq_cst(place.cell, place.word, cell_naming(bucket, b + 1)):
-        if counts and not counted:
-            drop_item(m, K_VALUE)
-        return MAP_AGAIN
-    if counted and not counts:
-        drop_item(m, K_VALUE)
+        return False
     publish(m, b, U_PUBLISHED, place.cell)
     map_release(m, place.block, old)
     map_tell(m)
-    return MAP_OK
+    return True
+
+
+cdef map_status swap_counted(map_t *m, map_bucket *bucket, map_place *place, uint64_t b) noexcept nogil:
+    """The same where items are counted, which tombstones are not."""
+    cdef bint counted = block_at(m, place.block).expires != BURIED      # right if the CAS succeeds
+    cdef bint counts = block_at(m, b).expires != BURIED
+    cdef bint done
+    if counts and not counted and not reserve_item(m):
+        return MAP_MANY_ITEMS
+    done = swap(m, bucket, place, b)
+    if counted != counts and counted == done:           # the old one was, or the new one is not to be
+        drop_item(m, K_VALUE)
+    return MAP_OK if done else MAP_AGAIN
+
+
+cdef inline map_status replace(map_t *m, map_bucket *bucket, map_place *place, uint64_t b) noexcept nogil:
+    """MAP_OK, MAP_MANY_ITEMS, or MAP_AGAIN: look for the key anew."""
+    if m.max_items != 0:
+        return swap_counted(m, bucket, place, b)
+    return MAP_OK if swap(m, bucket, place, b) else MAP_AGAIN
 
 
 cdef map_status insert(map_t *m, map_bucket *bucket, uint64_t p, map_place *place, uint64_t b) noexcept nogil:

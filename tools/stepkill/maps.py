@@ -23,7 +23,7 @@ MAPS = (
             state("set: large, anew", "set_long", LONG),
             state("set: small for large", "set_short", LONG),
             state("set: over", "set_short", b"old", over=True),
-            state("set: another sets it", "set_short", b"old").amid(at_lock("replace")),
+            state("set: another sets it", "set_short", b"old").amid(at_lock("map_put")),
             state("set: another inserts it", "set_short").amid(at_lock("insert")),
             state("chain: grows", "set_short", others=5),
             state("chain: grows, of units freed before", "set_short", others=5, reuse=True),
@@ -39,7 +39,7 @@ MAPS = (
             state("add: a number", "add", NUMBER),
             state("add: in a unit freed before", "add", NUMBER, reuse=True),
             state("add: over", "add", NUMBER, over=True),
-            state("add: another sets it", "add", NUMBER).amid(at_lock("replace")),
+            state("add: another sets it", "add", NUMBER).amid(at_lock("map_add")),
             state("compare and set: absent", "swap"),
             state("compare and set: equal", "swap", b"old"),
             state("compare and set: other", "swap_other", b"old"),
@@ -93,20 +93,20 @@ MAPS = (
             state("watched: delete", "delete", b"old", watched=True),
             state("watched: delete, anew", "delete", LONG, watched=True, reuse=True),
             state("watched: delete, another sets it", "delete", b"old", watched=True).amid(
-                at_lock("replace")
+                at_lock("map_remove")
             ),
             state("watched: delete, with a limit", "delete", b"old", watched=True, limit=2),
             state("watched: set anew", "set_short", b"old", watched=True),
             state("watched: set where it was", "set_short", b"old", watched=True, limit=2, gone=True),
             state(
                 "watched: another sets it where it was", "set_short", b"old", watched=True, limit=2, gone=True
-            ).amid(at_lock("replace")),
+            ).amid(at_lock("swap_counted")),
             state("watched: over", "sweep", LONG, over=True, watched=True, others=2),
             state("of the dead", "sweep", b"old", dead=True),
             state("of the dead beside another", "sweep", b"old", dead=True, watched=True),
         ),
         whole=("_mapwatch.watch_ended", "_mapwatch.watch_dead"),
-        atomic=("_mapwatch.watch_begin", "_mapwatch.watch_since", "_map.map_remove", "_map.replace"),
+        atomic=("_mapwatch.watch_begin", "_mapwatch.watch_since", "_map.map_remove", "_map.swap_counted"),
     ),
     Primitive(
         "state lock",
