@@ -15,7 +15,8 @@ Nobody is written to but those who sleep:
     watcher: s = sequence; watchers = 1; fence; look at all buckets; nothing: sleep while sequence == s
     writer:  cell CAS; watchers? sequence += 1; wake        (map_tell)
 
-A writer killed before he wakes costs a sleeper the rest of its 50 ms.
+While the sequence is that s nobody has told of anything, so one need not look again, but for who was killed
+before he told: a sweep tells for him, and without one a look every half second.
 """
 cimport cython
 from libc.stdint cimport int64_t, uint32_t, uint64_t, uintptr_t
@@ -40,6 +41,7 @@ from runtime.errors import RegionFull
 
 cdef enum:
     SLICE_NS = 50000000         # ns, the longest sleep
+    AGAIN_NS = 500000000        # ns after which one looks though nobody has told of anything
 
 cdef a64_t *own = identity_word()
 
@@ -125,8 +127,12 @@ cdef class StateWatch:
     cdef object prefix
     cdef dict known             # bucket -> {key: version; negative: that of its end}
     cdef dict ends              # bucket -> ns at which the first of its known keys is over
+    cdef uint64_t soonest       # of `ends`
     cdef uint64_t *sums
     cdef bint closed
+    cdef bint heard             # `watchers` was set before the last look, and `sequence` read before that
+    cdef uint32_t sequence
+    cdef uint64_t again         # ns at which it is time for another one in any case
 
     def __cinit__(self, StateMap state not None, prefix):
         cdef map_key start
@@ -136,6 +142,7 @@ cdef class StateWatch:
         self.prefix = prefix
         self.known = {}
         self.ends = {}
+        self.soonest = ~<uint64_t>0
         self.sums = <uint64_t *>calloc(state.m.mask + 1, sizeof(uint64_t))
         if self.sums == NULL:
             raise MemoryError("no memory for a watch")
@@ -176,9 +183,11 @@ cdef class StateWatch:
         key_of(self.prefix, K_VALUE, &start)
         self.state.ready()
         fence_seq_cst()
-        for bucket, end in list(self.ends.items()):     # over, and nobody has changed it
-            if end <= began:
-                self.compare(bucket, &start, found)
+        if self.soonest <= began:                       # over, and nobody has changed it
+            for bucket, end in list(self.ends.items()):
+                if end <= began:
+                    self.compare(bucket, &start, found)
+            self.soonest = min(self.ends.values(), default=~<uint64_t>0)
         while True:
             self.state.check()
             self.state.region.enter()
@@ -232,6 +241,7 @@ cdef class StateWatch:
         self.ends.pop(i, None)
         if end != ~<uint64_t>0:
             self.ends[i] = end
+            self.soonest = min(self.soonest, end)
         if now:
             self.known[i] = now
         return 0
@@ -239,17 +249,31 @@ cdef class StateWatch:
     def wait(self, double seconds):
         """As look(), after at most so many seconds (and at most 50 ms) of waiting for a change."""
         cdef map_t *m = &self.state.m
-        cdef uint32_t s
         cdef int64_t patience = SLICE_NS if seconds > 0.05 else <int64_t>(seconds * 1e9)
-        self.state.check()
-        s = a32_load_acquire(&m.head.sequence)
-        a32_store_relaxed(&m.head.watchers, 1)
-        fence_seq_cst()
-        found = self.look()
+        cdef list found = self.news()
         if found or patience <= 0:
             return found
         self.state.region.enter()
         with nogil:
-            futex_wait(&m.head.sequence, s, patience)
+            futex_wait(&m.head.sequence, self.sequence, patience)
         self.state.region.leave()
-        return self.look()
+        return self.news()
+
+    cdef list news(self):
+        """look(), if there may be something; after it `watchers` is set, so that who comes later tells."""
+        cdef map_t *m = &self.state.m
+        cdef uint64_t now = <uint64_t>now_ns()
+        cdef uint32_t s
+        self.state.check()
+        s = a32_load_acquire(&m.head.sequence)
+        if (
+            self.heard and s == self.sequence and now < min(self.again, self.soonest)
+            and self.watchers().identity == a64_load_relaxed(own)       # else in a fork: it is not counted yet
+        ):
+            return []
+        self.heard = False
+        a32_store_relaxed(&m.head.watchers, 1)
+        fence_seq_cst()
+        found = self.look()
+        self.heard, self.sequence, self.again = True, s, now + AGAIN_NS
+        return found

@@ -157,6 +157,32 @@ def test_watches_of_other_processes_count_too(state: SharedState) -> None:
         os.close(end)
 
 
+def test_a_change_of_which_nobody_was_told(state: SharedState) -> None:
+    """As by a process that is killed between the change and its word of it: one looks now and then."""
+    watch = state.watch()
+    assert watch._watch.wait(0) == []
+    words = state.region.load_u64(192)  # sequence, and above it the flag that somebody may sleep
+    state.region.store_u64(192, words & 0xFFFFFFFF)
+    state.set("k", b"1")
+    assert state.region.load_u64(192) == words & 0xFFFFFFFF  # nobody was told
+    assert watch._watch.wait(0) == []
+    assert next(watch).value == b"1"
+
+
+def test_a_watch_that_a_fork_has_inherited(state: SharedState) -> None:
+    watch = state.watch()
+    assert watch._watch.wait(0) == []
+
+    def child() -> None:
+        assert watch._watch.wait(0) == []
+        state.set("k", b"")
+        state.delete("k")
+        assert next(watch).value is None
+
+    join(fork(child))
+    assert next(watch).value is None
+
+
 def test_when_room_is_short_tombstones_make_it(state: SharedState) -> None:
     """A watch that nobody asks costs others nothing; what it has shown it does not lose."""
     state.set("shown", b"1")
