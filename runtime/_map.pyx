@@ -251,7 +251,7 @@ cdef inline bint swap(map_t *m, map_bucket *bucket, map_place *place, uint64_t b
         return False
     publish(m, b, U_PUBLISHED, place.cell)
     map_release(m, place.block, old)
-    map_tell(m)
+    map_tell(m, bucket)
     return True
 
 
@@ -293,7 +293,7 @@ cdef map_status insert(map_t *m, map_bucket *bucket, uint64_t p, map_place *plac
     map_help(m, bucket, wanted)
     if kind == K_VALUE:
         publish(m, b, U_PUBLISHED, place.vacant)
-        map_tell(m)
+        map_tell(m, bucket)
     else:
         publish(m, b, U_LOCK, place.vacant)
     return MAP_OK
@@ -421,7 +421,7 @@ cdef bint map_empty(map_t *m, map_bucket *bucket, a64_t *cell, uint64_t word) no
     map_release(m, b, old)
     if kind == K_VALUE and expires != BURIED:
         drop_item(m, kind)
-        map_tell(m)
+        map_tell(m, bucket)
     return True
 
 

@@ -16,7 +16,7 @@ from runtime._atomics cimport (
 from runtime._identity cimport identity_word, is_dead, my_identity
 from runtime._map cimport map_count
 from runtime._maplayout cimport (
-    MAP_MANY_CELLS, MAP_MANY_ITEMS, MAP_OK, MAP_VERSION, MAX_KEY, MAX_UNITS, UNIT_BYTES, map_about,
+    MAP_MANY_CELLS, MAP_MANY_ITEMS, MAP_OK, MAP_VERSION, MAX_KEY, MAX_UNITS, UNIT_BYTES, groups_of, map_about,
     map_bucket, map_header, map_key, map_key_of, map_magic, map_row, map_status,
 )
 from runtime._mapsweep cimport SWEEP_ALL, SWEEP_DEAD, SWEEP_OVER, map_sweep, sweep_t
@@ -56,6 +56,10 @@ cdef object shown_key(const char *data, uint64_t n):
         return PyUnicode_DecodeUTF8(data, <Py_ssize_t>n, NULL)
     except UnicodeDecodeError:
         return PyBytes_FromStringAndSize(data, <Py_ssize_t>n)
+
+
+cdef inline uint64_t whole_lines(uint64_t nbytes) noexcept:
+    return (nbytes + 63) & ~<uint64_t>63
 
 
 cdef uint64_t limited(object value, str what) except? 0:
@@ -125,7 +129,7 @@ cdef class MapAccess:
         """Geometry and empty tables, over whatever is there; zero: nothing is, so no page is touched."""
         cdef uint64_t size = self.region.length & ~<uint64_t>63
         cdef uint64_t rows = 64 if size < 1 << 20 else 512 if size < 1 << 24 else 2048
-        cdef uint64_t unit = UNIT_BYTES, fixed = sizeof(map_header) + rows * (sizeof(map_row) + 8)
+        cdef uint64_t unit = UNIT_BYTES, fixed = sizeof(map_header) + rows * (sizeof(map_row) + sizeof(a64_t))
         cdef uint64_t units, buckets = 1
         cdef map_header *head = <map_header *>self.region.base
         while size // unit > MAX_UNITS:
@@ -133,7 +137,7 @@ cdef class MapAccess:
         units = (size - fixed) // (unit + 24) if size > fixed else 0
         while 4 * buckets < units:
             buckets *= 2
-        fixed += buckets * sizeof(map_bucket) + 64
+        fixed += buckets * sizeof(map_bucket) + groups_of(buckets) * sizeof(a64_t) + 128
         units = (size - fixed) // (unit + 8) if size > fixed else 0
         if limit and units > limit // unit:
             units = limit // unit
@@ -157,7 +161,7 @@ cdef class MapAccess:
     cdef int attach(self, uint64_t at) except -1:
         """Check what the header says, and use it. What is read from the region is read once."""
         cdef map_about about
-        cdef uint64_t namespace = pid_namespace(), buckets_at, used
+        cdef uint64_t namespace = pid_namespace(), changes_at, buckets_at, used
         if at != HEADER_BYTES or self.region.length < sizeof(map_header):
             raise ValueError(f"the region's header is damaged: it names a map at {at}")
         about = (<map_header *>self.region.base).about
@@ -174,16 +178,17 @@ cdef class MapAccess:
             or not 0 < about.buckets <= MAX_UNITS
         ):
             raise ValueError("the header of the region's map is damaged")
-        used = sizeof(map_header) + about.rows * (sizeof(map_row) + sizeof(a64_t))
-        used = (used + 63) & ~<uint64_t>63
-        buckets_at = used
-        used += about.buckets * sizeof(map_bucket)
-        used += (8 * about.units + 63) & ~<uint64_t>63
+        used = whole_lines(sizeof(map_header) + about.rows * (sizeof(map_row) + sizeof(a64_t)))
+        changes_at = used
+        buckets_at = whole_lines(changes_at + groups_of(about.buckets) * sizeof(a64_t))
+        used = buckets_at + about.buckets * sizeof(map_bucket)
+        used += whole_lines(about.units * sizeof(a64_t))
         if not inside(used, about.units * about.unit_bytes, self.region.length):
             raise ValueError("the header of the region's map is damaged: it needs more than the region has")
         self.m.head = <map_header *>self.region.base
         self.m.rows = <map_row *>(self.region.base + sizeof(map_header))
         self.m.looked = <a64_t *>(self.m.rows + about.rows)
+        self.m.changes = <a64_t *>(self.region.base + changes_at)
         self.m.buckets = <map_bucket *>(self.region.base + buckets_at)
         self.m.words = <a64_t *>(self.m.buckets + about.buckets)
         self.m.units = self.region.base + used

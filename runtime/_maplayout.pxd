@@ -6,6 +6,8 @@ What lies in the region, each part from a 64-byte boundary:
     map_header      geometry, limits, futex
     rows            one map_row per process that uses the map
     looked          one a64_t per row: what its process watches, see "Tombstones"
+    changes         one a64_t per GROUP buckets: raised after a change of one, if somebody watches; a hint, as
+                    one may be killed between the two
     words           one a64_t per unit: the only truth about who owns it
     buckets         one map_bucket each; their number is a power of two and never changes
     units           `unit_bytes` each: blocks are runs of them
@@ -92,6 +94,7 @@ cdef enum:
     MAX_KEY = 1024              # bytes
     PINS = 7                    # of a process
     CELLS = 5                   # of a bucket
+    GROUP = 64                  # buckets that have one counter of changes
     CHUNK_CELLS = 11            # of a chunk
     MAX_CELLS = 1024            # of a bucket with its chain: 10 bits of `pending`
     RECENT = 32                 # units that a process remembers to have freed
@@ -165,6 +168,7 @@ ctypedef struct map_t:          # one process's access to a map; in private memo
     map_header *head
     map_row *rows
     a64_t *looked
+    a64_t *changes
     a64_t *words
     map_bucket *buckets
     char *units
@@ -206,6 +210,9 @@ cdef enum map_status:
     MAP_NO_ROW = 8              # all rows belong to living processes
     MAP_AGAIN = 9               # it changed while it was read
 
+
+cdef inline uint64_t groups_of(uint64_t buckets) noexcept nogil:
+    return (buckets + GROUP - 1) // GROUP
 
 cdef inline uint64_t map_magic() noexcept nogil:
     return 0x314554415453544DULL

@@ -21,7 +21,7 @@ from runtime._maplayout cimport (
     cell_block, map_block, map_bucket, map_t, unit_field, unit_state, unit_word, value_fits,
 )
 from runtime._maplock cimport L_DEAD, L_HELD, lock_pass_on, lock_retire
-from runtime._mapwatch cimport map_tell, map_watched, watch_dead, watch_ended
+from runtime._mapwatch cimport map_tell_all, map_watched, watch_dead, watch_ended
 from runtime._units cimport pin_word, unit_pin
 
 
@@ -57,7 +57,7 @@ cdef uint64_t map_sweep(map_t *m, sweep_t extent) noexcept nogil:
             row += 1
         if dead.count:
             freed += sweep_batch(m, &dead, enrolled)
-            map_tell(m)                 # they may have changed something, and not told
+            map_tell_all(m)             # they may have changed something, and not told
     watch_ended(m)                      # who closed the last one may have been killed before he said so
     if extent != SWEEP_DEAD and enrolled:
         for i in range(m.mask + 1):

@@ -3,11 +3,13 @@
 from libc.stdint cimport uint64_t
 
 from runtime._atomics cimport a64_load_seq_cst
-from runtime._maplayout cimport map_t
+from runtime._maplayout cimport map_bucket, map_t
 
 
-# Wake those who sleep until something changes.
-cdef void map_tell(map_t *m) noexcept nogil
+# Something has changed in that bucket: raise the counter of its group, and wake those who sleep.
+cdef void map_tell(map_t *m, map_bucket *bucket) noexcept nogil
+# In all of them, it may be.
+cdef void map_tell_all(map_t *m) noexcept nogil
 # A row of this process that no other mapping of it watches by, from now on with a watch that looked then.
 # row_count: all are taken.
 cdef uint64_t watch_begin(map_t *m, uint64_t ns) noexcept nogil

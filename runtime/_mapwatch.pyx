@@ -5,13 +5,27 @@ from libc.stdint cimport uint64_t
 
 from runtime._atomics cimport (
     a32_fetch_add_seq_cst, a32_load_acquire, a32_load_seq_cst, a32_store_relaxed,
-    a64_cas_seq_cst, a64_load_relaxed, a64_load_seq_cst, a64_store_seq_cst, futex_wake,
+    a64_cas_seq_cst, a64_fetch_add_seq_cst, a64_load_relaxed, a64_load_seq_cst, a64_store_seq_cst, futex_wake,
 )
-from runtime._maplayout cimport map_t
+from runtime._maplayout cimport GROUP, groups_of, map_bucket, map_t
 from runtime._units cimport unit_row
 
 
-cdef void map_tell(map_t *m) noexcept nogil:
+cdef void map_tell(map_t *m, map_bucket *bucket) noexcept nogil:
+    if map_watched(m):
+        a64_fetch_add_seq_cst(&m.changes[(bucket - m.buckets) // GROUP], 1)
+    wake(m)
+
+
+cdef void map_tell_all(map_t *m) noexcept nogil:
+    cdef uint64_t i
+    if map_watched(m):
+        for i in range(groups_of(m.mask + 1)):
+            a64_fetch_add_seq_cst(&m.changes[i], 1)
+    wake(m)
+
+
+cdef inline void wake(map_t *m) noexcept nogil:
     if a32_load_seq_cst(&m.head.watchers) == 0:
         return
     a32_fetch_add_seq_cst(&m.head.sequence, 1)

@@ -13,10 +13,12 @@ A key that is gone has left a tombstone ("Tombstones" in _maplayout.pxd), also o
 Nobody is written to but those who sleep:
 
     watcher: s = sequence; watchers = 1; fence; look at all buckets; nothing: sleep while sequence == s
-    writer:  cell CAS; watchers? sequence += 1; wake        (map_tell)
+    writer:  cell CAS; changes of its group += 1; watchers? sequence += 1; wake     (map_tell)
 
-While the sequence is that s nobody has told of anything, so one need not look again, but for who was killed
-before he told: a sweep tells for him, and without one a look every half second.
+While the sequence is that s nobody has told of anything, so one need not look again; and when it is not, a
+glance at the groups whose counter is another shows what they have told of. Who was killed before he told
+is left out: a sweep tells for him, and without one a look at everything every half second. Only that counts
+as `looked`.
 """
 cimport cython
 from libc.stdint cimport int64_t, uint32_t, uint64_t, uintptr_t
@@ -29,7 +31,7 @@ from runtime._atomics cimport (
 from runtime._identity cimport identity_word
 from runtime._map cimport map_cell, map_empty
 from runtime._maplayout cimport (
-    BURIED, K_VALUE, block_at, cell_block, map_block, map_bucket, map_key, map_t,
+    BURIED, GROUP, K_VALUE, block_at, cell_block, groups_of, map_block, map_bucket, map_key, map_t,
 )
 from runtime._mapaccess cimport key_of
 from runtime._mapsweep cimport SWEEP_DEAD, tidy_bucket
@@ -128,7 +130,8 @@ cdef class StateWatch:
     cdef dict known             # bucket -> {key: version; negative: that of its end}
     cdef dict ends              # bucket -> ns at which the first of its known keys is over
     cdef uint64_t soonest       # of `ends`
-    cdef uint64_t *sums
+    cdef uint64_t *sums         # of buckets; and behind them of groups, the counter of changes seen last
+    cdef uint64_t *changes
     cdef bint closed
     cdef bint heard             # `watchers` was set before the last look, and `sequence` read before that
     cdef uint32_t sequence
@@ -143,9 +146,10 @@ cdef class StateWatch:
         self.known = {}
         self.ends = {}
         self.soonest = ~<uint64_t>0
-        self.sums = <uint64_t *>calloc(state.m.mask + 1, sizeof(uint64_t))
+        self.sums = <uint64_t *>calloc(state.m.mask + 1 + groups_of(state.m.mask + 1), sizeof(uint64_t))
         if self.sums == NULL:
             raise MemoryError("no memory for a watch")
+        self.changes = self.sums + state.m.mask + 1
         if state.watchers is None:
             state.watchers = Watchers.__new__(Watchers)
         self.watchers().looked(&state.m, <uintptr_t><void *>self, <uint64_t>now_ns())
@@ -177,31 +181,51 @@ cdef class StateWatch:
 
     def look(self):
         """[(key, version, value or None)] of what has changed since the last look."""
-        cdef uint64_t i = 0, buckets = self.state.m.mask + 1, began = <uint64_t>now_ns()
-        cdef map_key start
+        cdef uint64_t began = <uint64_t>now_ns(), buckets = self.state.m.mask + 1
         cdef list found = []
-        key_of(self.prefix, K_VALUE, &start)
+        self.begin(began, found)
+        self.scan(0, buckets, found)
+        if not self.closed:
+            self.watchers().looked(&self.state.m, <uintptr_t><void *>self, began)
+        return found
+
+    cdef list glance(self):
+        """The same of what others have told of."""
+        cdef uint64_t i = 0, count
+        cdef uint64_t buckets = self.state.m.mask + 1, groups = groups_of(buckets)
+        cdef list found = []
+        self.begin(<uint64_t>now_ns(), found)
+        for i in range(groups):
+            count = a64_load_acquire(&self.state.m.changes[i])
+            if count != self.changes[i]:
+                self.changes[i] = count         # before its buckets are read
+                self.scan(i * GROUP, min((i + 1) * GROUP, buckets), found)
+                self.state.check()
+        return found
+
+    cdef int begin(self, uint64_t now, list found) except -1:
+        """Of a look or a glance. What is over, and nobody has changed it."""
         self.state.ready()
-        fence_seq_cst()
-        if self.soonest <= began:                       # over, and nobody has changed it
+        fence_seq_cst()                         # after the clock was read, and `watchers` set
+        if self.soonest <= now:
             for bucket, end in list(self.ends.items()):
-                if end <= began:
-                    self.compare(bucket, &start, found)
+                if end <= now:
+                    self.compare(bucket, found)
             self.soonest = min(self.ends.values(), default=~<uint64_t>0)
+        return 0
+
+    cdef int scan(self, uint64_t i, uint64_t end, list found) except -1:
+        """Buckets from i on."""
         while True:
             self.state.check()
             self.state.region.enter()
             with nogil:
-                i = self.changed(i, buckets)
+                i = self.changed(i, end)
             self.state.region.leave()
-            if i == buckets:
-                break
-            self.compare(i, &start, found)
+            if i == end:
+                return 0
+            self.compare(i, found)
             i += 1
-        self.state.check()
-        if not self.closed:
-            self.watchers().looked(&self.state.m, <uintptr_t><void *>self, began)
-        return found
 
     cdef uint64_t changed(self, uint64_t i, uint64_t end) noexcept nogil:
         """The first bucket from i on whose sum is another, which is noted; `end`: there is none."""
@@ -214,15 +238,17 @@ cdef class StateWatch:
             i += 1
         return i
 
-    cdef int compare(self, uint64_t i, map_key *start, list found) except -1:
+    cdef int compare(self, uint64_t i, list found) except -1:
         """The keys of a bucket as they are, and as they were."""
+        cdef map_key start
         cdef dict before = self.known.pop(i, {})
         cdef dict now = {}
         cdef uint64_t end = ~<uint64_t>0
         self.state.check()
+        key_of(self.prefix, K_VALUE, &start)
         # What is over gets a tombstone, so its end has a version of its own.
         tidy_bucket(&self.state.m, &self.state.m.buckets[i], now_ns(), SWEEP_DEAD)
-        for key, version, value, expires in self.state.bucket_items(i, start):
+        for key, version, value, expires in self.state.bucket_items(i, &start):
             if value is None and expires != BURIED:
                 end = 0                         # since a moment: the next look sees how it ends
                 if key in before:
@@ -260,20 +286,22 @@ cdef class StateWatch:
         return self.news()
 
     cdef list news(self):
-        """look(), if there may be something; after it `watchers` is set, so that who comes later tells."""
+        """What there is to see; from then on `watchers` is set, so that who comes later tells."""
         cdef map_t *m = &self.state.m
         cdef uint64_t now = <uint64_t>now_ns()
         cdef uint32_t s
+        cdef bint counted = self.watchers().identity == a64_load_relaxed(own)      # a fork of it is not yet
         self.state.check()
         s = a32_load_acquire(&m.head.sequence)
-        if (
-            self.heard and s == self.sequence and now < min(self.again, self.soonest)
-            and self.watchers().identity == a64_load_relaxed(own)       # a fork of it is not counted yet
-        ):
+        if self.heard and counted and s == self.sequence and now < min(self.again, self.soonest):
             return []
-        self.heard = False
         a32_store_relaxed(&m.head.watchers, 1)
-        fence_seq_cst()
-        found = self.look()
-        self.heard, self.sequence, self.again = True, s, now + AGAIN_NS
+        if self.heard and counted and now < self.again:
+            self.heard = False
+            found = self.glance()
+        else:
+            self.heard = False
+            found = self.look()
+            self.again = now + AGAIN_NS
+        self.heard, self.sequence = True, s
         return found

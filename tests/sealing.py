@@ -53,7 +53,8 @@ def chunks(state: SharedState) -> int:
     """How many chunks the chains have, read from the format."""
     region = state.region
     rows, buckets = region.load_u64(48), region.load_u64(40)
-    at, units, width = 256 + 72 * rows, region.load_u64(24), region.load_u64(32)
+    at = 256 + 72 * rows + (buckets + 63) // 64 * 8 + 63 & ~63
+    units, width = region.load_u64(24), region.load_u64(32)
     first = at + 64 * buckets + (8 * units + 63 & ~63)
     count = 0
     for i in range(buckets):

@@ -28,7 +28,7 @@ class Look:
     def __init__(self, region: _core.SharedRegion) -> None:
         self.load = region.load_u64
         self.units, self.buckets, self.rows = (self.load(at) for at in (24, 40, 48))
-        self.buckets_at = HEAD + (ROW + 8) * self.rows
+        self.buckets_at = HEAD + (ROW + 8) * self.rows + (self.buckets + 63) // 64 * 8 + 63 & ~63
         self.units_at = self.buckets_at + BUCKET * self.buckets + (8 * self.units + 63) // 64 * 64
 
     def bucket_in_use(self) -> int:
