@@ -60,6 +60,9 @@ cdef class Watchers:
     cdef dict ripe
     cdef uint64_t since
 
+    def __cinit__(self):
+        self.looks, self.met, self.ripe = {}, {}, {}
+
     cdef int of(self, uint64_t identity) except -1:
         if self.identity != identity:
             self.looks, self.met, self.ripe = {}, {}, {}
@@ -71,7 +74,7 @@ cdef class Watchers:
         self.of(a64_load_relaxed(&m.identity))
         if self.looks:
             self.looks[watch] = began
-            watch_since(m, self.row, min(self.looks.values()))
+            watch_since(m, self.row, min(list(self.looks.values())))
         else:
             self.row = watch_begin(m, began)
             if self.row == m.row_count:
@@ -118,7 +121,7 @@ cdef class Watchers:
 
     cdef int close(self, map_t *m, uintptr_t watch) except -1:
         if self.looks.pop(watch, None) is not None:
-            watch_since(m, self.row, min(self.looks.values(), default=0))
+            watch_since(m, self.row, min(list(self.looks.values()), default=0))
         return 0
 
 
@@ -130,6 +133,7 @@ cdef class StateWatch:
     cdef dict known             # bucket -> {key: version; negative: that of its end}
     cdef dict ends              # bucket -> ns at which the first of its known keys is over
     cdef uint64_t soonest       # of `ends`
+    cdef list found             # what was seen, and is to be shown: also when there was no memory to go on
     cdef uint64_t *sums         # of buckets; and behind them of groups, the counter of changes seen last
     cdef uint64_t *changes
     cdef bint closed
@@ -139,19 +143,21 @@ cdef class StateWatch:
 
     def __cinit__(self, StateMap state not None, prefix):
         cdef map_key start
+        cdef Watchers fresh = Watchers.__new__(Watchers)
         key_of(prefix, K_VALUE, &start)
         state.ready()
+        if state.watchers is None:
+            state.watchers = fresh
         self.state = state
         self.prefix = prefix
         self.known = {}
         self.ends = {}
+        self.found = []
         self.soonest = ~<uint64_t>0
         self.sums = <uint64_t *>calloc(state.m.mask + 1 + groups_of(state.m.mask + 1), sizeof(uint64_t))
         if self.sums == NULL:
             raise MemoryError("no memory for a watch")
         self.changes = self.sums + state.m.mask + 1
-        if state.watchers is None:
-            state.watchers = Watchers.__new__(Watchers)
         self.watchers().looked(&state.m, <uintptr_t><void *>self, <uint64_t>now_ns())
         self.look()
 
@@ -181,68 +187,69 @@ cdef class StateWatch:
 
     def look(self):
         """[(key, version, value or None)] of what has changed since the last look."""
-        cdef uint64_t began = <uint64_t>now_ns(), buckets = self.state.m.mask + 1
-        cdef list found = []
-        self.begin(began, found)
-        self.scan(0, buckets, found)
+        cdef uint64_t began = <uint64_t>now_ns()
+        self.begin(began)
+        self.scan(0, self.state.m.mask + 1)
         if not self.closed:
             self.watchers().looked(&self.state.m, <uintptr_t><void *>self, began)
-        return found
+        return self.seen()
 
     cdef list glance(self):
         """The same of what others have told of."""
-        cdef uint64_t i = 0, count
-        cdef uint64_t buckets = self.state.m.mask + 1, groups = groups_of(buckets)
-        cdef list found = []
-        self.begin(<uint64_t>now_ns(), found)
-        for i in range(groups):
-            count = a64_load_acquire(&self.state.m.changes[i])
+        cdef uint64_t i, count, buckets = self.state.m.mask + 1
+        self.begin(<uint64_t>now_ns())
+        for i in range(groups_of(buckets)):
+            count = a64_load_acquire(&self.state.m.changes[i])      # before its buckets are read
             if count != self.changes[i]:
-                self.changes[i] = count         # before its buckets are read
-                self.scan(i * GROUP, min((i + 1) * GROUP, buckets), found)
-                self.state.check()
+                self.scan(i * GROUP, min((i + 1) * GROUP, buckets))
+                self.changes[i] = count
+        return self.seen()
+
+    cdef list seen(self):
+        found, self.found = self.found, []
         return found
 
-    cdef int begin(self, uint64_t now, list found) except -1:
+    cdef int begin(self, uint64_t now) except -1:
         """Of a look or a glance. What is over, and nobody has changed it."""
         self.state.ready()
         fence_seq_cst()                         # after the clock was read, and `watchers` set
         if self.soonest <= now:
             for bucket, end in list(self.ends.items()):
                 if end <= now:
-                    self.compare(bucket, found)
-            self.soonest = min(self.ends.values(), default=~<uint64_t>0)
+                    self.compare(bucket)
+            self.soonest = min(list(self.ends.values()), default=~<uint64_t>0)
         return 0
 
-    cdef int scan(self, uint64_t i, uint64_t end, list found) except -1:
-        """Buckets from i on."""
+    cdef int scan(self, uint64_t i, uint64_t end) except -1:
+        """Buckets from i on; the region is open at the end."""
+        cdef uint64_t total = 0
         while True:
             self.state.check()
             self.state.region.enter()
             with nogil:
-                i = self.changed(i, end)
+                i = self.changed(i, end, &total)
             self.state.region.leave()
             if i == end:
-                return 0
-            self.compare(i, found)
+                return self.state.check()
+            self.compare(i)
+            self.sums[i] = total
             i += 1
 
-    cdef uint64_t changed(self, uint64_t i, uint64_t end) noexcept nogil:
-        """The first bucket from i on whose sum is another, which is noted; `end`: there is none."""
-        cdef uint64_t total
+    cdef uint64_t changed(self, uint64_t i, uint64_t end, uint64_t *total) noexcept nogil:
+        """The first bucket from i on whose sum is another; `end`: there is none."""
         while i < end:
-            total = self.sum_of(i)
-            if total != self.sums[i]:
-                self.sums[i] = total            # before the cells are read: a later change is another sum
+            total[0] = self.sum_of(i)           # before the cells are read: a later change is another sum
+            if total[0] != self.sums[i]:
                 break
             i += 1
         return i
 
-    cdef int compare(self, uint64_t i, list found) except -1:
+    cdef int compare(self, uint64_t i) except -1:
         """The keys of a bucket as they are, and as they were."""
         cdef map_key start
-        cdef dict before = self.known.pop(i, {})
+        cdef dict before = self.known.get(i, {})
         cdef dict now = {}
+        cdef list found = []
         cdef uint64_t end = ~<uint64_t>0
         self.state.check()
         key_of(self.prefix, K_VALUE, &start)
@@ -270,6 +277,9 @@ cdef class StateWatch:
             self.soonest = min(self.soonest, end)
         if now:
             self.known[i] = now
+        else:
+            self.known.pop(i, None)
+        self.found += found
         return 0
 
     def wait(self, double seconds):
@@ -279,6 +289,7 @@ cdef class StateWatch:
         cdef list found = self.news()
         if found or patience <= 0:
             return found
+        self.state.check()
         self.state.region.enter()
         with nogil:
             futex_wait(&m.head.sequence, self.sequence, patience)
