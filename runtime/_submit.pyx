@@ -58,15 +58,7 @@ cdef class Submitter:
         except Exception:                           # no memory for it: the future says so
             return None
         promise = <Promise>(<PyTypeObject *>self.future).tp_new(<PyTypeObject *>self.future, _nothing, NULL)
-        task = Task.__new__(Task)
-        task.data = data
-        task.plain = True
-        task.fn = entry[0]
-        task.future = promise
-        task.buffers = task.readonly = _nothing
-        task.attempt = 1
-        task.count = 1
-        task.reason = ""
+        task = self.made(promise, entry[0], data)
         if options is not None:
             task.timeout = options.timeout_ns
             task.priority = options.priority
@@ -74,11 +66,42 @@ cdef class Submitter:
             task.private_view = task.retries > 0
             task.retry_timeouts = options.retries_timeouts
             promise.retry_on = options.retry_on
+        return promise if self.queue(promise, task) else None
+
+    def join(self, Promise promise not None, options, ref, tuple args, tuple named):
+        """Queue a task of a job that was accepted: also when no others are taken, and without retries. The
+        future is there already. ref, named: see Task. False: it takes the long way.
+        """
+        cdef Task task
+        if not 0 <= plain_bytes(args) <= PLAIN_MAX:
+            return False
+        task = self.made(promise, ref, plain_dumps((args, None)))
+        task.named = named
+        task.timeout = options.timeout_ns
+        task.priority = options.priority
+        return self.queue(promise, task)
+
+    cdef Task made(self, Promise promise, ref, data):
+        """A task with plain arguments, and nothing else that is out of the ordinary."""
+        cdef Task task = Task.__new__(Task)
+        task.data = data
+        task.plain = True
+        task.fn = ref
+        task.future = promise
+        task.buffers = task.readonly = _nothing
+        task.attempt = 1
+        task.count = 1
+        task.reason = ""
+        return task
+
+    cdef bint queue(self, Promise promise, Task task) except -1:
+        """False: the runtime has ended."""
         promise._task = task
         promise._core = self.core
         if not self.dispatcher.enter(task):
             promise._task = None                    # the two would keep each other
-            return None
-        if self.dispatcher.noisy():
+            return False
+        # After shutdown there may be no workers, and the supervisor must know that some are needed.
+        if self.dispatcher.noisy() or self.dispatcher.refusing:
             self.core.tell()
-        return promise
+        return True

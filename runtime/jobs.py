@@ -36,20 +36,22 @@ _CRASHES, _KILLS = 3, 32  # deaths after which a grain is not tried again: of it
 
 
 class Area:
-    """src or dst: the user's buffer, and where it lies in the region."""
+    """src or dst: the user's buffer, which is not empty, and where it lies in the region."""
 
-    __slots__ = ("outside", "part", "placed", "user")
+    __slots__ = ("outside", "part", "place", "placed", "user")
 
     def __init__(self, arena: _core.Arena, user: memoryview, align: int, copy: bool) -> None:
-        self.user = user
-        self.part = _core.locate_shared(arena, user) if user.nbytes else None
-        self.outside = bool(user.nbytes) and (self.part is None or bool(_core.address_of(user) % align))
-        self.placed = user
+        self.user = self.placed = user
+        part = _core.locate_shared(arena, user)
+        self.outside = part is None or (align > 1 and _core.address_of(user) % align > 0)
         if self.outside:
             self.placed = memoryview(take_shared(arena, user.nbytes))
-            self.part = _core.locate_shared(arena, self.placed)
+            part = _core.locate_shared(arena, self.placed)
             if copy:
                 _core.copy_bytes(self.placed, user)
+        assert part is not None
+        self.part: _core.BlockSlice | None = part
+        self.place = _core.place_of(part)
 
     def close(self) -> None:
         """The views are not needed any more; see Plan.close."""
@@ -77,7 +79,7 @@ def _flat(what: str, value: Any, writable: bool) -> memoryview:
         raise ValueError(f"{what} must be C-contiguous; pass a copy, as numpy.ascontiguousarray makes one")
     if writable and view.readonly:
         raise TypeError(f"{what} is read-only, and the kernel writes into it")
-    return pickle.PickleBuffer(view).raw()
+    return view if view.format == "B" and view.ndim == 1 else pickle.PickleBuffer(view).raw()
 
 
 class Plan:
@@ -87,7 +89,7 @@ class Plan:
         if not isinstance(kernel, Kernel):
             raise TypeError(f"run_kernel() needs a Kernel, not {type(kernel).__name__}")
         self.kernel = kernel
-        self.params = bytes(memoryview(params))
+        self.params = params if type(params) is bytes else bytes(memoryview(params))
         self.src = _flat("src", src, False)
         self.dst = None if dst is None else _flat("dst", dst, True)
         self.unit = _core.PAGE_BYTES  # grains are whole ones
@@ -186,13 +188,20 @@ class Job:
         kernel, arena = plan.kernel, self.core.arena
         self.owner, self.plan, self.kernel, self.options = owner, plan, kernel, options
         item = kernel._rules.item
-        dst = None if plan.dst is None else Area(arena, plan.dst, item, kernel.inout)
-        self.dst = self.src = dst
-        if plan.dst is None or not kernel.inout or _core.address_of(plan.dst) != _core.address_of(plan.src):
-            self.src = Area(arena, plan.src, item, True)  # else both are dst's: src may be read-only
+        self.dst = dst = None if plan.dst is None else Area(arena, plan.dst, item, kernel.inout)
+        if dst is None or not kernel.inout or _core.address_of(dst.user) != _core.address_of(plan.src):
+            self.src = Area(arena, plan.src, item, True)
+        else:
+            self.src = dst  # src may be read-only
         self.block = _core.JobBlock.create(
             arena, plan.src.nbytes, 0 if plan.dst is None else plan.dst.nbytes, grain, participants,
             kernel.partial, kernel._rules.per_page, kernel.inout,
+        )  # fmt: skip
+        block = self.block.block
+        self.named = (block, self.src.part, None if dst is None else dst.part)  # live as long as a task
+        self.arguments = (  # of `participate`, but for the number
+            (block.offset, block.nbytes), self.src.place, None if dst is None else dst.place, kernel._spec,
+            plan.params,
         )  # fmt: skip
         self.hold: _core.JobHold | None = _core.JobHold(self.core.dispatcher)
         owner._jobs.add((kernel.name, self.block))
@@ -207,14 +216,10 @@ class Job:
 
     def launch(self, number: int) -> Future[None] | None:
         """One more task, for a participant. None: the runtime takes none any more, which is the outcome."""
-        parts = [None if area is None else area.part for area in (self.src, self.dst)]
-        job = (self.block.block.offset, self.block.block.nbytes)
-        src, dst = [None if part is None else _core.place_of(part) for part in parts]
-        arguments = (job, src, dst, self.kernel._spec, self.plan.params, number)
         # Known first: Ctrl-C may come at any moment of this.
         future = self.out[number] = Participant(self.core, self.kernel)
         try:
-            self.owner._participate(future, self.options, arguments, (self.block.block, *parts))
+            self.owner._participate(future, self.options, (*self.arguments, number), self.named)
         except Exception as error:
             del self.out[number]
             self.fail(error)
@@ -315,9 +320,9 @@ class Job:
         self.hold = None
         if self.core.stopping:
             self.core.wake()
-        del self.block
+        del self.block, self.named
         self.plan.close()
-        for area in (self.src, self.dst):
-            if area is not None:
-                area.close()
+        self.src.close()
+        if self.dst is not None:
+            self.dst.close()
         self.error = self.cause = None  # their traceback knows frames that know this: no cycle

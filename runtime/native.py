@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import abc
 import concurrent.futures
-import contextlib
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -30,7 +29,7 @@ _GRACE = 0.1  # seconds that participants have to end their grains when the job 
 _SOON = 0.0005  # seconds, after which a job that was expected to be short is not
 _LOOKS = (0.005, 0.05)  # seconds between two looks at the participants: at first, and at most
 _MOST = 2**31 - 1
-_URGENT = _MOST  # the priority of participants: grains are short, and others wait for them
+_URGENT = TaskOptions(None, 0, (), _MOST)  # of participants: grains are short, and others wait for them
 
 
 class KernelFuture(Future[Any]):
@@ -94,9 +93,11 @@ class Kernels(abc.ABC):
     _settings: config.Settings
     _table: serializer.FunctionTable
     _pressure: Pressure
+    _submitter: _core.Submitter
 
     def __init__(self) -> None:
         self._jobs: set[tuple[str, _core.JobBlock]] = set()  # that run
+        self._joining: serializer.FunctionRef | None = None  # to `participate`
         self._rates: dict[Any, float] = {}  # what a kernel was found by -> ns that it takes per byte
 
     @abc.abstractmethod
@@ -137,7 +138,7 @@ class Kernels(abc.ABC):
         core = self._usable()
         core.dispatcher.must_not_wait()
         plan = Plan(kernel, src, dst, params)
-        limit = config.override(self._settings, timeout=timeout).timeout
+        limit = None if timeout is None else config.override(self._settings, timeout=timeout).timeout
         if grain is not None and type(grain) is not int:
             raise TypeError(f"grain must be a number of bytes, not {type(grain).__name__}")
         if grain is not None and grain <= 0:
@@ -145,8 +146,7 @@ class Kernels(abc.ABC):
         if not plan.src.nbytes:
             return plan.nothing()
         participants = max(1, core.scaled * self._settings.threads)
-        options = TaskOptions(None, 0, (), _URGENT)
-        job = self._job(plan, options, self._grain(plan, grain, participants), participants)
+        job = self._job(plan, _URGENT, self._grain(plan, grain, participants), participants)
         return self._run(job, min(participants, job.block.grains), self._needed(plan), limit)
 
     def _job(self, plan: Plan, options: TaskOptions, grain: int, participants: int) -> Job:
@@ -154,9 +154,11 @@ class Kernels(abc.ABC):
         made: list[Job] = []
 
         def attempt() -> bool:
-            with contextlib.suppress(RegionFull):
+            try:
                 made.append(Job(self, plan, options, grain, participants))
-            return bool(made)
+            except RegionFull:
+                return False
+            return True
 
         try:
             if not attempt() and not self._pressure.wait(attempt):
@@ -267,6 +269,10 @@ class Kernels(abc.ABC):
         """Submit the task of one participant; the arguments name blocks by their offsets. After shutdown,
         too: its job was accepted before. Raises: BrokenRuntime, RuntimeError when the runtime has ended.
         """
+        if self._joining is None:
+            self._joining = self._table.ref(participate)
+        if self._submitter.join(future, options, self._joining, arguments, named):
+            return
         ref, payload = serializer.pack_call(self._table, participate, arguments)
         task = _core.Task(ref, future, options.timeout_ns, options.priority, 0, False)
         task.hold(payload.data, payload.buffers, payload.readonly, named)
