@@ -54,10 +54,10 @@ class Area:
         self.place = _core.place_of(part)
 
     def close(self) -> None:
-        """The views are not needed any more; see Plan.close."""
+        """The views are not needed any more; see Plan.close, which ends the user's."""
         self.part = None
-        self.user.release()
-        self.placed.release()
+        if self.outside:
+            self.placed.release()
 
     def write_back(self) -> None:
         """What lies outside gets what the kernel has written."""
@@ -200,7 +200,7 @@ class Job:
         block = self.block.block
         self.named = (block, self.src.part, None if dst is None else dst.part)  # live as long as a task
         self.arguments = (  # of `participate`, but for the number
-            (block.offset, block.nbytes), self.src.place, None if dst is None else dst.place, kernel._spec,
+            (block.offset, block.nbytes), self.src.place, None if dst is None else dst.place, kernel._key,
             plan.params,
         )  # fmt: skip
         self.hold: _core.JobHold | None = _core.JobHold(self.core.dispatcher)
@@ -232,7 +232,9 @@ class Job:
             if future.done():
                 del self.out[number]
                 if not future.cancelled():
-                    self.ended(number, future.exception())
+                    error = future.exception()
+                    if error is not None:
+                        self.ended(number, error)
                 elif self.error is None and self.block.left:  # by somebody else: a shutdown, or its future
                     self.fail(concurrent.futures.CancelledError())
         if self.error is None and (failure := self.block.failure) is not None:
@@ -262,8 +264,8 @@ class Job:
         self.stood = left
         self.launch(0)
 
-    def ended(self, number: int, error: BaseException | None) -> None:
-        """A participant's task is over."""
+    def ended(self, number: int, error: BaseException) -> None:
+        """A participant's task has failed."""
         if isinstance(error, WorkerDied):
             grains = self.block.recover(number, self.dst and self.dst.placed)
             if self.error is not None or self.block.failure is not None:
@@ -273,9 +275,9 @@ class Job:
                 self.fail(error)
             else:
                 self.launch(number)
-        elif error is not None and self.block.failure is not None:
+        elif self.block.failure is not None:
             self.cause = self.cause or error
-        elif error is not None:
+        else:
             self.fail(error)
 
     def hopeless(self, grains: list[int], killed: bool) -> bool:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import pickle
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -58,6 +59,7 @@ class _Found(NamedTuple):
 
 
 _found: dict[_Spec, _Found] = {}  # of this process; libraries are never unloaded
+_addresses: dict[bytes, int] = {}  # the same, by the pickle of a _Spec: one value of a task's, not four
 
 
 class Kernel:
@@ -73,7 +75,7 @@ class Kernel:
     ModuleNotFoundError; LookupError for a name that is not there; TypeError for another signature.
     """
 
-    __slots__ = ("_rules", "_spec", "combine", "inout", "name", "partial")
+    __slots__ = ("_key", "_rules", "_spec", "combine", "inout", "name", "partial")
 
     def __init__(
         self, name: str, *, partial: int = 0, combine: Combine | None = None, inout: bool = False
@@ -181,7 +183,7 @@ class Kernel:
             raise ValueError("inout is for kernels that write dst; one with a partial has none")
         _find(spec)
         rules = _BUILTINS[spec[2]] if spec[:2] == ("module", "runtime") else FOREIGN
-        self.name, self._spec, self._rules = name, spec, rules
+        self.name, self._spec, self._key, self._rules = name, spec, pickle.dumps(spec), rules
         self.partial = partial or rules.partial
         self.combine = combine or rules.combine
         self.inout = bool(inout or rules.inout)
@@ -195,12 +197,13 @@ class Kernel:
         return f"<Kernel {self.name}>"
 
 
-def participate(
-    job: _Place, src: _Place, dst: _Place | None, spec: _Spec, params: bytes, number: int
-) -> None:
-    """In a worker: the task that works on a job until no grain is left."""
+def participate(job: _Place, src: _Place, dst: _Place | None, key: bytes, params: bytes, number: int) -> None:
+    """In a worker: the task that works on a job until no grain is left. key: the pickle of a _Spec."""
     assert Here.arena is not None
-    _core.run_grains(Here.arena, job, src, dst, _find(spec).address, params, number)
+    address = _addresses.get(key)
+    if address is None:
+        address = _addresses[key] = _find(pickle.loads(key)).address
+    _core.run_grains(Here.arena, job, src, dst, address, params, number)
 
 
 # ---- finding -------------------------------------------------------------------------------------------
@@ -257,8 +260,6 @@ def _is_code(address: int) -> bool:
 
 
 def _by_numba(data: bytes) -> _Found:
-    import pickle
-
     function, signature, variables, options = pickle.loads(data)
     compiled = importlib.import_module("numba").cfunc(signature, locals=variables, **options)(function)
     return _Found(compiled.address, compiled)

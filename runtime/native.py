@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import abc
 import concurrent.futures
+import functools
 import threading
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from runtime import _core, config, serializer
@@ -151,22 +153,24 @@ class Kernels(abc.ABC):
 
     def _job(self, plan: Plan, options: TaskOptions, grain: int, participants: int) -> Job:
         """Raises: RegionFull when there is no room, and nobody who makes some or this thread may not wait."""
-        made: list[Job] = []
-
-        def attempt() -> bool:
-            try:
-                made.append(Job(self, plan, options, grain, participants))
-            except RegionFull:
-                return False
-            return True
-
+        make = functools.partial(Job, self, plan, options, grain, participants)
         try:
-            if not attempt() and not self._pressure.wait(attempt):
-                made.append(Job(self, plan, options, grain, participants))
-            return made[0]
+            return _unless_full(make) or self._later(make)
         except BaseException:
             plan.close()
             raise
+
+    def _later(self, make: Callable[[], Job]) -> Job:
+        """The job, when there is room for it. Raises: RegionFull."""
+        made: list[Job] = []
+
+        def attempt() -> bool:
+            job = _unless_full(make)
+            if job is not None:
+                made.append(job)
+            return job is not None
+
+        return made[0] if self._pressure.wait(attempt) else make()
 
     def _run(self, job: Job, participants: int, needed: int, limit: float | None) -> Any:
         """needed: participants that are enough if it takes as long as the last time; the others follow if it
@@ -303,6 +307,14 @@ class Kernels(abc.ABC):
         """A kernel has taken so long for so many bytes."""
         if ns:
             self._rates[kernel._spec] = ns / nbytes
+
+
+def _unless_full(make: Callable[[], Job]) -> Job | None:
+    """None: there is no room; nothing of the attempt is left."""
+    try:
+        return make()
+    except RegionFull:
+        return None
 
 
 def _arguments(kernel: Kernel, src: Any, dst: Any = None, params: Any = b"") -> Plan:
