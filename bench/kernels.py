@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import harness
 from harness import Entry, Figure, Meter, Role, Row, Scale
@@ -98,16 +99,31 @@ def empty_job(pause: float, seconds: float, meter: Meter) -> Mapping[str, float]
     return {"": took * 1e6}
 
 
-def announcement(pause: float, seconds: float, meter: Meter) -> Mapping[str, float]:
-    """From the call to the first instruction of the first grain."""
-    with runtime.Runtime(WORKERS) as rt:
+class Announcing(runtime.Runtime):
+    """A runtime that notes when a job is announced: when its first participant is queued."""
+
+    announced: int | None = None  # monotonic ns
+
+    def _participate(self, *args: Any) -> None:
+        if self.announced is None:
+            self.announced = time.monotonic_ns()
+        super()._participate(*args)
+
+
+def announcement(planned: bool, pause: float, seconds: float, meter: Meter) -> Mapping[str, float]:
+    """From the call, or from when the job is planned, to the first instruction of the first grain."""
+    with Announcing(WORKERS) as rt:
         data = data_of(rt, WORKERS * PAGE)
         kernel = Kernel.from_library(library(), "stamp", partial=8)
         waits: list[int] = []
 
         def call() -> None:
+            rt.announced = None
             began = time.monotonic_ns()
             stamps = rt.run_kernel(kernel, data, grain=PAGE)
+            if planned:
+                assert rt.announced is not None
+                began = rt.announced
             waits.append(min(int.from_bytes(stamp, "little") for stamp in stamps) - began)
 
         repeat(call, seconds, meter, pause)
@@ -229,7 +245,8 @@ def rows(scale: Scale) -> list[Row]:
                 f"empty job{when}", f"a job of two grains, and a task, that do nothing{when}", US,
                 (
                     entry("runtime", Role.OURS, empty_job, pause),
-                    entry("until it begins", Role.OURS, announcement, pause),
+                    entry("until it begins", Role.OURS, announcement, False, pause),
+                    entry("announced until it begins", Role.OURS, announcement, True, pause),
                     entry("a round trip of ours", Role.LIMIT, round_trip, pause),
                 ),
             )
