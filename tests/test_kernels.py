@@ -633,6 +633,16 @@ def test_a_code_stops_the_others(library: str, pool: Runtime) -> None:
     assert caught.value.grain < 1000 and caught.value.offset == caught.value.grain * PAGE
 
 
+@pytest.mark.parametrize("size", [4, 1000, 100_000])
+def test_params_of_any_size(library: str, pool: Runtime, size: int) -> None:
+    """They travel within the task's lease, in a block, as a pickle."""
+    params = struct.pack("i", 7).ljust(size, b"\0")
+    for _ in range(2):  # the second time the worker knows the function, and the kernel
+        with pytest.raises(KernelFailed) as caught:
+            pool.run_kernel(Kernel.from_library(library, "picky"), b"\xff" * PAGE, params=params)
+        assert caught.value.code == 7
+
+
 def test_timeout_of_a_kernel_that_never_returns(
     library: str, factory: Callable[..., Runtime], doorway: Doorway
 ) -> None:
